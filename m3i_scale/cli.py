@@ -342,6 +342,9 @@ def evaluate(
     picture_count: Annotated[
         int | None, typer.Option(min=1, help="Number of predictions of a segmenter or detector; default: 20.")
     ] = None,
+    picture_samples: Annotated[
+        str | None, typer.Option(help="Samples whose features are shown, at most eight: shard.tar/key,shard.tar/key …")
+    ] = None,
     imports: Imports = None,
     as_json: AsJson = False,
 ) -> None:
@@ -367,6 +370,7 @@ def evaluate(
             device=device,
             pictures=pictures,
             picture_count=picture_count,
+            picture_samples=picture_samples.split(",") if picture_samples is not None else None,
             progress=progress,
         )
     _print_result(as_json, result, lambda: render(result))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -16,7 +17,7 @@ from m3i_scale.evaluate.intervals import clusters_of
 from m3i_scale.evaluate.job import MEASURES, PROBES, WITH_TEXT, Job, Progress, measure_all, read_side
 from m3i_scale.evaluate.measures import measure_advantage
 from m3i_scale.evaluate.overlays import OVERLAY_COUNT, make_folder
-from m3i_scale.evaluate.pictures.collect import draw_pictures
+from m3i_scale.evaluate.pictures.collect import check_samples, draw_pictures
 from m3i_scale.evaluate.samples import check_apart, check_groups, open_table
 from m3i_scale.evaluate.towers import why_no_towers
 from m3i_scale.evaluate.trained_model import MODELS, EvaluationOptions, load_trained_model
@@ -38,6 +39,7 @@ def evaluate(
     device: str = "auto",
     pictures: Path | None = None,
     picture_count: int | None = None,
+    picture_samples: Sequence[str] | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Evaluate the frozen features of a model, and the accuracy of its trained classifier.
@@ -58,6 +60,7 @@ def evaluate(
         pictures: new folder for visualizations of features, or for prediction overlays of a segmenter or of a
             detector's worst images.
         picture_count: number of overlays; default: `OVERLAY_COUNT`.
+        picture_samples: keys (`shard.tar/key`) of the samples to visualize; at most and by default `SAMPLES`.
         progress: callback for the number of samples read and the current metric.
 
     Returns:
@@ -66,13 +69,14 @@ def evaluate(
     """
     check_options(measures, (*MEASURES, *MODELS), pool, batch_size)
     _check_known(baseline, get_args(Baseline), "baseline")
-    _check_pictures(pictures, picture_count)
+    _check_pictures(pictures, picture_count, picture_samples)
     where, folder = device_of(device), Path(model_dir)
     given = {
         "--train-data": train_data is not None,
         "--baseline": baseline != "none",
         "--pool": pool != "mean",
         "--template": templates != TEMPLATES,
+        "--picture-samples": picture_samples is not None,
     }
     idle = [name for name, is_given in given.items() if is_given]
     drawing = None if pictures is None else (pictures, OVERLAY_COUNT if picture_count is None else picture_count)
@@ -91,13 +95,15 @@ def evaluate(
         check_apart(test_table, train_table)
     if pictures is not None:
         make_folder(pictures)
+        if picture_samples is not None:
+            check_samples(test_table, picture_samples)
     vision = load_vision(folder, pool, where)
     no_towers = why_no_towers(folder)
     classifier, no_classifier, towers = trained_heads(
         folder,
         vision,
         test_table.classes,
-        wants_text=no_towers is None and bool(set(WITH_TEXT) & set(measures)),
+        wants_text=no_towers is None and (pictures is not None or bool(set(WITH_TEXT) & set(measures))),
         wants_classifier="classifier" in measures,
     )
     pixels: dict[str, Encoder] = {"pixels": pixel_features} if baseline == "pixels" else {}
@@ -132,7 +138,7 @@ def evaluate(
         )
     result = job.document(folder, data, train_data) | {"measures": figures, "not_measured": absent}
     if pictures is not None:
-        result["pictures"] = draw_pictures(job, pictures)
+        result["pictures"] = draw_pictures(job, pictures, picture_samples)
     if baseline == "pixels":
         probes, why_not, theirs = measure_all(
             tuple(name for name in measures if name in PROBES), "pixels", job, progress
@@ -159,8 +165,8 @@ def check_options(measures: tuple[str, ...] | None, known: tuple[str, ...], pool
         raise ConfigError(f"batch size {batch_size} is below 1")
 
 
-def _check_pictures(folder: Path | None, count: int | None) -> None:
-    if folder is None and count is not None:
+def _check_pictures(folder: Path | None, count: int | None, samples: Sequence[str] | None) -> None:
+    if folder is None and (samples is not None or count is not None):
         raise ConfigError("pictures have no folder", where="--pictures", fix="--pictures /data/pictures")
     if count is not None and count < 1:
         raise ConfigError(f"the number of pictures must be 1 or more, got {count}", where="--picture-count")

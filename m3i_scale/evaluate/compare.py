@@ -235,6 +235,6 @@ def compared(before: Statistic, after: Statistic) -> dict[str, Any]:
 
 
 def _draw(jobs: dict[str, Job]) -> Picture:
-    shown = {role: EvaluationPictures(job) for role, job in jobs.items()}
+    shown = {role: EvaluationPictures(job, None) for role, job in jobs.items()}
     features = {role: (drawing.images, drawing.patch_features) for role, drawing in shown.items()}
     return dense_pca_side_by_side(shown[BEFORE].names, features)

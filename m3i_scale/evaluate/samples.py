@@ -184,6 +184,18 @@ def _members(
             yield (shard, number), f"{indices[shard].path.name}/{members['__key__']!s}", members
 
 
+def check_known(table: Table, keys: Sequence[str], where: str) -> None:
+    """Check that samples with these keys exist. Reading stops at the last of them."""
+    missing, known = set(keys), []
+    for _, key, _ in _members(Table(table.shards, table.classes)):
+        missing.discard(key)
+        known.append(key)
+        if not missing:
+            return
+    name = min(missing)
+    raise DataError(f"no sample '{name}' in the data", where=where, fix=did_you_mean(name, known))
+
+
 def _meta(members: Mapping[str, bytes]) -> dict[str, Any]:
     try:
         meta = json.loads(members.get("json", b"{}"))

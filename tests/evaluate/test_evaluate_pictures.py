@@ -6,11 +6,13 @@ import json
 import pytest
 from rich.console import Console
 
-from m3i_scale.errors import ConfigError
-from m3i_scale.evaluate import NotMeasuredError
+from m3i_scale.errors import ConfigError, DataError
+from m3i_scale.evaluate import commands
 from m3i_scale.evaluate.commands import evaluate
 from m3i_scale.evaluate.pictures import collect
 from m3i_scale.evaluate.report import render
+
+GROUPS = ["warm", "cold", "green"]
 
 
 @pytest.fixture(scope="module")
@@ -19,28 +21,22 @@ def drawn(vit_folder, shards, tmp_path_factory):
     return evaluate(vit_folder, str(shards / "val"), train_data=str(shards / "train"), pictures=folder), folder
 
 
-def test_what_can_be_shown_is(drawn):
+def test_what_can_be_shown_is_and_the_rest_has_reasons(drawn):
     result, folder = drawn
     listed = json.loads((folder / "pictures.json").read_text())
-    shown = ["dense_pca", "attention", "similarity"]
+    shown = ["dense_pca", "attention", "similarity", "neighbours"]
     assert [one["name"] for one in listed["pictures"]] == result["pictures"]["shown"] == shown
     assert sorted(path.name for path in folder.iterdir()) == sorted(
         ["pictures.json", *(one["file"] for one in listed["pictures"])]
     )
-    assert result["pictures"]["not_shown"] == {}
-
-
-def test_the_rest_has_reasons(vit_folder, shards, tmp_path, monkeypatch):
-    def without(*_):
-        raise NotMeasuredError("none is given")
-
-    monkeypatch.setattr(collect, "attention_of", without)
-    result = evaluate(vit_folder, str(shards / "val"), measures=("knn",), pictures=tmp_path / "new")
-    assert result["pictures"]["shown"] == ["dense_pca", "similarity"]
-    assert result["pictures"]["not_shown"] == {"attention": "none is given"}
+    assert set(result["pictures"]["not_shown"]) == {"text_to_image", "image_to_text"}
+    assert "text/model.safetensors" in result["pictures"]["not_shown"]["text_to_image"]
     console = Console(width=160, file=io.StringIO())
     console.print(render(result), soft_wrap=True)
-    assert "not shown: attention: none is given" in console.file.getvalue()
+    assert "not shown: text to image: the model folder has no" in console.file.getvalue()
+    by_name = {one["name"]: one for one in listed["pictures"]}
+    assert "right at rank 1" in by_name["neighbours"]["alt"]  # the classes differ in colour
+    assert "5, 6" not in by_name["neighbours"]["alt"]  # of six of a class, one is the query
 
 
 def test_the_samples_depend_on_the_data_alone(drawn, vit_folder, shards, tmp_path):
@@ -49,6 +45,36 @@ def test_the_samples_depend_on_the_data_alone(drawn, vit_folder, shards, tmp_pat
     assert again["pictures"]["samples"] == first
     assert len(set(first)) == 8
     assert again["measures"] == {}
+
+
+def test_named_samples_are_shown_in_their_order(vit_folder, shards, tmp_path, drawn):
+    asked = list(reversed(drawn[0]["pictures"]["samples"][:3]))
+    found = evaluate(vit_folder, str(shards / "val"), pictures=tmp_path / "new", picture_samples=[*asked, asked[0]])
+    assert found["pictures"]["samples"] == asked
+
+
+def test_an_unknown_sample_is_refused_before_the_model_is_loaded(vit_folder, shards, tmp_path, drawn, monkeypatch):
+    monkeypatch.delattr(commands, "load_vision")
+    wrong = drawn[0]["pictures"]["samples"][0][:-1] + "x"
+    with pytest.raises(DataError) as caught:
+        evaluate(vit_folder, str(shards / "val"), pictures=tmp_path / "new", picture_samples=[wrong])
+    assert caught.value.where == "--picture-samples"
+    assert ".tar/" in caught.value.fix
+
+
+def test_a_sample_that_is_left_out_cannot_be_shown(vit_folder, shards, tmp_path, drawn):
+    key = drawn[0]["pictures"]["samples"][0]  # of a concept `c3`, whose class is 3 % 3
+    group = GROUPS[int(key.rpartition("-c")[2]) % 3]
+    with pytest.raises(DataError) as caught:
+        evaluate(
+            vit_folder,
+            str(shards / "val"),
+            pictures=tmp_path / "new",
+            picture_samples=[key],
+            exclude_groups=(group,),
+        )
+    assert caught.value.where == "--picture-samples"
+    assert group in str(caught.value.why)
 
 
 def test_folders_that_take_no_pictures(vit_folder, shards, tmp_path):
@@ -72,7 +98,14 @@ def test_a_disk_that_refuses_is_told(vit_folder, shards, tmp_path, monkeypatch):
     assert "No space left" in caught.value.what
 
 
-def test_a_number_of_pictures_without_a_folder_has_no_effect(vit_folder, shards):
+def test_more_samples_than_a_picture_shows(vit_folder, shards, tmp_path):
+    keys = [f"x.tar/{number}" for number in range(9)]
     with pytest.raises(ConfigError) as caught:
-        evaluate(vit_folder, str(shards / "val"), picture_count=3)
+        evaluate(vit_folder, str(shards / "val"), pictures=tmp_path / "new", picture_samples=keys)
+    assert caught.value.where == "--picture-samples"
+
+
+def test_samples_without_a_folder_have_no_effect(vit_folder, shards):
+    with pytest.raises(ConfigError) as caught:
+        evaluate(vit_folder, str(shards / "val"), picture_samples=["x.tar/a"])
     assert caught.value.where == "--pictures"

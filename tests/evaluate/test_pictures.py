@@ -29,7 +29,8 @@ from m3i_scale.evaluate.pictures.dense import (
     pca_colours,
     similarity,
 )
-from m3i_scale.evaluate.pictures.draw import Cell, drawable, framed, grid, heat_over
+from m3i_scale.evaluate.pictures.draw import RIGHT, Cell, drawable, framed, grid, heat_over
+from m3i_scale.evaluate.pictures.ranked import best_of
 from m3i_scale.host.picture_files import Picture, write_pictures
 
 GREY = Image.new("RGB", (64, 64), (128, 128, 128))
@@ -160,14 +161,28 @@ def test_without_a_class_token_it_is_similarity_to_the_mean_and_says_so():
     assert "no class token" in found.title
 
 
+def test_neighbours_of_planted_clusters():
+    scores = np.array([[-np.inf, 0.9, 0.1, 0.8], [0.9, -np.inf, 0.2, 0.3]])
+    labels = np.array([0, 0, 1, 1])
+    first, second = best_of(scores, [labels == 0, None], count=2)
+    assert [(one.number, one.rank, one.right) for one in first] == [(1, 0, True), (3, 1, False)]
+    assert [(one.number, one.right) for one in second] == [(0, None), (3, None)]
+    assert [one.number for one in best_of(scores, [None, None])[0]] == [1, 3, 2]  # the query itself is none
+
+
+def test_the_right_one_is_shown_even_when_it_comes_late():
+    scores = np.array([[0.9, 0.8, 0.7, 0.1, 0.2]])
+    found = best_of(scores, [np.array([False, False, False, True, True])], count=2)[0]
+    assert [(one.number, one.rank, one.right) for one in found] == [(0, 0, False), (1, 1, False), (4, 3, True)]
+
+
 def test_a_grid_has_its_cells_where_they_belong():
     red, blue = Image.new("RGB", (9, 9), "red"), Image.new("RGB", (9, 9), "blue")
-    green = (22, 150, 84)
-    picture = grid([[Cell(red), Cell(blue)], [None, Cell(red, frame=green)]])
+    picture = grid([[Cell(red), Cell(blue)], [None, Cell(red, frame=RIGHT)]])
     width, height = picture.size
     at = {(x, y): picture.getpixel((width * x // 4, height * y // 4)) for x in (1, 3) for y in (1, 3)}
     assert at == {(1, 1): (255, 0, 0), (3, 1): (0, 0, 255), (1, 3): (255, 255, 255), (3, 3): (255, 0, 0)}
-    assert green in {colour for _, colour in picture.getcolors(1 << 16)}
+    assert RIGHT in {colour for _, colour in picture.getcolors(1 << 16)}
     assert grid([[Cell(red)] * 40]).width < 2_000
 
 

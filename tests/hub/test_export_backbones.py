@@ -164,8 +164,11 @@ def test_it_is_evaluated(made, kind, shards):
     found = evaluate(made[0] / "export", str(shards / "val"), train_data=str(shards / "train"), pictures=pictures)
     shown = {one["name"]: one for one in json.loads((pictures / "pictures.json").read_text())["pictures"]}
     assert found["pictures"]["not_shown"] == {}
-    assert set(shown) == {"dense_pca", "attention", "similarity"}
+    assert {"dense_pca", "attention", "similarity", "neighbours"} < set(shown)
     assert ("no class token" in shown["attention"]["title"]) is (kind in ("internimage", "siglip"))
+    for name in ("text_to_image", "image_to_text"):
+        assert "right at rank" in shown[name]["alt"]
+        assert "nothing known" not in shown[name]["alt"]
     assert {"linear", "knn", "zero_shot", "retrieval"} <= found["measures"].keys()
     facts = json.loads((made[0] / "export" / "export.json").read_text())
     of = found["model"]["export"]

@@ -1,1 +1,1 @@
-"""Visualizations of learned features, attention and predictions."""
+"""Visualizations of learned features, attention, rankings and predictions."""

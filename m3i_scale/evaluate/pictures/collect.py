@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -10,25 +10,65 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
+from m3i_scale.errors import ConfigError, DataError
 from m3i_scale.evaluate import NotMeasuredError
-from m3i_scale.evaluate.features import patch_tokens
+from m3i_scale.evaluate.features import patch_tokens, unit_rows
+from m3i_scale.evaluate.image_text import distinct_captions
 from m3i_scale.evaluate.job import Job
 from m3i_scale.evaluate.overlays import write_error
 from m3i_scale.evaluate.pictures.dense import attention, attention_of, dense_pca, similarity
-from m3i_scale.evaluate.pictures.draw import image_of
-from m3i_scale.evaluate.samples import Table, read_samples
+from m3i_scale.evaluate.pictures.draw import Cell, image_of, text_cell
+from m3i_scale.evaluate.pictures.ranked import IMAGE_TO_TEXT, NEIGHBOURS, TEXT_TO_IMAGE, Candidate, best_of, ranked
+from m3i_scale.evaluate.samples import Sample, Table, check_known, read_samples
+from m3i_scale.evaluate.towers import Towers
 from m3i_scale.host.picture_files import Picture, write_pictures
 
 SAMPLES = 8
-"""Number of samples to draw: more would make the picture too large for a page."""
+"""Default and maximum number of samples: more would make the picture too large for a page."""
 _SEED = 20_230
 
 
-def draw_pictures(job: Job, folder: Path) -> dict[str, Any]:
-    """Write the pictures of an evaluation to an existing folder, and return their entry for its document."""
-    drawing = EvaluationPictures(job)
+def check_samples(table: Table, keys: Sequence[str]) -> None:
+    """Check the given sample keys, as far as possible before reading the samples."""
+    if len(keys) > SAMPLES:
+        raise ConfigError(
+            f"{len(keys)} samples are too many for a picture",
+            where="--picture-samples",
+            fix=f"name {SAMPLES} or fewer",
+        )
+    check_known(table, keys, "--picture-samples")
+
+
+def choose(table: Table, keys: Sequence[str] | None) -> list[int]:
+    """Return the indices of the given samples, or of a random selection that depends only on the data."""
+    if keys is None:
+        chosen = np.random.default_rng(_SEED).permutation(len(table))[:SAMPLES]
+        return [int(number) for number in chosen]
+    number_of = {key: number for number, key in enumerate(table.keys)}
+    for key in keys:
+        if key not in number_of:
+            raise DataError(
+                f"the sample '{key}' cannot be shown: it was left out of the data",
+                where="--picture-samples",
+                why="; ".join(table.left_out),
+            )
+    return [number_of[key] for key in dict.fromkeys(keys)]
+
+
+def read_again(table: Table, numbers: Iterable[int], size: int) -> dict[int, Sample]:
+    """Read selected samples of a table, and return them by index."""
+    asked = sorted(set(numbers))
+    places = [table.places[number] for number in asked]
+    return dict(zip(asked, read_samples(Table(table.shards, table.classes), size, places=places), strict=True))
+
+
+def draw_pictures(job: Job, folder: Path, keys: Sequence[str] | None) -> dict[str, Any]:
+    """Write the pictures of an evaluation to an existing folder, and return their entry for its document. For `keys`,
+    see `EvaluationPictures`."""
+    drawing = EvaluationPictures(job, keys)
     pictures, absent = drawing()
     try:
         entries = write_pictures(folder, pictures)
@@ -39,27 +79,26 @@ def draw_pictures(job: Job, folder: Path) -> dict[str, Any]:
 
 
 class EvaluationPictures:
-    """Pictures of an evaluation, for a random selection of samples that depends only on the data."""
+    """Pictures of an evaluation, for the samples with the given keys; None: a fixed selection."""
 
-    def __init__(self, job: Job) -> None:
-        self._vision, table = job.vision, job.test.table
-        numbers = np.random.default_rng(_SEED).permutation(len(table))[:SAMPLES].tolist()
-        self.keys = [table.keys[number] for number in numbers]
-        # Reading in the order of the shards opens each of them once.
-        places = {number: table.places[number] for number in sorted(numbers)}
-        samples = read_samples(Table(table.shards, table.classes), self._vision.size, places=[*places.values()])
-        pixels = {number: sample.pixels for number, sample in zip(places, samples, strict=True)}
-        self._pixels_NCHW = torch.from_numpy(np.stack([pixels[number] for number in numbers]))
-        self.images = [image_of(pixels[number]) for number in numbers]
+    def __init__(self, job: Job, keys: Sequence[str] | None) -> None:
+        self._job, self._table = job, job.test.table
+        self._numbers = choose(self._table, keys)
+        self.keys = [self._table.keys[number] for number in self._numbers]
+        samples = read_again(self._table, self._numbers, job.vision.size)
+        self.images = [image_of(samples[number].pixels) for number in self._numbers]
         """At the input size of the model."""
-        self.names = [_name(table, number) for number in numbers]
+        self.names = [self._name(number) for number in self._numbers]
 
     def __call__(self) -> tuple[list[Picture], dict[str, str]]:
-        """Return the pictures, and the reason for each picture that the model does not support."""
+        """Return the pictures, and the reason for each picture that model or data do not support."""
         drawn: dict[str, Callable[[], Picture]] = {
-            "dense_pca": lambda: dense_pca(self.images, self.names, self.patch_features),
+            "dense_pca": self._dense_pca,
             "attention": self._attention,
-            "similarity": lambda: similarity(self.images, self.names, self.patch_features),
+            "similarity": self._similarity,
+            "neighbours": self._neighbours,
+            "text_to_image": self._text_to_image,
+            "image_to_text": self._image_to_text,
         }
         pictures, absent = [], {}
         for name, draw in drawn.items():
@@ -69,24 +108,87 @@ class EvaluationPictures:
                 absent[name] = str(reason)
         return pictures, absent
 
+    def _name(self, number: int) -> str:
+        table = self._table
+        label = table.labels[number]
+        return table.captions[number] or (table.classes[label] if label >= 0 and table.classes else table.keys[number])
+
     @cached_property
     @torch.no_grad()
     def _hidden(self) -> Tensor:
         """Hidden states, one image at a time, because there may be many large images."""
-        return torch.cat([self._vision.hidden(pixels_1CHW) for pixels_1CHW in self._pixels_NCHW.split(1)])
+        return torch.cat([self._job.vision.hidden(pixels_BCHW) for pixels_BCHW in _stacked(self.images).split(1)])
 
     @property
     def patch_features(self) -> NDArray[np.float64]:
         """Return the patch features of the selected samples: (N, L, D)."""
-        tokens_NLD: NDArray[np.float64] = patch_tokens(self._hidden, self._vision.patch_count()).double().cpu().numpy()
+        tokens_NLD: NDArray[np.float64] = (
+            patch_tokens(self._hidden, self._job.vision.patch_count()).double().cpu().numpy()
+        )
         return tokens_NLD
 
+    def _dense_pca(self) -> Picture:
+        return dense_pca(self.images, self.names, self.patch_features)
+
     def _attention(self) -> Picture:
-        pixels_NCHW = self._vision.pixels(self._pixels_NCHW)
-        shown = attention_of(self._vision.model, pixels_NCHW, self._hidden, self._vision.patch_count())
+        vision = self._job.vision
+        pixels_BCHW = vision.pixels(_stacked(self.images))
+        shown = attention_of(vision.model, pixels_BCHW, self._hidden, vision.patch_count())
         return attention(self.images, self.names, shown)
 
+    def _similarity(self) -> Picture:
+        return similarity(self.images, self.names, self.patch_features)
 
-def _name(table: Table, number: int) -> str:
-    label = table.labels[number]
-    return table.captions[number] or (table.classes[label] if label >= 0 and table.classes else table.keys[number])
+    def _neighbours(self) -> Picture:
+        if len(self._table) < 2:
+            raise NotMeasuredError("the test data have a single sample")
+        features_ND, labels_N = unit_rows(self._job.test.features["model"]), self._table.label_array
+        scores_QN = features_ND[self._numbers] @ features_ND.T
+        scores_QN[np.arange(len(self._numbers)), self._numbers] = -np.inf
+        right = [None if labels_N[number] < 0 else labels_N == labels_N[number] for number in self._numbers]
+        candidates = best_of(scores_QN, right)
+        return ranked(NEIGHBOURS, self._queries(), self.names, candidates, self._cells(candidates).__getitem__)
+
+    def _queries(self) -> list[Cell]:
+        return [Cell(image, name) for image, name in zip(self.images, self.names, strict=True)]
+
+    def _cells(self, candidates: Sequence[Sequence[Candidate]]) -> dict[int, Cell]:
+        samples = read_again(self._table, (one.number for row in candidates for one in row), self._job.vision.size)
+        return {number: Cell(image_of(sample.pixels), self._name(number)) for number, sample in samples.items()}
+
+    def _captioned(self) -> tuple[Towers, list[int]]:
+        """Return the towers, and the positions of the selected samples with a caption."""
+        if self._job.towers is None:
+            raise NotMeasuredError(self._job.no_towers or "no text tower")
+        asked = [place for place, number in enumerate(self._numbers) if self._table.captions[number]]
+        if not asked:
+            raise NotMeasuredError("none of the samples has a caption (.txt members)")
+        return self._job.towers, asked
+
+    def _text_to_image(self) -> Picture:
+        towers, asked = self._captioned()
+        captions, _ = distinct_captions([self._table.captions[self._numbers[place]] or "" for place in asked])
+        scores_QN = towers.texts(captions) @ unit_rows(self._job.test.features["joint"]).T
+        all_captions = np.asarray(self._table.captions, dtype=object)
+        candidates = best_of(scores_QN, [all_captions == caption for caption in captions])
+        queries = [Cell(text_cell(caption)) for caption in captions]
+        return ranked(TEXT_TO_IMAGE, queries, captions, candidates, self._cells(candidates).__getitem__)
+
+    def _image_to_text(self) -> Picture:
+        towers, asked = self._captioned()
+        captions, _ = distinct_captions([caption for caption in self._table.captions if caption])
+        numbers = [self._numbers[place] for place in asked]
+        scores_QU = unit_rows(self._job.test.features["joint"][numbers]) @ towers.texts(captions).T
+        right = [np.asarray([caption == self._table.captions[number] for caption in captions]) for number in numbers]
+        queries = self._queries()
+        return ranked(
+            IMAGE_TO_TEXT,
+            [queries[place] for place in asked],
+            [self.names[place] for place in asked],
+            best_of(scores_QU, right),
+            lambda number: Cell(text_cell(captions[number])),
+        )
+
+
+def _stacked(images: Sequence[Image.Image]) -> Tensor:
+    return torch.from_numpy(np.stack([np.asarray(image).transpose(2, 0, 1) for image in images]))

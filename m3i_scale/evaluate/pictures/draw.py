@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 Colour = tuple[int, int, int]
 """Red, green, blue from 0 to 255."""
+RIGHT: Colour = (22, 150, 84)
 INK: Colour = (40, 44, 52)
 _PAPER: Colour = (255, 255, 255)
 _SOFT: Colour = (236, 239, 243)
@@ -99,6 +100,13 @@ def framed(image: Image.Image, box: tuple[float, float, float, float], colour: C
         outer = (left - grown, top - grown, max(right - 1, left) + grown, max(bottom - 1, top) + grown)
         draw.rectangle(outer, outline=ink, width=width)
     return copy
+
+
+def text_cell(text: str) -> Image.Image:
+    """Return a text as the image of a cell."""
+    image = Image.new("RGB", (_MOST, _MOST), _SOFT)
+    _write(ImageDraw.Draw(image), text, (8, 8), _MOST - 16, _MOST // _LINE - 1)
+    return image
 
 
 def drawable(text: str, letters: int | None = None) -> str:
