@@ -367,7 +367,7 @@ def test_case_and_punctuation_are_no_spelling_mistake(word, near):
     "text",
     [
         *("[" * 5_000, "a: 2024-13-01", "a: [1", "a: \x00", "{[1]: 2}", "3", "3: 4\nextends: m3i"),
-        "a: &a {<<: *a}",
+        *("a: &a [*a]", "a: &a {x: [1, *a]}", "a: &a {<<: *a}"),
     ],
 )
 def test_what_cannot_be_read_is_a_fault_of_the_file(tmp_path, text):

@@ -1,4 +1,4 @@
-"""YAML of users: numbers of YAML 1.2, and what PyYAML wrote."""
+"""YAML of users and of strangers: numbers of YAML 1.2, what PyYAML wrote, and aliases that multiply."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
+from m3i_scale.cli import app
 from m3i_scale.config import load_run, read_yaml
 from m3i_scale.config.files import parse_yaml
 from m3i_scale.errors import ConfigError
@@ -52,7 +54,60 @@ def test_a_run_file_that_a_run_has_written_is_read_as_it_was(name: str, tmp_path
     assert load_run(str(tmp_path / "run.yaml")) == run
 
 
-def test_aliases_and_merges_are_read(tmp_path: Path) -> None:
+def bomb(above: str, levels: int = 12) -> str:
+    """A few lines whose aliases stand for 10^levels values, below a key."""
+    *keys, last = above.split(".")
+    lines = [f"{'  ' * depth}{key}:" for depth, key in enumerate([*keys, last])]
+    indent = "  " * (len(keys) + 1)
+    lines.append(f"{indent}a0: &a0 [x]")
+    lines += [f"{indent}a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, levels + 1)]
+    return "\n".join(lines) + "\n"
+
+
+@pytest.mark.parametrize("above", ["recipe", "backbone.config", "task.x", "data"])
+def test_aliases_that_multiply_are_refused(above: str, tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
-    path.write_text(text := "a: &a {x: y}\nb: {<<: [*a, *a], z: [*a, *a]}\n")
+    path.write_text(bomb(above))
+    with pytest.raises(ConfigError) as caught:
+        load_run(str(path))
+    assert caught.value.where == str(path)
+    for command in (
+        ["config", str(path)],
+        ["check", str(path)],
+        ["launch", "m3i", "--with", "local", "--cluster", str(path)],
+    ):
+        error = CliRunner().invoke(app, command).exception
+        assert isinstance(error, ConfigError)
+        assert "aliases" in error.what
+
+
+@pytest.mark.parametrize("text", ["a: &a {x: y}\nb: {<<: [*a, *a]}\n", bomb("recipe", 2)])
+def test_aliases_that_do_not_multiply_are_read(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
     assert json.loads(json.dumps(read_yaml(path))) == yaml.safe_load(text)
+
+
+def test_merged_keys_cannot_multiply_either(tmp_path: Path) -> None:
+    lines = ["a0: &a0 {x: y}"] + [f"a{n}: &a{n} {{<<: [{', '.join([f'*a{n - 1}'] * 10)}]}}" for n in range(1, 12)]
+    path = tmp_path / "run.yaml"
+    path.write_text("\n".join(lines))
+    with pytest.raises(ConfigError) as caught:
+        read_yaml(path)
+    assert str(caught.value.where).endswith("/run.yaml")
+    assert "aliases" in caught.value.what
+
+
+def test_a_large_file_without_aliases_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(f"a: [{', '.join(['1'] * 120_000)}]")
+    assert len(read_yaml(path)["a"]) == 120_000
+
+
+def test_somebody_elses_run_with_such_a_file_is_reported(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "run.yaml").write_text(bomb("recipe"))
+    result = CliRunner().invoke(app, ["report", str(run), "--output", str(tmp_path / "page.html")])
+    assert result.exit_code == 0, result.exception
+    assert "aliases" in (tmp_path / "page.html").read_text()

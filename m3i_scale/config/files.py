@@ -1,6 +1,6 @@
 """Config files as written: locate them, parse their YAML, resolve `extends` and apply `key=value` overrides.
 
-The YAML parser reads the numbers of YAML 1.2 and rejects duplicate keys.
+The YAML parser is for untrusted files: YAML 1.2 numbers, no duplicate keys, and a limit on alias expansion.
 """
 
 from __future__ import annotations
@@ -18,6 +18,11 @@ from m3i_scale.upgrade import upgrade_config
 _PACKAGE = Path(__file__).resolve().parent.parent
 NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)
 """Exceptions for invalid YAML: undecodable bytes, syntax errors, invalid dates (2024-13-01), or excessive nesting."""
+
+MAX_VALUES = 100_000
+"""Maximum number of values of a document after alias expansion. The largest built-in recipe has a few hundred."""
+_LETTERS = 64
+"""Characters of a long string that count as one additional value."""
 
 
 def resource_folder(name: Literal["recipes", "protocols", "ds_configs"]) -> Path:
@@ -198,16 +203,44 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """Parse a YAML document. Raise YAMLError if it is invalid, ConfigError if a key occurs twice."""
+    """Parse a YAML document. Raise YAMLError if invalid, ConfigError for duplicate keys or too many alias values."""
     loader = _Loader(text)
     try:
         node = loader.get_single_node()
         if node is None:
             return None
+        _check_aliases(node, where)
         _check_keys(node, where, set())
         return loader.construct_document(node)
     finally:
         loader.dispose()
+
+
+def _check_aliases(root: yaml.Node, where: str) -> None:
+    """Reject documents with aliases that contain themselves or expand to fill the memory ("billion laughs")."""
+    expanded: dict[int, int] = {}
+    written = 0
+
+    def size_of(node: yaml.Node) -> int:
+        nonlocal written
+        if (size := expanded.get(id(node))) is not None:
+            if size == 0:
+                raise yaml.MarkedYAMLError(problem="an anchor contains itself", problem_mark=node.start_mark)
+            return size
+        expanded[id(node)] = 0
+        parts = [part for entry in node.value for part in entry] if isinstance(node, yaml.MappingNode) else node.value
+        own = 1 if isinstance(node, yaml.CollectionNode) else 1 + len(node.value) // _LETTERS
+        written += own
+        expanded[id(node)] = own + (sum(map(size_of, parts)) if isinstance(node, yaml.CollectionNode) else 0)
+        return expanded[id(node)]
+
+    if (total := size_of(root)) > MAX_VALUES and total > written:
+        raise ConfigError(
+            f"the aliases of the YAML must stand for at most {MAX_VALUES:,} values",
+            where=where,
+            why="a few lines would fill the memory",
+            fix="write the values out",
+        )
 
 
 def _check_keys(node: yaml.Node, where: str, seen: set[int], above: str = "") -> None:
