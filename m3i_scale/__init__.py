@@ -22,18 +22,18 @@ if TYPE_CHECKING:
     from m3i_scale.data.loader import TrainStream
     from m3i_scale.data.state import merge_states
     from m3i_scale.engine.parameter_groups import parameter_groups
-    from m3i_scale.errors import ConfigError, DataError, ExportError, FaultsError, UserError
+    from m3i_scale.errors import AggregateError, ConfigError, DataError, ExportError, UserError
     from m3i_scale.objective.information import Objective
     from m3i_scale.objective.recipe import Recipe
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AggregateError",
     "Batch",
     "ConfigError",
     "DataError",
     "ExportError",
-    "FaultsError",
     "LoadedBackbone",
     "Objective",
     "Recipe",
@@ -56,7 +56,7 @@ _ELSEWHERE = {
     "ConfigError": "errors",
     "DataError": "errors",
     "ExportError": "errors",
-    "FaultsError": "errors",
+    "AggregateError": "errors",
     "Objective": "objective.information",
     "Recipe": "objective.recipe",
     "RunConfig": "config",

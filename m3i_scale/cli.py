@@ -16,7 +16,7 @@ from rich.text import Text
 
 from m3i_scale import __version__
 from m3i_scale.checkpoint.commands import checkpoint_app
-from m3i_scale.errors import EXIT_FAILED, EXIT_PREEMPTED, EXIT_USER_ERROR, ConfigError, Faults, UserError
+from m3i_scale.errors import EXIT_FAILED, EXIT_PREEMPTED, EXIT_USER_ERROR, ConfigError, ErrorCollector, UserError
 from m3i_scale.evaluate.compare_command import compare
 from m3i_scale.launch.description import OVER_HOSTS, Cluster
 from m3i_scale.launch_command import launch, takes_cluster
@@ -166,21 +166,21 @@ def check(
     """
     leave_out_accelerator_warning()
     from m3i_scale.config import load_run
-    from m3i_scale.run.check import faults_of, stage_lines
+    from m3i_scale.run.check import errors_of, stage_lines
     from m3i_scale.run.run_warnings import warnings_of
 
-    faults = Faults()
-    faults.found = faults_of(run, overrides, ranks)
-    warnings = warnings_of(run, overrides, ask_servers=not faults.found)
+    errors = ErrorCollector()
+    errors.errors = errors_of(run, overrides, ranks)
+    warnings = warnings_of(run, overrides, ask_servers=not errors.errors)
     if as_json:
-        print_json({"faults": [fault.to_json() for fault in faults.found], "warnings": warnings})
-        if faults.found:
+        print_json({"errors": [error.to_json() for error in errors.errors], "warnings": warnings})
+        if errors.errors:
             raise typer.Exit(EXIT_USER_ERROR)
     else:
         console = wide_console(soft_wrap=True)
         for warning in warnings:
             console.print(f"warning: {warning}", style="yellow", markup=False, highlight=False)
-        faults.end()
+        errors.raise_any()
         for line in (*stage_lines(load_run(run, overrides)), "nothing to refuse"):
             console.print(line, markup=False, highlight=False)
 

@@ -11,7 +11,7 @@ from typing import TypeVar
 from typing_extensions import ParamSpec, Self
 
 EXIT_USER_ERROR = 2
-"""The input, the configuration or the machine is at fault; the message contains the fix."""
+"""The cause is the input, the configuration or the machine; the message contains the fix."""
 
 EXIT_FAILED = 1
 """Any other failure. A supervisor may restart the run from its latest checkpoint."""
@@ -87,53 +87,53 @@ class ConfigError(UserError):
     """Invalid or inconsistent config file, recipe or DeepSpeed JSON."""
 
 
-class FaultsError(ConfigError):
+class AggregateError(ConfigError):
     """Several errors, reported at once.
 
     Args:
-        faults: the errors, each as it would be raised alone.
+        errors: the errors, each as it would be raised alone.
     """
 
-    def __init__(self, faults: Sequence[UserError]) -> None:
-        self.faults = tuple(faults)
-        places = dict.fromkeys(fault.where for fault in faults if fault.where)
-        what = f"{len(faults)} faults: " + "; ".join(fault.what for fault in faults)
+    def __init__(self, errors: Sequence[UserError]) -> None:
+        self.errors = tuple(errors)
+        places = dict.fromkeys(error.where for error in errors if error.where)
+        what = f"{len(errors)} errors: " + "; ".join(error.what for error in errors)
         super().__init__(what, where="; ".join(places) or None)
 
     def __str__(self) -> str:
-        parts = [f"{number}. " + str(fault).replace("\n", "\n   ") for number, fault in enumerate(self.faults, 1)]
-        return "\n".join([f"{len(self.faults)} faults", *parts])
+        parts = [f"{number}. " + str(error).replace("\n", "\n   ") for number, error in enumerate(self.errors, 1)]
+        return "\n".join([f"{len(self.errors)} errors", *parts])
 
-    def on_rank(self, rank: int) -> FaultsError:
+    def on_rank(self, rank: int) -> AggregateError:
         """Return the same errors for all ranks to raise, with the rank where they occurred."""
-        return FaultsError([fault.on_rank(rank) for fault in self.faults])
+        return AggregateError([error.on_rank(rank) for error in self.errors])
 
     def __reduce__(self) -> tuple[object, ...]:
-        return (FaultsError, (self.faults,))
+        return (AggregateError, (self.errors,))
 
 
-class Faults:
+class ErrorCollector:
     """Collector of errors from several checks, which reports all of them at once."""
 
     def __init__(self) -> None:
-        self.found: list[UserError] = []
+        self.errors: list[UserError] = []
 
-    def note(self, check: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
+    def collect(self, check: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
         """Call `check` and return its result. If it raises a `UserError`, store it and return None."""
         try:
             return check(*args, **kwargs)
-        except FaultsError as error:
-            self.found += error.faults
+        except AggregateError as error:
+            self.errors += error.errors
         except UserError as error:
-            self.found.append(error)
+            self.errors.append(error)
         return None
 
-    def end(self) -> None:
+    def raise_any(self) -> None:
         """Raise the collected errors, if any."""
-        if len(self.found) == 1:
-            raise self.found[0]
-        if self.found:
-            raise FaultsError(self.found)
+        if len(self.errors) == 1:
+            raise self.errors[0]
+        if self.errors:
+            raise AggregateError(self.errors)
 
 
 class DataError(UserError):

@@ -94,15 +94,15 @@ def test_validation_data_that_are_not_there(overrides: list[str]) -> None:
 def test_overrides_that_are_no_list_are_one_error(load) -> None:
     with pytest.raises(m3i_scale.ConfigError) as error:
         load("m3i", "optim.steps=10")
-    assert not isinstance(error.value, m3i_scale.FaultsError)
+    assert not isinstance(error.value, m3i_scale.AggregateError)
     assert error.value.where == "load_run"
     assert error.value.fix == '["optim.steps=10"]'
 
 
 def test_several_errors_are_one_public_error() -> None:
-    with pytest.raises(m3i_scale.FaultsError) as error:
+    with pytest.raises(m3i_scale.AggregateError) as error:
         m3i_scale.load_run("m3i", ["optim.nosuch=1", "data.nosuch=1"])
-    assert len(error.value.faults) == 2
+    assert len(error.value.errors) == 2
 
 
 @pytest.mark.parametrize("act", [m3i_scale.open_stream, m3i_scale.build_objective])

@@ -18,7 +18,7 @@ from m3i_scale.config import (
     run_values,
 )
 from m3i_scale.config.explain import HINTS
-from m3i_scale.errors import ConfigError, FaultsError, did_you_mean
+from m3i_scale.errors import AggregateError, ConfigError, did_you_mean
 from m3i_scale.export.source import describe_data
 from m3i_scale.objective.recipe import load_run_and_recipe, parse_recipe
 from m3i_scale.upgrade import upgrade_config
@@ -113,7 +113,7 @@ def test_augmentation_out_of_its_range_is_refused_wherever_it_is_set(setting):
 def test_what_a_training_that_is_over_had_out_of_range_is_read():
     augment = {"crop_scale": [8, 100], "blur": [50], "color_jitter": [40, 40, 20, 10], "mean": [123.7, 116.3, 103.5]}
     values = run_values("supervised", ["optim.lr=1e-4", "optim.min_lr=1e-3"]) | {"data": {"augment": augment}}
-    with pytest.raises(FaultsError):
+    with pytest.raises(AggregateError):
         parse_section(RunConfig, values, where="run.yaml")
     run = parse_section(RunConfig, values, where="run.yaml", stored=True)
     assert run.data.augment.crop_scale == (8, 100)
@@ -248,7 +248,7 @@ def test_yaml_reads_as_before_but_for_keys_that_stand_twice(tmp_path):
 def test_what_is_no_number_to_compute_with_is_refused_anywhere(override, key):
     with pytest.raises(ConfigError) as caught:
         load_run_and_recipe("m3i", [override])
-    assert not isinstance(caught.value, FaultsError)
+    assert not isinstance(caught.value, AggregateError)
     assert f"'{key}" in caught.value.what
     assert caught.value.where == f"override {override}"
 
@@ -289,19 +289,19 @@ def test_a_tilde_is_the_home_of_the_user(monkeypatch):
 
 def test_all_faults_are_told_at_once():
     faults = {"optim.lr=fast": "optim.lr", "optim.epochs=3": "optim.epochs", "recipe.targets.0.weight=-1": "weight"}
-    with pytest.raises(FaultsError) as caught:
+    with pytest.raises(AggregateError) as caught:
         load_run_and_recipe("m3i", list(faults))
-    assert {told.where for told in caught.value.faults} == {f"override {override}" for override in faults}
-    for told, key in itertools.product(caught.value.faults, faults):
+    assert {told.where for told in caught.value.errors} == {f"override {override}" for override in faults}
+    for told, key in itertools.product(caught.value.errors, faults):
         assert (faults[key] in told.what) == (told.where == f"override {key}")
-    assert all(told.where.startswith("rank 3: ") for told in caught.value.on_rank(3).faults)
+    assert all(told.where.startswith("rank 3: ") for told in caught.value.on_rank(3).errors)
 
 
 def test_all_overrides_that_are_none_are_told_at_once():
     overrides = ["optim.lr", "optim.lr.x=1", "seed=["]
-    with pytest.raises(FaultsError) as caught:
+    with pytest.raises(AggregateError) as caught:
         load_run("m3i", overrides)
-    assert [told.where for told in caught.value.faults] == [f"override {given}" for given in overrides]
+    assert [told.where for told in caught.value.errors] == [f"override {given}" for given in overrides]
 
 
 def test_pipes_and_allow_shell_were_removed(tmp_path):

@@ -16,7 +16,7 @@ from m3i_scale.cli import app
 from m3i_scale.config import RunConfig, load_run, parse_section
 from m3i_scale.errors import ConfigError
 from m3i_scale.files import local_path
-from m3i_scale.run.check import faults_of
+from m3i_scale.run.check import errors_of
 
 WRITERS = {
     "recipes show m3i --output": "recipe.md",
@@ -121,7 +121,7 @@ def test_a_run_does_not_write_into_a_file(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
 
     def places(output_dir: Path) -> list[str]:
-        return [str(fault.where) for fault in faults_of("m3i", [f"output_dir={output_dir}"])]
+        return [str(fault.where) for fault in errors_of("m3i", [f"output_dir={output_dir}"])]
 
     for wrong in (tmp_path / "file", tmp_path / "file" / "run", tmp_path / ("x" * 300)):
         assert places(wrong) == ["data.datasets", f"output_dir: {wrong}"]
@@ -139,5 +139,5 @@ def test_the_default_folder_is_not_looked_into_if_another_one_is_meant(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs/run/checkpoints/step-00000003").mkdir(parents=True)  # is not good
-    places = [str(fault.where) for fault in faults_of("m3i", ["output_dir=s3://bucket/run"])]
+    places = [str(fault.where) for fault in errors_of("m3i", ["output_dir=s3://bucket/run"])]
     assert places == ["override output_dir=s3://bucket/run", "data.datasets"]

@@ -15,7 +15,7 @@ from transformers import ViTConfig, ViTModel
 
 from m3i_scale.errors import DataError
 from m3i_scale.output import release_stdout
-from m3i_scale.run.check import faults_of
+from m3i_scale.run.check import errors_of
 from m3i_scale.shards.make import make_shards
 from m3i_scale.shards.options import ShardOptions
 from m3i_scale.shards.records import ListedInput, Record
@@ -151,7 +151,7 @@ def test_their_run_files_hold_with_weights_of_the_start(sets, tmp_path):
     for number, one in enumerate((start, *gone_on)):
         run_file = tmp_path / f"{number}.yaml"
         run_file.write_text(yaml.safe_dump(one.values(tmp_path / str(number))))
-        assert faults_of(str(run_file), ranks=1) == []
+        assert errors_of(str(run_file), ranks=1) == []
 
 
 def test_a_result_depends_on_its_start_and_on_both_sets(sets, tmp_path):

@@ -164,8 +164,8 @@ def _verify_lines(document: Mapping[str, Any]) -> RenderableType:
     for row in document["checkpoints"]:
         if row["good"]:
             lines.append(Text(f"{row['checkpoint']}: good", "green"))
-        for fault in row["faults"]:
-            lines.append(Text(f"{row['checkpoint']}/{fault['file']}: {fault['what']}", "bold red"))
+        for error in row["errors"]:
+            lines.append(Text(f"{row['checkpoint']}/{error['file']}: {error['what']}", "bold red"))
     return Group(*lines)
 
 
@@ -180,8 +180,8 @@ def _inspect_table(document: Mapping[str, Any]) -> RenderableType:
     facts.add_row("data", Text("\n".join(_position_text(name, at) for name, at in document["data"].items())))
     versions = document["versions"] or {}
     facts.add_row("versions", Text(", ".join(f"{name} {number}" for name, number in versions.items()) or "not known"))
-    for fault in document["faults_by_size"]:
-        facts.add_row(Text("fault", "bold red"), Text(fault))
+    for error in document["errors_by_size"]:
+        facts.add_row(Text("error", "bold red"), Text(error))
     table = _table("kind", "tensors", "size", "types")
     for kind, row in document["tensors"].items():
         table.add_row(kind, f"{row['tensors']:,}", size_text(row["bytes"]), " ".join(row["dtypes"]))

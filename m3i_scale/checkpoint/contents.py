@@ -31,7 +31,7 @@ def inspect_checkpoint(folder: Path) -> dict[str, Any]:
     return {
         "checkpoint": str(folder),
         "bytes": folder_bytes(folder),
-        "faults_by_size": verify(folder, contents=False),
+        "errors_by_size": verify(folder, contents=False),
         **{name: meta.get(name) for name in _INSPECTED},
         "name": run.get("name"),
         "recipe": _at(run, "recipe", "name"),
@@ -47,7 +47,7 @@ def run_of(folder: Path) -> dict[str, Any]:
     try:
         return upgrade_config(read_yaml(folder / "run.yaml"))
     except ConfigError as error:
-        raise CheckpointError(error.what, where=error.where, fix="checkpoint verify names all faults") from None
+        raise CheckpointError(error.what, where=error.where, fix="checkpoint verify names all errors") from None
 
 
 def positions(folder: Path) -> dict[str, dict[str, Any]]:

@@ -114,5 +114,5 @@ def unreadable(folder: Path, name: str, error: Exception | str) -> CheckpointErr
         f"the checkpoint cannot be read: {reason}",
         where=str(folder / name),
         why=gone,
-        fix="take another checkpoint of the run" if gone else "`m3i-scale checkpoint verify` names all faults",
+        fix="take another checkpoint of the run" if gone else "`m3i-scale checkpoint verify` names all errors",
     )

@@ -116,7 +116,7 @@ def verify_checkpoints(path: Path, advance: Callable[[int], None]) -> dict[str, 
         if not checkpoint.exists() and checkpoint != path:
             continue  # deleted by the run in the meantime
         lines = [{"file": error.file, "what": error.what} for error in errors]
-        rows.append({"checkpoint": str(checkpoint), "good": not errors, "faults": lines})
+        rows.append({"checkpoint": str(checkpoint), "good": not errors, "errors": lines})
     return {"good": all(row["good"] for row in rows), "checkpoints": rows}
 
 

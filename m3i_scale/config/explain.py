@@ -12,7 +12,7 @@ from pydantic.fields import FieldInfo
 
 from m3i_scale.config.kinds import Kind
 from m3i_scale.config.sections import Section, SectionT
-from m3i_scale.errors import ConfigError, FaultsError, did_you_mean
+from m3i_scale.errors import AggregateError, ConfigError, did_you_mean
 from m3i_scale.text import redact_text
 from m3i_scale.upgrade import KEYS
 
@@ -78,7 +78,7 @@ def validation_error(
         error_of.setdefault(key, _explain(_Sections(kind, values), detail, where_of(detail["loc"]), below))
     # Of the members of a union, the one that was parsed furthest has the most useful error.
     errors = [found for key, found in error_of.items() if not any(other.startswith(f"{key}.") for other in error_of)]
-    return errors[0] if len(errors) == 1 else FaultsError(errors)
+    return errors[0] if len(errors) == 1 else AggregateError(errors)
 
 
 def reason_of(error: OSError | ValidationError) -> str:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import yaml
 
-from m3i_scale.errors import ConfigError, Faults, did_you_mean, error_prefix
+from m3i_scale.errors import ConfigError, ErrorCollector, did_you_mean, error_prefix
 from m3i_scale.text import redact_text
 from m3i_scale.upgrade import upgrade_config
 
@@ -75,10 +75,10 @@ def run_values(name_or_path: str, overrides: list[str] | None = None) -> dict[st
         )
     path = find_run_file(name_or_path)
     values = _read_with_base(path, ())
-    faults = Faults()
+    errors = ErrorCollector()
     for override in overrides or []:
-        faults.note(_apply_override, values, override)
-    faults.end()
+        errors.collect(_apply_override, values, override)
+    errors.raise_any()
     return values
 
 

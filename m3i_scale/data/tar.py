@@ -55,7 +55,7 @@ _FIXES = {
 
 
 @dataclass(frozen=True)
-class Fault:
+class Problem:
     """An error of a sample, or of its shard if it has no key."""
 
     reason: str
@@ -89,7 +89,7 @@ class RawSample:
 
     key: str
     members: list[Member] = field(default_factory=list)
-    faults: list[Fault] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
     head: int = 0
     """CRC-32 of the headers of all files."""
 
@@ -110,7 +110,7 @@ class RawSample:
 
     def blame(self, reason: str, detail: str = "") -> None:
         """Add an error of this sample."""
-        self.faults.append(Fault(reason, detail, printable(self.key), self.start))
+        self.problems.append(Problem(reason, detail, printable(self.key), self.start))
 
 
 @dataclass
@@ -120,7 +120,7 @@ class RawShard:
     size: int = 0
     """Size of the file in bytes."""
     samples: list[RawSample] = field(default_factory=list)
-    faults: list[Fault] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
     """Errors of the shard, and of files that belong to no sample."""
     others: int = 0
     """Number of folders and of files that webdataset skips."""
@@ -134,7 +134,7 @@ def read_shard(path: Path) -> RawShard:
         with path.open("rb") as stream:
             _Headers(stream, shard, None).read()
     except OSError as error:
-        shard.faults.append(Fault(UNREADABLE, str(error.strerror or error)))
+        shard.problems.append(Problem(UNREADABLE, str(error.strerror or error)))
     return shard
 
 
@@ -149,14 +149,16 @@ def read_strictly(stream: BinaryIO, size: int, where: str) -> RawShard:
     return shard
 
 
-def shard_error(where: str, fault: Fault, count: int = 1) -> DataError:
+def shard_error(where: str, problem: Problem, count: int = 1) -> DataError:
     """Return the exception for an error of a shard, the first of `count`."""
-    detail = f"byte {fault.offset}, key '{fault.key}': {fault.detail}".removesuffix(": ")
+    detail = f"byte {problem.offset}, key '{problem.key}': {problem.detail}".removesuffix(": ")
     return DataError(
-        f"cannot read the shard: {fault.reason}",
+        f"cannot read the shard: {problem.reason}",
         where=where,
         why=detail + (f"; it has {count} errors" if count > 1 else ""),
-        fix=_FIXES.get(fault.reason, "m3i-scale shards check SHARDS --repair FOLDER --link leaves out corrupt samples"),
+        fix=_FIXES.get(
+            problem.reason, "m3i-scale shards check SHARDS --repair FOLDER --link leaves out corrupt samples"
+        ),
     )
 
 
@@ -231,22 +233,22 @@ class _Headers:
         if end == 0:
             self._no_tar(damage)
         self._end(end, damage)
-        if not self._shard.samples and not self._shard.faults:
-            self._fault(EMPTY)
+        if not self._shard.samples and not self._shard.problems:
+            self._problem(EMPTY)
 
-    def _checked(self, fault: Fault) -> Fault:
+    def _checked(self, problem: Problem) -> Problem:
         if self._strict is not None:
-            raise shard_error(self._strict, fault)
-        return fault
+            raise shard_error(self._strict, problem)
+        return problem
 
-    def _fault(self, reason: str, detail: str = "", offset: int = 0) -> None:
-        self._shard.faults.append(self._checked(Fault(reason, detail, offset=offset)))
+    def _problem(self, reason: str, detail: str = "", offset: int = 0) -> None:
+        self._shard.problems.append(self._checked(Problem(reason, detail, offset=offset)))
 
     def _add(self, member: tarfile.TarInfo, *, renamed: bool) -> None:
         name = printable(member.name[:MAX_NAME])
         reason = _hostile(member) or ("global header renames members" if renamed else None)
         if reason:
-            self._fault(reason, name, member.offset)
+            self._problem(reason, name, member.offset)
         key, extension = (None, None) if reason else _split(member)
         if key is None or extension is None:
             self._shard.others += reason is None
@@ -269,16 +271,16 @@ class _Headers:
                 sample.blame("duplicate member", extension)
             return sample
         if sample is not None and not again:
-            if not any(fault.reason == SCATTERED for fault in sample.faults):
+            if not any(problem.reason == SCATTERED for problem in sample.problems):
                 detail = f"'{extension}' is at byte {offset}"
-                sample.faults.append(self._checked(Fault(SCATTERED, detail, printable(key), sample.start)))
+                sample.problems.append(self._checked(Problem(SCATTERED, detail, printable(key), sample.start)))
             return sample
         fresh = RawSample(key)
         if sample is not None:
-            twice = Fault(TWICE, f"first at byte {sample.start}", printable(key), offset)
-            fresh.faults.append(self._checked(twice))
+            twice = Problem(TWICE, f"first at byte {sample.start}", printable(key), offset)
+            fresh.problems.append(self._checked(twice))
         if key.encode("utf-8", "replace").decode("utf-8") != key:
-            fresh.faults.append(Fault("name is not UTF-8", "", printable(key), offset))
+            fresh.problems.append(Problem("name is not UTF-8", "", printable(key), offset))
         self._by_key[key] = fresh
         self._shard.samples.append(fresh)
         return fresh
@@ -288,12 +290,12 @@ class _Headers:
         head = self._stream.read(6)
         packed = next((kind for magic, kind in _MAGIC.items() if head.startswith(magic)), None)
         if packed:
-            self._fault("shard is compressed", f"by {packed}; loaders seek in plain tars: unpack it")
+            self._problem("shard is compressed", f"by {packed}; loaders seek in plain tars: unpack it")
         elif damage:
-            self._fault("shard is not a tar", damage)
+            self._problem("shard is not a tar", damage)
 
     def _end(self, end: int, damage: str | None) -> None:
-        if end == 0 and self._shard.faults:
+        if end == 0 and self._shard.problems:
             return
         size, stream = self._shard.size, self._stream
         stream.seek(min(end, size))
@@ -303,13 +305,13 @@ class _Headers:
             whole = True
             if any(any(piece) for piece in iter(lambda: stream.read(1 << 20), b"")):
                 detail = "readers stop at the first end: are these several tars in one file?"
-                self._fault(AFTER_END, detail, end)
+                self._problem(AFTER_END, detail, end)
         elif damage is None and len(block) == _BLOCK:
-            self._fault(DAMAGED, f"the remaining {size - end} bytes cannot be read", end)
+            self._problem(DAMAGED, f"the remaining {size - end} bytes cannot be read", end)
         elif damage is not None and end < size:
-            self._fault(DAMAGED, damage, end)
+            self._problem(DAMAGED, damage, end)
         else:
-            self._fault(CUT_OFF, f"at byte {size}", min(end, size))
+            self._problem(CUT_OFF, f"at byte {size}", min(end, size))
         if self._newest is not None and (not whole or self._newest.end > size):
             self._newest.blame(CUT_OFF, "the last sample before the error: members may be missing")
 

@@ -14,7 +14,7 @@ from m3i_scale.config import RunConfig
 from m3i_scale.data.mixing import check_shares, check_weights
 from m3i_scale.data.remote.address import to_address
 from m3i_scale.engine.deepspeed.resolve import check_batch
-from m3i_scale.errors import ConfigError, Faults
+from m3i_scale.errors import ConfigError, ErrorCollector
 from m3i_scale.host.failures import Failure
 from m3i_scale.host.output_dir import check_output_dir
 from m3i_scale.launch.hosts import Host
@@ -125,7 +125,7 @@ def check_fit(run: RunConfig, job: Job, launcher: str) -> None:
     if launcher == "elastic":
         return
     size = run.optim.micro_batch_size
-    errors = Faults()
-    errors.note(check_batch, job.world_size, run.optim.batch_size, size)
-    errors.note(lambda: check_shares(run.data, micro_batch_size=size, world_size=job.world_size))
-    errors.end()
+    errors = ErrorCollector()
+    errors.collect(check_batch, job.world_size, run.optim.batch_size, size)
+    errors.collect(lambda: check_shares(run.data, micro_batch_size=size, world_size=job.world_size))
+    errors.raise_any()

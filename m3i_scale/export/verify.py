@@ -45,13 +45,13 @@ def verify(folder: Path, reference: Reference) -> dict[str, Any]:
             image.save(work / f"{picture}.png")
         report = _run(folder, work)
         outputs = load_file(work / "outputs.safetensors")
-    faults = list(_faults(report, outputs, reference))
-    if faults:
+    errors = list(_errors(report, outputs, reference))
+    if errors:
         raise ExportError(
-            f"the export does not hold what was trained: {faults[0]}",
+            f"the export does not hold what was trained: {errors[0]}",
             where=str(folder),
-            why=f"{len(faults)} faults in all; found by loading it in a fresh process",
-            fix="look for a fault of the disk or a mix of library versions, then export anew",
+            why=f"{len(errors)} errors in all; found by loading it in a fresh process",
+            fix="look for a error of the disk or a mix of library versions, then export anew",
         )
     return {
         "classes": {name: facts["class"] for name, facts in report["models"].items()} | {"image": report["processor"]},
@@ -85,7 +85,7 @@ def _run(folder: Path, work: Path) -> dict[str, Any]:
     return report
 
 
-def _faults(report: dict[str, Any], outputs: dict[str, Tensor], reference: Reference) -> Iterator[str]:
+def _errors(report: dict[str, Any], outputs: dict[str, Tensor], reference: Reference) -> Iterator[str]:
     yield from (f"it needs {name} to load" for name in report["needed"])
     parts = {part.name for part in reference.parts}
     for name in sorted(parts - report["models"].keys()):
@@ -95,8 +95,8 @@ def _faults(report: dict[str, Any], outputs: dict[str, Tensor], reference: Refer
     for name in sorted(parts & report["models"].keys()):
         # Other versions of transformers may rename parameters; then only loading and outputs are compared.
         names = report.get("transformers") == transformers.__version__
-        for fault in _model_faults(report["models"][name], reference, name, names=names):
-            yield f"{name} model: {fault}"
+        for error in _model_errors(report["models"][name], reference, name, names=names):
+            yield f"{name} model: {error}"
         for key, found in outputs.items():
             if key.split(".")[:2] == ["output", name] and not close(found, wanted := _wanted(key, reference)):
                 which = "" if key == f"output.{name}" else f" ({key.split('.')[2]})"
@@ -104,7 +104,7 @@ def _faults(report: dict[str, Any], outputs: dict[str, Tensor], reference: Refer
                 yield f"{name} model: outputs{which} differ by {far} from the training modules'"
     heads = report["heads"]
     yield from (
-        f"heads: {fault}" for fault in _differing(heads["fingerprints"], reference.fingerprints.get("heads", {}))
+        f"heads: {error}" for error in _differing(heads["fingerprints"], reference.fingerprints.get("heads", {}))
     )
     for (backend, tolerance), (name, wanted) in product(LEVELS_TOLERANCE.items(), reference.trained_on.items()):
         levels = 255 * max(reference.std) * difference(outputs[f"{backend}.{name}"], wanted)
@@ -118,7 +118,7 @@ def _wanted(key: str, reference: Reference) -> Tensor:
     return reference.outputs[name if name in reference.outputs else name.split(".")[0]]
 
 
-def _model_faults(facts: dict[str, Any], reference: Reference, name: str, *, names: bool) -> Iterator[str]:
+def _model_errors(facts: dict[str, Any], reference: Reference, name: str, *, names: bool) -> Iterator[str]:
     if facts["dtypes"] != [reference.dtype] or facts["config_dtype"] != reference.dtype:
         yield (
             f"tensors are {'/'.join(facts['dtypes'])} and config.json says {facts['config_dtype']}, where"
@@ -134,7 +134,7 @@ def _model_faults(facts: dict[str, Any], reference: Reference, name: str, *, nam
     if facts["loaded_dtype"] != reference.dtype:
         yield f"it loads as {facts['loaded_dtype']}"
     if names:
-        yield from (f"after loading, {fault}" for fault in _differing(facts["loaded"], reference.fingerprints[name]))
+        yield from (f"after loading, {error}" for error in _differing(facts["loaded"], reference.fingerprints[name]))
 
 
 def _differing(found: dict[str, str], wanted: dict[str, str]) -> Iterator[str]:

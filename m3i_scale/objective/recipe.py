@@ -19,7 +19,7 @@ from m3i_scale.config import RunConfig, find_run_file, load_run, parse_section, 
 from m3i_scale.config.data import Reads
 from m3i_scale.config.explain import WhereOf, origin
 from m3i_scale.config.views import ViewSpec, ViewSpecs, each_view
-from m3i_scale.errors import ConfigError, Faults
+from m3i_scale.errors import ConfigError, ErrorCollector
 from m3i_scale.objective.balance import BalanceSpec, FixedSpec
 from m3i_scale.objective.decoders import ClassTokenSpec
 from m3i_scale.objective.encoders import EmaSpec
@@ -146,20 +146,20 @@ class Recipe(Parts):
 
     @model_validator(mode="after")
     def _holds_together(self) -> Self:
-        faults = list(self._faults())
-        if faults:
-            raise ValueError("; ".join(faults))
+        errors = list(self._errors())
+        if errors:
+            raise ValueError("; ".join(errors))
         return self
 
-    def _faults(self) -> Iterator[str]:
+    def _errors(self) -> Iterator[str]:
         names = [spec.name for spec in self.inputs]
         yield from _repeated("input", names)
         yield from _repeated("target", [target.name for target in self.targets])
-        yield from self._mix_faults(names)
-        yield from self._view_faults()
+        yield from self._mix_errors(names)
+        yield from self._view_errors()
         for target in self.targets:
-            for fault in target.faults(self):
-                yield f"target '{target.name}': {fault}"
+            for error in target.errors(self):
+                yield f"target '{target.name}': {error}"
             if target.reads != "labels" and len(self.targets) > 1:
                 yield f"target '{target.name}': a {target.kind} target is the only one of its recipe"
         for name, decoder in self.decoders.items():
@@ -169,15 +169,15 @@ class Recipe(Parts):
                     "1, and by targets that lie in no view"
                 )
         yield from self._unused(names)
-        yield from self._head_faults()
-        yield from self._section_faults()
+        yield from self._head_errors()
+        yield from self._section_errors()
 
     @property
     def _asks_one_whole_image(self) -> bool:
         only = self.inputs[0].views == 1 and self.shows(1) is not None
         return len(self.inputs) == 1 and only and not self.image_targets
 
-    def _mix_faults(self, names: list[str]) -> Iterator[str]:
+    def _mix_errors(self, names: list[str]) -> Iterator[str]:
         if self.mix is None:
             return
         if sorted(self.mix.inputs) != sorted(names):
@@ -187,7 +187,7 @@ class Recipe(Parts):
         if any(spec.views > 1 or self.is_small(spec.view) for spec in self.inputs):
             yield "inputs of a mix are of one view each, of the backbone's size"
 
-    def _view_faults(self) -> Iterator[str]:
+    def _view_errors(self) -> Iterator[str]:
         has = {f"target '{target.name}'": [target.view] for target in self.image_targets}
         has |= {f"input '{spec.name}'": [*spec.seen] for spec in self.inputs}
         used = {view for views in has.values() for view in views}
@@ -225,7 +225,7 @@ class Recipe(Parts):
             if name not in {target.teacher for target in self.image_targets if target.encoder == "teacher"}:
                 yield f"teacher '{name}' has no effect: no target has `encoder: teacher, teacher: {name}`"
 
-    def _head_faults(self) -> Iterator[str]:
+    def _head_errors(self) -> Iterator[str]:
         for name in dict.fromkeys(target.memory_name for target in self.head_targets):
             users = [target for target in self.head_targets if target.memory_name == name]
             if any(user.remembers != users[0].remembers for user in users):
@@ -236,7 +236,7 @@ class Recipe(Parts):
                     "each a head of its own"
                 )
 
-    def _section_faults(self) -> Iterator[str]:
+    def _section_errors(self) -> Iterator[str]:
         averages = any(target.encoder == "ema" for target in self.targets)
         if self.ema is not None and not averages:
             yield "`ema` has no effect: no target has `encoder: ema`"
@@ -297,19 +297,19 @@ def load_run_and_recipe(
     names, which runs their code."""
     if values is None:
         values = run_values(name_or_path, overrides)
-    faults, recipe = Faults(), None
-    run = faults.note(load_run, name_or_path, overrides, values)
+    errors, recipe = ErrorCollector(), None
+    run = errors.collect(load_run, name_or_path, overrides, values)
     described = values.get("recipe")
     if run is not None and run.task is not None:
         recipe = parse_recipe(run.recipe)
-    elif isinstance(described, dict):  # otherwise `faults` already reports the missing recipe
+    elif isinstance(described, dict):  # otherwise `errors` already reports the missing recipe
         path = find_run_file(name_or_path)
-        recipe = faults.note(
+        recipe = errors.collect(
             lambda: parse_recipe(
                 described, where=lambda place: origin(("recipe", *place), overrides or [], path), imports=True
             )
         )
-    faults.end()
+    errors.raise_any()
     if run is None or recipe is None:
-        raise RuntimeError("nothing is at fault, and nothing is there")
+        raise RuntimeError("there is no error, and nothing was loaded")
     return run, recipe

@@ -17,7 +17,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from m3i_scale import __version__
-from m3i_scale.errors import ConfigError, Faults
+from m3i_scale.errors import ConfigError, ErrorCollector
 from m3i_scale.host.failures import read_attempts, read_failure
 from m3i_scale.report.about import differing_settings, facts_of, figures_of, progress_of
 from m3i_scale.report.albums import albums_of
@@ -161,13 +161,13 @@ def _allowed(script: str) -> str:
 
 def _sections_of(run: RunFiles, name: str) -> dict[str, Any]:
     """Return the template values of one run, except its curves. An unreadable file is only listed as an error."""
-    errors = Faults()
-    checkpoints = errors.note(checkpoints_of, run) or {"checkpoints": []}
-    quarantine = errors.note(quarantine_of, run.folder) or {}
-    attempts = errors.note(read_attempts, run.folder) or []
-    failure = errors.note(read_failure, run.folder)
+    errors = ErrorCollector()
+    checkpoints = errors.collect(checkpoints_of, run) or {"checkpoints": []}
+    quarantine = errors.collect(quarantine_of, run.folder) or {}
+    attempts = errors.collect(read_attempts, run.folder) or []
+    failure = errors.collect(read_failure, run.folder)
     progress = progress_of(run)
-    error_texts = [f"{error.what} ({error.where})" for error in errors.found]
+    error_texts = [f"{error.what} ({error.where})" for error in errors.errors]
     if run.settings_error is not None:
         error_texts.append(f"run.yaml: {run.settings_error}")
     if run.unreadable:

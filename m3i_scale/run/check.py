@@ -20,7 +20,7 @@ from m3i_scale.engine.compilation import check_compile
 from m3i_scale.engine.deepspeed.resolve import ResolvedConfig, check_accelerator, load_ds_config
 from m3i_scale.engine.peak import named_peak
 from m3i_scale.engine.precision import check_deterministic, compute_dtype
-from m3i_scale.errors import ConfigError, Faults, UserError, error_prefix
+from m3i_scale.errors import ConfigError, ErrorCollector, UserError, error_prefix
 from m3i_scale.host.output_dir import check_output_dir
 from m3i_scale.objective.build import build_on_meta
 from m3i_scale.objective.fit import check_fit
@@ -40,26 +40,26 @@ _ANY_WIDTH = 768
 """Backbone width used if the backbone is invalid. It only resolves DeepSpeed bucket sizes, which are then discarded."""
 
 
-def faults_of(name_or_path: str, overrides: list[str] | None = None, ranks: int | None = None) -> list[UserError]:
+def errors_of(name_or_path: str, overrides: list[str] | None = None, ranks: int | None = None) -> list[UserError]:
     """Return all errors that `train` would raise at startup, except errors that only the machines of the run can
     detect. If `ranks` is None, checks that depend on the number of ranks are skipped."""
-    faults = Faults()
-    values = faults.note(run_values, name_or_path, overrides)
+    errors = ErrorCollector()
+    values = errors.collect(run_values, name_or_path, overrides)
     if values is None:
-        return faults.found
-    faults.note(load_run_and_recipe, name_or_path, overrides, values)
+        return errors.errors
+    errors.collect(load_run_and_recipe, name_or_path, overrides, values)
     run, broken = valid_part(values)
     if run is not None:
-        if Faults().note(parse_recipe, run.recipe) is None:  # its errors are already recorded
+        if ErrorCollector().collect(parse_recipe, run.recipe) is None:  # its errors are already recorded
             broken |= {"recipe"}
-        checks = Checks(run, ranks, broken, here=False, faults=faults)
+        checks = Checks(run, ranks, broken, here=False, errors=errors)
         resolved = checks.resolve()
-        if Faults().note(check_output_dir, run.output_dir) is not None:
-            checks.note("backbone", _check_weights, run)
-            checks.note("checkpoint data output_dir", _check_checkpoint, run, resolved, ranks or 1)
-    for fault in faults.found:
-        fault.where = fault.where or str(find_run_file(name_or_path))
-    return faults.found
+        if ErrorCollector().collect(check_output_dir, run.output_dir) is not None:
+            checks.collect("backbone", _check_weights, run)
+            checks.collect("checkpoint data output_dir", _check_checkpoint, run, resolved, ranks or 1)
+    for error in errors.errors:
+        error.where = error.where or str(find_run_file(name_or_path))
+    return errors.errors
 
 
 def _check_weights(run: RunConfig) -> None:
@@ -67,7 +67,7 @@ def _check_weights(run: RunConfig) -> None:
     start, resumes = run.backbone.from_pretrained, (run.output_dir / "checkpoints").exists()
     if start is None or resumes or not Path(start).exists():
         return
-    model = Faults().note(backbone_config, run.backbone)  # its errors are already recorded
+    model = ErrorCollector().collect(backbone_config, run.backbone)  # its errors are already recorded
     if model is not None:
         plan_load(backbone_source(run.backbone), model)
 
@@ -80,10 +80,10 @@ def _check_checkpoint(run: RunConfig, resolved: ResolvedRun | None, ranks: int) 
 
 
 def check_run(name_or_path: str, overrides: list[str] | None = None, ranks: int | None = None) -> None:
-    """Raise the errors that `faults_of` returns."""
-    faults = Faults()
-    faults.found = faults_of(name_or_path, overrides, ranks)
-    faults.end()
+    """Raise the errors that `errors_of` returns."""
+    errors = ErrorCollector()
+    errors.errors = errors_of(name_or_path, overrides, ranks)
+    errors.raise_any()
 
 
 def stage_lines(run: RunConfig) -> list[str]:
@@ -106,7 +106,7 @@ def resolve_run(
     `unpacked`, see `Checks`."""
     checks = Checks(run, world_size, here=here, unpacked=unpacked)
     resolved = checks.resolve()
-    checks.faults.end()
+    checks.errors.raise_any()
     if resolved is None:
         raise RuntimeError("there is no error, and nothing was resolved")
     return resolved
@@ -114,7 +114,7 @@ def resolve_run(
 
 @dataclass
 class Checks:
-    """All checks of one run, which add their errors to `faults`."""
+    """All checks of one run, which add their errors to `errors`."""
 
     run: RunConfig
     ranks: int | None
@@ -125,45 +125,45 @@ class Checks:
     """Whether this machine takes part in the run."""
     unpacked: DataFacts | None = None
     """Properties of data whose shards do not exist yet."""
-    faults: Faults = field(default_factory=Faults)
+    errors: ErrorCollector = field(default_factory=ErrorCollector)
 
     def holds(self, sections: str) -> bool:
         """Return whether none of the sections, separated by spaces, has errors."""
         return not self.broken.intersection(sections.split())
 
-    def note(self, sections: str, check: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
+    def collect(self, sections: str, check: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
         """Run a check that depends on these sections, and return its result; None if it fails or is skipped."""
-        return self.faults.note(check, *args, **kwargs) if self.holds(sections) else None
+        return self.errors.collect(check, *args, **kwargs) if self.holds(sections) else None
 
     def resolve(self) -> ResolvedRun | None:
         """Run all checks. Return the resolved run, or None if there are errors."""
-        run, before = self.run, len(self.faults.found)
-        recipe = self.note("recipe", parse_recipe, run.recipe)
+        run, before = self.run, len(self.errors.errors)
+        recipe = self.collect("recipe", parse_recipe, run.recipe)
         access, there = None, False
         if self.holds("data") and self.unpacked is None:
-            access, there = find_shards(run, self.faults, self.ranks if self.holds("optim") else None)
-        model = self.note("backbone", backbone_config, run.backbone)
-        self.note("output_dir", check_output_dir, run.output_dir)
-        self.note("log", trackers_of, run.log)
-        self.faults.note(check_policy, run.backbone.activation_checkpointing)
+            access, there = find_shards(run, self.errors, self.ranks if self.holds("optim") else None)
+        model = self.collect("backbone", backbone_config, run.backbone)
+        self.collect("output_dir", check_output_dir, run.output_dir)
+        self.collect("log", trackers_of, run.log)
+        self.errors.collect(check_policy, run.backbone.activation_checkpointing)
         if run.backbone.compiles:
-            self.faults.note(check_compile)
+            self.errors.collect(check_compile)
         if run.task is not None and model is not None:
-            self.note("optim", run.task.check, run, model)
+            self.collect("optim", run.task.check, run, model)
         facts = self.unpacked or DataFacts(run)
         if recipe is not None:
             self._check_without_data(recipe)
             if self.holds("data"):
-                read = read_facts(run, recipe, access, self.faults, there=there, text=self.holds("text"))
+                read = read_facts(run, recipe, access, self.errors, there=there, text=self.holds("text"))
                 facts = read if self.unpacked is None else self.unpacked
         run = facts.run
         deepspeed = self._resolve_engine(run, _ANY_WIDTH if model is None else model.hidden_size)
         if recipe is None or model is None or deepspeed is None or not self.holds("data text"):
             return None
-        if len(self.faults.found) > before:
+        if len(self.errors.errors) > before:
             return None
         targets = recipe.targets if run.data.validation else []
-        scored = self.faults.note(lambda: [target.name for target in targets if target.check_scores(run, access)])
+        scored = self.errors.collect(lambda: [target.name for target in targets if target.check_scores(run, access)])
         resolved = ResolvedRun(
             run,
             recipe,
@@ -176,42 +176,42 @@ class Checks:
             scored=scored or [],
         )
         self._check_stages(resolved)
-        return resolved if len(self.faults.found) == before else None
+        return resolved if len(self.errors.errors) == before else None
 
     def _check_without_data(self, recipe: Recipe) -> None:
         run = self.run
-        self.faults.note(check_text, run, recipe)
-        self.note("evaluation data optim", _check_evaluation, run)
-        self.note("evaluation data optim checkpoint", check_retention, run, recipe)
+        self.errors.collect(check_text, run, recipe)
+        self.collect("evaluation data optim", _check_evaluation, run)
+        self.collect("evaluation data optim checkpoint", check_retention, run, recipe)
         if self.ranks is not None:
-            self.note("optim", check_batch, run, recipe, self.ranks)
+            self.collect("optim", check_batch, run, recipe, self.ranks)
 
     def _resolve_engine(self, run: RunConfig, width: int) -> ResolvedConfig | None:
         """Resolve and check the DeepSpeed config."""
         peak = run.hardware.peak_tflops
-        deepspeed = self.note("optim deepspeed", resolve_engine, run, self.ranks, width)
+        deepspeed = self.collect("optim deepspeed", resolve_engine, run, self.ranks, width)
         if not self.holds("optim"):  # its "auto" values are resolved from `optim`
-            self.note("deepspeed", load_ds_config, run.deepspeed)
+            self.collect("deepspeed", load_ds_config, run.deepspeed)
         if deepspeed is None:
             if not isinstance(peak, str | None):  # the name of a preset depends on the precision
-                self.faults.note(named_peak, peak, torch.float32)
+                self.errors.collect(named_peak, peak, torch.float32)
             return None
         if run.task is not None:
-            self.faults.note(run.task.check_engine, run, deepspeed.config)
+            self.errors.collect(run.task.check_engine, run, deepspeed.config)
         if self.here:
-            self.faults.note(check_accelerator, deepspeed)
+            self.errors.collect(check_accelerator, deepspeed)
             if run.hardware.deterministic:
-                self.faults.note(check_deterministic)
-        self.note("guard checkpoint", check_guard, run)
+                self.errors.collect(check_deterministic)
+        self.collect("guard checkpoint", check_guard, run)
         if peak is not None:
-            self.faults.note(named_peak, peak, compute_dtype(deepspeed.config))
+            self.errors.collect(named_peak, peak, compute_dtype(deepspeed.config))
         return deepspeed
 
     def _check_stages(self, resolved: ResolvedRun) -> None:
         """Check that the modules can be built, and each stage as if the run consisted of it alone."""
         run = resolved.run
         of_all_stages = run.model_copy(update={"stages": []})
-        built = self.faults.note(
+        built = self.errors.collect(
             build_on_meta,
             of_all_stages,
             resolved.label_sets,
@@ -220,7 +220,7 @@ class Checks:
         )
         if built is not None and run.stages:
             for number in range(len(run.stages)):
-                self.faults.note(self._check_stage, resolved, number, built)
+                self.errors.collect(self._check_stage, resolved, number, built)
 
     def _check_stage(self, resolved: ResolvedRun, number: int, built: Objective) -> None:
         """Check one stage as if the run consisted of it alone. `built` has the modules of the run on the `meta`

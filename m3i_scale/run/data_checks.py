@@ -20,7 +20,7 @@ from m3i_scale.data.shards import (
     shard_folder,
 )
 from m3i_scale.data.tokenizer import check_ends, find_tokenizer
-from m3i_scale.errors import ConfigError, Faults
+from m3i_scale.errors import ConfigError, ErrorCollector
 from m3i_scale.objective.recipe import Recipe
 from m3i_scale.text import redact_text, without_secrets
 
@@ -67,24 +67,24 @@ def check_text(run: RunConfig, recipe: Recipe) -> None:
         )
 
 
-def find_shards(run: RunConfig, faults: Faults, ranks: int | None) -> tuple[Access | None, bool]:
+def find_shards(run: RunConfig, errors: ErrorCollector, ranks: int | None) -> tuple[Access | None, bool]:
     """Return the access to remote servers, and whether the shards of all datasets exist. Without `ranks`, the shares of
     the datasets in a micro-batch are not checked."""
     data, size = run.data, run.optim.micro_batch_size
     if ranks is not None:
-        faults.note(check_shares, data, micro_batch_size=size, world_size=ranks)
-    before = len(faults.found)
-    faults.note(check_weights, data.datasets)
-    access = faults.note(lambda: check_access(data, data.datasets).at_start())
+        errors.collect(check_shares, data, micro_batch_size=size, world_size=ranks)
+    before = len(errors.errors)
+    errors.collect(check_weights, data.datasets)
+    access = errors.collect(lambda: check_access(data, data.datasets).at_start())
     if access is not None:
         for kind, sources in (("datasets", data.datasets), ("validation", data.validation)):
             for name, source in sources.items():
-                faults.note(require_shards, source.path, f"data.{kind}.{name}.path", access)
-    return access, len(faults.found) == before
+                errors.collect(require_shards, source.path, f"data.{kind}.{name}.path", access)
+    return access, len(errors.errors) == before
 
 
 def read_facts(
-    run: RunConfig, recipe: Recipe, access: Access | None, faults: Faults, *, there: bool, text: bool = True
+    run: RunConfig, recipe: Recipe, access: Access | None, errors: ErrorCollector, *, there: bool, text: bool = True
 ) -> DataFacts:
     """Check the datasets against the recipe and read their properties.
 
@@ -93,19 +93,19 @@ def read_facts(
         text: whether the `text` section is valid. Otherwise the tokenizer is not read.
     """
     facts = DataFacts(run)
-    faults.note(_check_sources, run, recipe, access, there=there)
+    errors.collect(_check_sources, run, recipe, access, there=there)
     if access is None or not there:
         return facts
     file = recipe.labels_file
     if file is not None:
-        facts.label_sets = faults.note(_read_classes, run, access, file) or {}
+        facts.label_sets = errors.collect(_read_classes, run, access, file) or {}
     if file == CATEGORIES:
-        facts.image_counts = faults.note(_image_counts, run, access)
+        facts.image_counts = errors.collect(_image_counts, run, access)
     if recipe.uses_text and text:
-        facts.tokenizer = faults.note(_tokenizer, run, access)
+        facts.tokenizer = errors.collect(_tokenizer, run, access)
         if facts.tokenizer is not None and recipe.predicts_captions:
-            faults.note(check_ends, facts.tokenizer)
-    facts.run = faults.note(_with_validation_labels, run, facts.label_sets, file or LABELS) or run
+            errors.collect(check_ends, facts.tokenizer)
+    facts.run = errors.collect(_with_validation_labels, run, facts.label_sets, file or LABELS) or run
     return facts
 
 

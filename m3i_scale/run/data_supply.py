@@ -28,33 +28,33 @@ class Fetcher(Iterator[Batch]):
     def __init__(self, batches: Iterator[Batch]) -> None:
         self._batches = batches
         self._last: Batch | None = None
-        self._fault: UserError | None = None
+        self._error: UserError | None = None
 
     @property
     def failed(self) -> bool:
         """Return whether this rank's data failed since the last agreement."""
-        return self._fault is not None
+        return self._error is not None
 
     def __next__(self) -> Batch:
         """Return the next batch, or repeat the last one. All ranks must request the first one together."""
-        if self._fault is not None and self._last is not None:
+        if self._error is not None and self._last is not None:
             return self._last
         first, batch = self._last is None, None
         try:
             batch = next(self._batches, None)
-        except UserError as fault:
-            self._fault = fault
+        except UserError as error:
+            self._error = error
         if first and agree(self.failed)[0]:
             self.raise_together()
         if batch is not None:
             self._last = batch
-        elif self._fault is None or self._last is None:
+        elif self._error is None or self._last is None:
             raise StopIteration
         return self._last
 
     def raise_together(self) -> None:
         """Raise the error of one rank on every rank. Call it on all ranks once one of them has `failed`."""
-        raise_together(self._fault)
+        raise_together(self._error)
 
 
 class StepBatches(Iterator[Batch]):
@@ -79,15 +79,15 @@ class StepBatches(Iterator[Batch]):
             return False
         started = time.perf_counter()
         before = self._stream.state_dict()
-        fault: UserError | None = None
+        failure: UserError | None = None
         try:
             self._held.extend(islice(self._batches, self._accumulation))
         except UserError as error:
-            fault = error  # raise it only once the other ranks know
+            failure = error  # raise it only once the other ranks know
         self.waited_s = time.perf_counter() - started
-        ended, failed = agree(len(self._held) < self._accumulation, fault is not None)
+        ended, failed = agree(len(self._held) < self._accumulation, failure is not None)
         if failed:
-            raise_together(fault)
+            raise_together(failure)
         if ended:
             # Check now, with the samples read for the step that is not taken: no later check would count them.
             begun = any(stream["taken"] for stream in before["streams"].values())
@@ -134,8 +134,8 @@ def stop_if_bad(
         stream.stop_if_bad(
             account, lambda: summed_counts(stream.quarantined) if reasons is None else reasons, begun=begun
         )
-    except DataError as fault:
-        raise fault.raised_everywhere() from None
+    except DataError as error:
+        raise error.raised_everywhere() from None
 
 
 def check_sources_last(stream: TrainStream, batch_size: int, steps: int) -> str | None:

@@ -39,9 +39,9 @@ def _find_resume(run: RunConfig, contents: bool) -> tuple[Path | None, list[str]
     root = run.output_dir / "checkpoints"
     if run.checkpoint.resume not in ("auto", "never"):
         named = Path(run.checkpoint.resume)
-        faults = verify(named, contents=contents) if named.is_dir() else ["no such folder"]
-        if faults:
-            raise CheckpointError(f"cannot resume: {faults[0]}", where=str(named), fix="checkpoint.resume=auto")
+        errors = verify(named, contents=contents) if named.is_dir() else ["no such folder"]
+        if errors:
+            raise CheckpointError(f"cannot resume: {errors[0]}", where=str(named), fix="checkpoint.resume=auto")
         newest, _ = newest_good(root, contents=contents)
         if newest is None or int(read_meta(newest)["step"]) <= int(read_meta(named)["step"]):
             return named, []

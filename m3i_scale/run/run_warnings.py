@@ -15,7 +15,7 @@ from m3i_scale.config.views import ViewSpec, each_view
 from m3i_scale.data.remote.access import Access, check_access
 from m3i_scale.data.remote.address import is_remote
 from m3i_scale.data.shards import expand_shards
-from m3i_scale.errors import Faults, UserError
+from m3i_scale.errors import ErrorCollector, UserError
 from m3i_scale.objective.recipe import Recipe, parse_recipe
 from m3i_scale.objective.schedule import values_of
 
@@ -35,7 +35,7 @@ def warnings_of(name_or_path: str, overrides: list[str] | None = None, *, ask_se
     the run has errors, e.g. an unreachable server."""
     try:
         run = load_run(name_or_path, overrides)
-    except UserError:  # reported by `faults_of`
+    except UserError:  # reported by `errors_of`
         return []
     return repeated_overrides(overrides or []) + run_warnings(run, ask_servers=ask_servers)
 
@@ -43,11 +43,11 @@ def warnings_of(name_or_path: str, overrides: list[str] | None = None, *, ask_se
 def run_warnings(run: RunConfig, *, ask_servers: bool = True) -> list[str]:
     """Return warnings about a run whose recipe, weights and data may have errors, which are reported elsewhere. See
     `warnings_of` for `ask_servers`."""
-    errors = Faults()
-    recipe = errors.note(parse_recipe, run.recipe)
-    access = errors.note(lambda: check_access(run.data, run.data.datasets).at_start()) if ask_servers else None
+    errors = ErrorCollector()
+    recipe = errors.collect(parse_recipe, run.recipe)
+    access = errors.collect(lambda: check_access(run.data, run.data.datasets).at_start()) if ask_servers else None
     warnings = [] if recipe is None else [*config_warnings(run, recipe)]
-    warnings += errors.note(lambda: [*_image_warnings(run)]) or []
+    warnings += errors.collect(lambda: [*_image_warnings(run)]) or []
     return [*warnings, *_source_warnings(run, access)]
 
 

@@ -12,7 +12,7 @@ from m3i_scale.backbones.build import backbone_config
 from m3i_scale.config import RunConfig
 from m3i_scale.data.loader import TrainStream
 from m3i_scale.data.parts import PartWorkers
-from m3i_scale.errors import ConfigError, Faults
+from m3i_scale.errors import ConfigError, ErrorCollector
 from m3i_scale.host.output_dir import QUARANTINE, QUARANTINE_VALIDATION, check_output_dir
 from m3i_scale.objective.build import build_on_meta
 from m3i_scale.objective.ranks import Ranks
@@ -45,17 +45,17 @@ def check_with_data(run: RunConfig, world_size: int) -> RunWithData:
             where="stages",
             fix="give `run.in_stage(0)`, then `run.in_stage(1)` …, and each stream the state of the one before",
         )
-    run, faults = run.in_stage(0), Faults()
-    faults.note(check_output_dir, run.output_dir)
-    recipe = faults.note(parse_recipe, run.recipe)
-    access, there = find_shards(run, faults, world_size)
-    model = faults.note(backbone_config, run.backbone)
+    run, errors = run.in_stage(0), ErrorCollector()
+    errors.collect(check_output_dir, run.output_dir)
+    recipe = errors.collect(parse_recipe, run.recipe)
+    access, there = find_shards(run, errors, world_size)
+    model = errors.collect(backbone_config, run.backbone)
     facts = DataFacts(run)
     if recipe is not None:
-        faults.note(check_text, run, recipe)
-        faults.note(check_batch, run, recipe, world_size)
-        facts = read_facts(run, recipe, access, faults, there=there)
-    faults.end()
+        errors.collect(check_text, run, recipe)
+        errors.collect(check_batch, run, recipe, world_size)
+        facts = read_facts(run, recipe, access, errors, there=there)
+    errors.raise_any()
     if recipe is None or model is None:
         raise RuntimeError("there is no error, and nothing was read")
     image_size = run.image_size(model.image_size)

@@ -201,16 +201,16 @@ class TableInput(Input):
     @override
     def records(self) -> Iterator[Record]:
         for row in self._rows(None):
-            image, label, fault = b"", None, None
+            image, label, problem = b"", None, None
             try:
                 image = _image(row.values[self.columns.image or ""], row.where)
                 label = self._label(row)
             except DataError as error:
-                fault = error
+                problem = error
             caption = None if self.columns.caption is None else _text(row.values[self.columns.caption])
             size, split = max(len(image), row.size), row.file.split
             meta = self._meta(row.values)
-            yield Record(row.key, image, caption, label, meta, split, size=size, where=row.where, fault=fault)
+            yield Record(row.key, image, caption, label, meta, split, size=size, where=row.where, problem=problem)
 
     @override
     def info(self) -> dict[str, Any]:

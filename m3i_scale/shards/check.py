@@ -21,7 +21,7 @@ from m3i_scale.data.instances import INSTANCES, read_instances
 from m3i_scale.data.reader import BadSampleError, readable_members
 from m3i_scale.data.samples import MASK_OUT_OF_RANGE, decoding, open_image, open_mask, read_caption, read_label
 from m3i_scale.data.shards import CATEGORIES, MASK_LABELS, local_shards, read_labels
-from m3i_scale.data.tar import CUT_OFF, SCATTERED, Fault, RawSample, key_at, read_shard
+from m3i_scale.data.tar import CUT_OFF, SCATTERED, Problem, RawSample, key_at, read_shard
 from m3i_scale.defaults import MAX_CAPTION_BYTES, MAX_SAMPLE_BYTES
 from m3i_scale.errors import DataError
 from m3i_scale.files import json_line, replacing
@@ -30,7 +30,7 @@ from m3i_scale.shards.digests import Digests, digest_of, rows_of
 from m3i_scale.shards.existing_shards import Advance, read_shards
 from m3i_scale.shards.imagefolder import SPLIT_NAMES
 from m3i_scale.shards.mask_classes import check_class_pixels, least_to_evaluate, pixel_lines, pixel_report
-from m3i_scale.shards.sidecars import OF_SIDECARS, Claims, claim_faults, read_claims
+from m3i_scale.shards.sidecars import OF_SIDECARS, Claims, claim_problems, read_claims
 from m3i_scale.text import printable
 
 EXAMPLES = 3
@@ -86,7 +86,7 @@ class ShardReport:
     number: int
     size: int
     samples: int
-    faults: list[Fault]
+    problems: list[Problem]
     bad: set[int]
     """Offsets of corrupt samples."""
     lost: set[int]
@@ -100,7 +100,7 @@ class ShardReport:
     @property
     def clean(self) -> bool:
         """Return whether the shard itself has no errors."""
-        return all(fault.reason in OF_SIDECARS for fault in self.faults)
+        return all(problem.reason in OF_SIDECARS for problem in self.problems)
 
 
 @dataclass
@@ -121,12 +121,12 @@ class CheckReport:
         """Return whether there are any errors."""
         return bool(self.reasons)
 
-    def add(self, path: Path | str, *faults: Fault) -> None:
+    def add(self, path: Path | str, *problems: Problem) -> None:
         """Count errors of a shard or of a sidecar file."""
-        for fault in faults:
-            line = {"source": self.source, "url": printable(str(path)), **vars(fault)}
-            self.reasons[fault.reason] += 1
-            examples = self.examples.setdefault(fault.reason, [])
+        for problem in problems:
+            line = {"source": self.source, "url": printable(str(path)), **vars(problem)}
+            self.reasons[problem.reason] += 1
+            examples = self.examples.setdefault(problem.reason, [])
             if len(examples) < EXAMPLES:
                 examples.append({name: line[name] for name in ("url", "key", "offset", "detail")})
             self.write({name: line[name] for name in ("source", "url", "key", "offset", "reason", "detail")})
@@ -174,16 +174,16 @@ def check_shards(
             shard.keys = shard.keys[:0]
             report.shards.append(shard)
             report.members.update(shard.members)
-            report.add(shard.path, *shard.faults)
+            report.add(shard.path, *shard.problems)
         for (first, _), *others in keys.repeated():
             for number, offset in others:
                 shard = report.shards[number]
                 where = f"also in {report.shards[first].path.name}"
-                fault = Fault(IN_TWO_SHARDS, where, key_at(shard.path, offset), offset)
-                shard.faults.append(fault)
+                problem = Problem(IN_TWO_SHARDS, where, key_at(shard.path, offset), offset)
+                shard.problems.append(problem)
                 shard.bad.add(offset)
                 shard.lost.add(offset)
-                report.add(shard.path, fault)
+                report.add(shard.path, problem)
         for folder in sorted({shard.path.parent for shard in report.shards}):
             _check_contents(folder, report)
     if report.members[INSTANCES] and not all(task.rules.categories for task in tasks):
@@ -199,9 +199,9 @@ def _tasks(source: str, rules: Rules, report: CheckReport) -> list[ShardTask]:
     by_path: dict[Path, tuple[Rules, Claims]] = {}
     for folder in sorted({path.parent for path in paths}):
         inside = [path for path in paths if path.parent == folder]
-        claims, faults = read_claims(folder, inside, complete=Path(source).is_dir())
-        for path, fault in faults:
-            report.add(path, fault)
+        claims, problems = read_claims(folder, inside, complete=Path(source).is_dir())
+        for path, problem in problems:
+            report.add(path, problem)
         categories, labels = shard_categories(folder), read_labels(folder) if rules.classes is None else None
         if rules.classes is None and labels is None:
             report.notes.append(f"{folder} has no labels.json: labels are not checked (--classes)")
@@ -222,19 +222,19 @@ def check_shard(task: ShardTask) -> tuple[int, ShardReport]:
         with task.path.open("rb") as stream:
             for sample in raw.samples:
                 members.update(member.extension for member in sample.members)
-                if not any(fault.reason == CUT_OFF for fault in sample.faults):
-                    for reason, detail in _sample_faults(stream, sample, task.rules, contents):
+                if not any(problem.reason == CUT_OFF for problem in sample.problems):
+                    for reason, detail in _sample_problems(stream, sample, task.rules, contents):
                         sample.blame(reason, printable(detail))
-    usable = [sample for sample in raw.samples if {fault.reason for fault in sample.faults} <= {SCATTERED}]
+    usable = [sample for sample in raw.samples if {problem.reason for problem in sample.problems} <= {SCATTERED}]
     digests, starts = [digest_of(sample.key.encode()) for sample in usable], [sample.start for sample in usable]
-    of_samples = [fault for sample in raw.samples for fault in sample.faults]
+    of_samples = [problem for sample in raw.samples for problem in sample.problems]
     return raw.size, ShardReport(
         path=task.path,
         number=task.number,
         size=raw.size,
         samples=len(raw.samples),
-        faults=[*raw.faults, *of_samples, *claim_faults(task.path, raw, task.claims)],
-        bad={sample.start for sample in raw.samples if sample.faults},
+        problems=[*raw.problems, *of_samples, *claim_problems(task.path, raw, task.claims)],
+        bad={sample.start for sample in raw.samples if sample.problems},
         lost={sample.start for sample in raw.samples}.difference(starts),
         keys=rows_of(digests, task.number, starts),
         members=members,
@@ -243,7 +243,9 @@ def check_shard(task: ShardTask) -> tuple[int, ShardReport]:
     )
 
 
-def _sample_faults(stream: BinaryIO, sample: RawSample, rules: Rules, contents: Contents) -> Iterator[tuple[str, str]]:
+def _sample_problems(
+    stream: BinaryIO, sample: RawSample, rules: Rules, contents: Contents
+) -> Iterator[tuple[str, str]]:
     """Yield (reason, detail) of every error of a sample, and add its masks and boxes to `contents`."""
     try:
         members = readable_members(stream, sample, rules.max_sample_bytes)
@@ -324,19 +326,19 @@ def _check_contents(folder: Path, report: CheckReport) -> None:
     try:
         contents.boxes.check(str(folder))
     except DataError as error:
-        report.add(folder, Fault(BOXES_OF_ANOTHER_FORM, error.what))
+        report.add(folder, Problem(BOXES_OF_ANOTHER_FORM, error.what))
     if not contents.pixels or not names:
         return
     pixels = pixel_report(contents.pixels, names)
     if pixels["unnamed"]:
         detail = f"{pixels['unnamed']} pixels, of {len(names)} classes in {MASK_LABELS}"
-        report.add(folder, Fault(MASK_OUT_OF_RANGE, detail))
+        report.add(folder, Problem(MASK_OUT_OF_RANGE, detail))
     evaluated = folder.name.lower() in SPLIT_NAMES - {"train", "training"}
     try:
         least = least_to_evaluate(contents.pixels, names) if evaluated else 2
         check_class_pixels(contents.pixels, names, str(folder), least=least)
     except DataError as error:
-        report.add(folder, Fault(ONE_CLASS, error.what))
+        report.add(folder, Problem(ONE_CLASS, error.what))
     else:
         report.notes += [line for line in pixel_lines(pixels, str(folder))[1:] if not pixels["unnamed"]]
 

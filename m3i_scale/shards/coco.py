@@ -128,19 +128,19 @@ def _records(file: AnnotationFile, images: Path | None, split: str | None, *, sk
     records, names = list[Record](), set[str]()
     for row in file.rows:
         where = f"{file.path}: image {row['id']}"
-        fault, candidates, instances = None, list[str](), b""
+        problem, candidates, instances = None, list[str](), b""
         try:
             candidates = _image_names(row, where)
             with annotations_of(where):
                 instances = file.instances(row)
         except DataError as error:
-            fault = error
+            problem = error
         image = _find(candidates, folders)
         name = candidates[0] if candidates else f"image-{row['id']}"
-        if fault is None and image is None:
-            fault = DataError("the image is missing", where=f"{where}: {name}")
-        if fault is None and name in names:
-            fault = DataError("two images have one file name", where=f"{where}: {name}")
+        if problem is None and image is None:
+            problem = DataError("the image is missing", where=f"{where}: {name}")
+        if problem is None and name in names:
+            problem = DataError("two images have one file name", where=f"{where}: {name}")
         names.add(name)
         records.append(
             Record(
@@ -151,7 +151,7 @@ def _records(file: AnnotationFile, images: Path | None, split: str | None, *, sk
                 size=len(instances) + (image.stat().st_size if image else 0),
                 instances=instances,
                 where=f"{where}: {image or name}",
-                fault=fault,
+                problem=problem,
             )
         )
     file.forms.check(str(file.path))
@@ -162,10 +162,10 @@ def _records(file: AnnotationFile, images: Path | None, split: str | None, *, sk
             why=f"looked for in {', '.join(map(str, folders))}",
             fix="m3i-scale shards make coco --images DIR, the folder that holds them",
         )
-    faults = [record.fault for record in records if record.fault is not None]
-    if faults and not skip_bad:
-        faults[0].fix = f"{len(faults)} of {len(records)} images have faults; --skip-bad leaves them out"
-        raise faults[0]
+    problems = [record.problem for record in records if record.problem is not None]
+    if problems and not skip_bad:
+        problems[0].fix = f"{len(problems)} of {len(records)} images have problems; --skip-bad leaves them out"
+        raise problems[0]
     return records
 
 

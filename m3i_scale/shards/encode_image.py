@@ -74,7 +74,7 @@ def check_mask(data: bytes, image: bytes, where: str) -> Counter[int]:
 
     Return the number of pixels by value.
     """
-    fault, counts = mask_error(data), Counter[int]()
+    problem, counts = mask_error(data), Counter[int]()
     try:
         with Image.open(io.BytesIO(image), formats=READ_FORMATS) as picture:
             size, lies = picture.size, orientation(picture)
@@ -83,12 +83,12 @@ def check_mask(data: bytes, image: bytes, where: str) -> Counter[int]:
             if mask.size != size:
                 upright_only = mask.size == upright_size(size, lies)
                 turned = f", which its EXIF orientation {lies} rotates" if upright_only else ""
-                fault = fault or f"of size {mask.size}, but its image is {size}{turned}"
+                problem = problem or f"of size {mask.size}, but its image is {size}{turned}"
     except DECODE_ERRORS as error:
-        fault = fault or f"damaged: {error_text(error)}"
-    if fault is not None:
+        problem = problem or f"damaged: {error_text(error)}"
+    if problem is not None:
         raise DataError(
-            f"the mask is {fault}",
+            f"the mask is {problem}",
             where=where,
             fix="save it at the size of its image, as an 8-bit gray or palette PNG with the class of every pixel; 255 "
             "is ignored",

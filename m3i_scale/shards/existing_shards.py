@@ -15,7 +15,7 @@ from m3i_scale.data.images import MASK
 from m3i_scale.data.instances import INSTANCES
 from m3i_scale.data.samples import read_caption, read_label
 from m3i_scale.data.shards import CATEGORIES, LABELS, MASK_LABELS, local_shards, read_labels
-from m3i_scale.data.tar import Fault, RawSample, RawShard, read_members, read_shard, shard_error
+from m3i_scale.data.tar import Problem, RawSample, RawShard, read_members, read_shard, shard_error
 from m3i_scale.defaults import MAX_SAMPLE_BYTES
 from m3i_scale.errors import DataError
 from m3i_scale.shards.encode_image import FILE_EXTENSIONS
@@ -103,7 +103,7 @@ def record_of(
 ) -> Record:
     """Convert a sample to a record; if its files are unusable, the record contains the error. See `ShardInput`."""
     extension = next((extension for extension in FILE_EXTENSIONS if extension in members), None)
-    image, caption, label, meta, fault = b"", None, None, dict[str, Any](), None
+    image, caption, label, meta, problem = b"", None, None, dict[str, Any](), None
     try:
         if extension is None:
             raise DataError("the sample has no image", where=where, fix=f"known: {', '.join(FILE_EXTENSIONS)}")
@@ -118,7 +118,7 @@ def record_of(
                 fix=f"put the {CATEGORIES} of `shards make coco` next to the shards",
             )
     except DataError as error:
-        fault = error
+        problem = error
     return Record(
         key,
         image,
@@ -130,7 +130,7 @@ def record_of(
         instances=members.get(INSTANCES),
         categories=None if categories is None else len(categories),
         where=where,
-        fault=fault,
+        problem=problem,
     )
 
 
@@ -204,14 +204,14 @@ def contents(
 def valid_shard(path: Path) -> RawShard:
     """Read the headers of a shard; raise an error if the tar is not valid."""
     shard = read_shard(path)
-    faults = [*shard.faults, *(fault for sample in shard.samples for fault in sample.faults)]
-    faults += [
-        Fault("sample too large", f"over {MAX_SAMPLE_BYTES} bytes", printable(sample.key), sample.start)
+    problems = [*shard.problems, *(problem for sample in shard.samples for problem in sample.problems)]
+    problems += [
+        Problem("sample too large", f"over {MAX_SAMPLE_BYTES} bytes", printable(sample.key), sample.start)
         for sample in shard.samples
         if sample.size > MAX_SAMPLE_BYTES
     ]
-    if faults:
-        raise shard_error(str(path), faults[0], len(faults))
+    if problems:
+        raise shard_error(str(path), problems[0], len(problems))
     return shard
 
 

@@ -99,18 +99,18 @@ def _has_splits(parents: Sequence[tuple[str, ...]], folder: Path) -> bool:
 
 def _folder_record(path: Path, folder: Path, label: int | None, split: str | None, captions: Captions) -> Record:
     relative = path.relative_to(folder)
-    caption = fault = None
+    caption = problem = None
     try:
         caption = None if captions == "none" else read_caption(path.with_suffix(".txt"), captions)
     except DataError as error:
-        fault = error
+        problem = error
     size = 0
     try:
         size = path.stat().st_size
     except OSError as error:  # broken symbolic link
-        fault = DataError(f"the image is missing: {error.strerror}", where=str(path), fix="remove the link")
+        problem = DataError(f"the image is missing: {error.strerror}", where=str(path), fix="remove the link")
     meta = {"path": relative.as_posix()}
-    return Record(key_of(relative), path, caption, label, meta, split, size=size, fault=fault)
+    return Record(key_of(relative), path, caption, label, meta, split, size=size, problem=problem)
 
 
 def read_caption(path: Path, captions: Captions) -> str | None:

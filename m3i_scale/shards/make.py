@@ -173,11 +173,11 @@ class _SampleEncoder:
         for encoded in map_in_processes(encode, chunks(), self._options.workers):
             yield from zip(ahead.popleft(), encoded, strict=True)
 
-    def _skip(self, record: Record, fault: DataError) -> None:
+    def _skip(self, record: Record, problem: DataError) -> None:
         if not self._options.skip_bad:
-            raise fault
-        self.skipped[fault.what.partition(":")[0]] += 1
-        line = {"key": record.key, "where": fault.where, "reason": fault.what}
+            raise problem
+        self.skipped[problem.what.partition(":")[0]] += 1
+        line = {"key": record.key, "where": problem.where, "reason": problem.what}
         with self._skipped_list.open("a", encoding="utf-8") as stream:
             stream.write(json_line(line))
 

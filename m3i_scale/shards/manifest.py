@@ -56,12 +56,12 @@ def _row_record(
     where = f"{manifest}, row {number + 1}"
     split, name = split_name(row.get(columns.split), where), row.get(columns.path)
     if not name:
-        return Record(f"{number:09d}", b"", split=split, fault=DataError("the path is missing", where=where))
-    path, label, fault = root / str(name), None, None
+        return Record(f"{number:09d}", b"", split=split, problem=DataError("the path is missing", where=where))
+    path, label, problem = root / str(name), None, None
     try:
         label = _label_number(row.get(columns.label), numbers, where)
     except DataError as error:
-        fault = error
+        problem = error
     caption, mask_name = row.get(columns.caption), row.get(columns.mask) if columns.mask else None
     mask = root / str(mask_name) if mask_name else None
     return Record(
@@ -74,7 +74,7 @@ def _row_record(
         split=split,
         group=str(name),  # all captions of an image stay in the same split
         size=sum(file.stat().st_size for file in (path, mask) if file is not None and file.is_file()),
-        fault=fault,
+        problem=problem,
     )
 
 

@@ -86,16 +86,16 @@ def masks_input(
     records = []
     for name in sorted({*of_images, *of_masks}):
         image, mask = of_images.get(name), of_masks.get(name)
-        fault = None
+        problem = None
         if mask is None:
-            fault = DataError("the image has no mask", where=str(image))
+            problem = DataError("the image has no mask", where=str(image))
         elif image is None:
-            fault = DataError("the mask has no image", where=str(mask))
+            problem = DataError("the mask has no image", where=str(mask))
         elif mask.suffix.lower() != ".png":
-            fault = DataError("the mask is no PNG", where=str(mask))
-        if fault is not None and not skip_bad:
-            fault.fix = f"{len(pairs)} pairs are whole; --skip-bad leaves the others out"
-            raise fault
+            problem = DataError("the mask is no PNG", where=str(mask))
+        if problem is not None and not skip_bad:
+            problem.fix = f"{len(pairs)} pairs are whole; --skip-bad leaves the others out"
+            raise problem
         records.append(
             Record(
                 key_of(Path(f"{name}.png")),
@@ -106,7 +106,7 @@ def masks_input(
                 split=name.parts[0] if name.parts[0] in splits else min(splits, default=split),
                 size=sum(path.stat().st_size for path in (image, mask) if path is not None and path.is_file()),
                 where=str(mask or image),
-                fault=fault,
+                problem=problem,
             )
         )
     return ListedInput(records, [], mask_labels=labels, source="masks", reduce_zero_label=reduce_zero_label)

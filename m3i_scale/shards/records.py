@@ -54,7 +54,7 @@ class Record:
     """Number of categories of the instances."""
     where: str = ""
     """Names the sample in errors if the image is not a file."""
-    fault: DataError | None = None
+    problem: DataError | None = None
     """Error found before encoding; `--skip-bad` handles it like other errors."""
 
     def location(self, contents: Contents | None) -> str:
@@ -137,8 +137,8 @@ def encode_all(records: Sequence[Record], value_range: ValueRange | None) -> lis
 
 
 def _encode(record: Record, value_range: ValueRange | None) -> Encoded:
-    if record.fault is not None:
-        return record.fault
+    if record.problem is not None:
+        return record.problem
     try:
         where = record.location(record.image)
         image, extension = encoded_image(_read(record.image), where, value_range)

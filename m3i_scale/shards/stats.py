@@ -146,7 +146,7 @@ def shard_stats(path: Path, max_pixels: int, tokenization: Tokenization | None) 
     """Return the size of a shard in bytes and its statistics."""
     raw, stats = read_shard(path), ShardStats(max_pixels, tokenization)
     stats.counts["total"].update(samples=len(raw.samples), bytes=raw.size)
-    stats.counts["bad"].update(fault.reason for fault in raw.faults)
+    stats.counts["bad"].update(problem.reason for problem in raw.problems)
     if not raw.samples:  # the shard may be no file
         return raw.size, stats
     with path.open("rb") as stream:

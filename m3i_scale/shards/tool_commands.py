@@ -187,7 +187,7 @@ def _check_lines(summary: dict[str, Any], quarantine: Path | None) -> list[str]:
         *(f"note: {note}" for note in summary["notes"]),
     ]
     if quarantine is not None:
-        lines.append(f"all faults: {quarantine}")
+        lines.append(f"all problems: {quarantine}")
     elif rows:
         lines.append("--quarantine FILE lists all of them, --repair FOLDER writes clean copies of bad shards")
     if "repair" in summary:

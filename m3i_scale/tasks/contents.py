@@ -90,7 +90,7 @@ def read_contents(task: ContentTask) -> tuple[Contents, NDArray[Any]]:
     with task.path.open("rb") as stream:
         for sample in raw.samples:
             only = [member for member in sample.members if member.extension in wanted]
-            if not only or sample.faults:
+            if not only or sample.problems:
                 continue
             with suppress(BadSampleError, ValueError, RecursionError):  # training skips and counts it
                 members = readable_members(stream, RawSample(sample.key, only), MAX_SAMPLE_BYTES)

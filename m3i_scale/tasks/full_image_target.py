@@ -22,8 +22,8 @@ class FullImageTarget(Target):
     distribution: BoltzmannClasses = BoltzmannClasses()
     regularizer: OtherCandidates = OtherCandidates()
 
-    def _faults(self, parts: Parts) -> Iterator[str]:
-        yield from super()._faults(parts)
+    def _errors(self, parts: Parts) -> Iterator[str]:
+        yield from super()._errors(parts)
         if parts.decoders[self.decoder].kind != "pointwise":
             yield f"{self.title} is decoded by pointwise, not {parts.decoders[self.decoder].kind}"
         if len(parts.inputs) != 1 or parts.mix is not None or parts.inputs[0].mask or [*parts.inputs[0].seen] != [1]:

@@ -101,7 +101,7 @@ def mask_folders(places: dict[str, tuple[Path, Path]], names: Path, *, skip_bad:
         records += [replace(record, key=f"{split}_{record.key}") for record in pairs.records()]
     files = [(f"{record.split}/{record.meta.get('path', record.key)}", record.size) for record in records]
     numbered = [(f"{number} {name}", int(reduce_zero_label)) for number, name in enumerate(labels)]
-    usable = [record for record in records if record.fault is None]
+    usable = [record for record in records if record.problem is None]
     trained = {record.key: "" for record in usable if record.split == TRAIN}
     evaluated = len(usable) - len(trained)
     source = ListedInput(records, [], mask_labels=labels, source="masks", reduce_zero_label=reduce_zero_label)
@@ -118,7 +118,7 @@ def annotated_images(given: Path, *, skip_bad: bool) -> Unpacked:
         record if record.split in files else replace(record, split=TRAIN)  # `training`, or a name without a split
         for record in found.records()
     ]
-    usable = [record for record in records if record.fault is None]
+    usable = [record for record in records if record.problem is None]
     trained = {record.key: "" for record in usable if record.split == TRAIN}
     digest = digest_of(
         [

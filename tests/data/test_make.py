@@ -183,7 +183,7 @@ def test_labels_by_number(photos):
     for text in ("path,label\ncats/p0.jpg,2\n", "path,label\ncats/p0.jpg,yy\n"):
         (record,) = manifest_input(manifest(path, text), labels=["x", "y"]).records()
         assert record.label is None
-        assert record.fault.where == f"{path}, row 1"
+        assert record.problem.where == f"{path}, row 1"
 
 
 @pytest.mark.parametrize(
@@ -362,7 +362,7 @@ def test_what_cannot_be_made(photos, tmp_path):
     with pytest.raises(DataError) as caught:
         imagefolder_input(photos / "none")
     assert str(caught.value.where).endswith("/photos/none")
-    bad = ListedInput([Record("k", b"", fault=DataError("broken"))], [])
+    bad = ListedInput([Record("k", b"", problem=DataError("broken"))], [])
     with pytest.raises(DataError, match="can be used"):
         make_shards(bad, tmp_path / "out", options=ShardOptions(skip_bad=True))
 

@@ -271,6 +271,6 @@ def test_a_server_that_fails_a_check_is_not_asked_again_for_warnings(tmp_path):
     words += ["data.cache_gib=0.01", f"data.cache_dir={tmp_path / 'cache'}"]  # the default is more than some disks have
     done = CliRunner().invoke(app, [*words, "--json"])
     told = json.loads(done.stdout)
-    assert [fault["where"].partition(":")[0] for fault in told["faults"]] == ["data.datasets.main.path"]
+    assert [fault["where"].partition(":")[0] for fault in told["errors"]] == ["data.datasets.main.path"]
     assert [text.partition(" ")[0] for text in told["warnings"]] == ["optim.lr"]
     assert {name.rpartition("/")[2] for _, name, _ in server.log} == {"a-000.tar"}

@@ -26,7 +26,7 @@ many = settings(
 
 def reasons(path):
     shard = read_shard(path)
-    return {fault.reason for fault in [*shard.faults, *(f for sample in shard.samples for f in sample.faults)]}
+    return {fault.reason for fault in [*shard.problems, *(f for sample in shard.samples for f in sample.problems)]}
 
 
 def sparse_member() -> bytes:
@@ -141,7 +141,7 @@ def test_legal_tars_are_read_as_webdataset_reads_them(tmp_path, content, kind, f
     shard = read_shard(path)
     with path.open("rb") as stream:
         ours = {sample.key: read_members(stream, sample) for sample in shard.samples}
-    assert shard.faults == []
+    assert shard.problems == []
     assert ours == theirs
     assert all(key_at(path, sample.start) == printable(sample.key) for sample in shard.samples)
 
@@ -166,7 +166,7 @@ def test_damage_never_raises_and_what_is_sound_is_sound_for_the_loader(tmp_path,
             scan_shard(path).ranges_N2,
             [[item.start, item.members[-1].data + item.members[-1].size] for item in shard.samples],
         )
-    bad = {sample.start for sample in shard.samples if sample.faults}
+    bad = {sample.start for sample in shard.samples if sample.problems}
     counts = copy_samples(path, tmp_path / "r.tar", bad)
     assert counts["samples"] == len(shard.samples) - len(bad)
     if counts["samples"]:
@@ -185,7 +185,7 @@ def _mend_checksum(content, block):
 def test_any_bytes_are_read_to_the_end(tmp_path, data):
     path = tmp_path / "s.tar"
     path.write_bytes(data)
-    assert read_shard(path).faults
+    assert read_shard(path).problems
     assert key_at(path, len(data) // 2) == "?"
 
 

@@ -20,7 +20,7 @@ from m3i_scale.config import RunConfig, Section, parse_section, run_values
 from m3i_scale.config.kinds import Kind
 from m3i_scale.errors import ConfigError
 from m3i_scale.objective.recipe import Recipe, load_run_and_recipe
-from m3i_scale.run.check import faults_of
+from m3i_scale.run.check import errors_of
 from m3i_scale.run.run_warnings import warnings_of
 
 pytestmark = pytest.mark.slow
@@ -133,7 +133,7 @@ def test_check_explains_absurd_numbers_and_builds_no_more_for_them(
     run, parsed = load_run_and_recipe(run_file)
     values = {**run.model_dump(mode="json"), "recipe": parsed.model_dump(mode="json")}
     monkeypatch.setattr(nn.Module, "__init__", counted)
-    assert faults_of(run_file) == []
+    assert errors_of(run_file) == []
     usual = built
     alike = {re.sub(r"\.\d+", "", key): key for key in numeric_keys(values, "") if key.startswith(numbers.below)}
     keys = alike.values()
@@ -142,7 +142,7 @@ def test_check_explains_absurd_numbers_and_builds_no_more_for_them(
         for text in AS_YAML:
             built = 0
             override = f"{key}={text}"
-            for fault in faults_of(run_file, [override]):
+            for fault in errors_of(run_file, [override]):
                 assert fault.where, override
             assert all(isinstance(warning, str) for warning in warnings_of(run_file, [override]))
             assert built <= 2 * usual, override
@@ -154,7 +154,7 @@ def test_check_explains_absurd_numbers_and_builds_no_more_for_them(
 )
 def test_lists_and_mappings_for_names_are_told(key: str, written: str, shards: Path, tmp_path: Path) -> None:
     run_file = str(write_run(tmp_path, shards, "m3i"))
-    for fault in faults_of(run_file, [f"{key}={written}"]):
+    for fault in errors_of(run_file, [f"{key}={written}"]):
         assert fault.where is not None
 
 
@@ -162,4 +162,4 @@ def test_a_recipe_that_is_extended_may_have_lists_for_names(tmp_path: Path) -> N
     path = tmp_path / "run.yaml"
     path.write_text("extends: m3i\nrecipe: {heads: [a], targets: [{name: old, modality: image, head: {a: 1}}]}\n")
     assert run_values(str(path))["recipe"]["heads"] == ["a"]
-    assert faults_of(str(path))
+    assert errors_of(str(path))

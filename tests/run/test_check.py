@@ -19,16 +19,16 @@ from m3i_scale.cli import app
 from m3i_scale.config import load_run
 from m3i_scale.data.tokenizer import find_tokenizer
 from m3i_scale.engine.deepspeed.resolve import load_ds_config
-from m3i_scale.errors import ConfigError, FaultsError, UserError
+from m3i_scale.errors import AggregateError, ConfigError, UserError
 from m3i_scale.objective import build
-from m3i_scale.run.check import faults_of, resolve_run
+from m3i_scale.run.check import errors_of, resolve_run
 from m3i_scale.run.run_warnings import warnings_of
 
 
 def places(*arguments: str, ranks: int | None = None) -> list[str]:
     """Where the faults are."""
     run, *overrides = arguments
-    return [str(fault.where) for fault in faults_of(run, overrides, ranks)]
+    return [str(fault.where) for fault in errors_of(run, overrides, ranks)]
 
 
 def test_a_recipe_alone_has_no_data() -> None:
@@ -133,9 +133,9 @@ def test_an_interval_of_evaluations_that_never_comes_is_refused(shards: Path, tm
 
 def test_resolve_run_tells_all_it_finds(shards: Path, tmp_path: Path) -> None:
     run_file = write_run(tmp_path, shards, "m3i", "optim.batch_size=6", "backbone.config.patch_size=7")
-    with pytest.raises(FaultsError) as caught:
+    with pytest.raises(AggregateError) as caught:
         resolve_run(load_run(str(run_file)), 1)
-    assert len(caught.value.faults) == 2
+    assert len(caught.value.errors) == 2
 
 
 def test_whatever_a_model_raises_is_an_error_of_the_configuration(shards: Path, tmp_path: Path, monkeypatch) -> None:
@@ -214,7 +214,7 @@ def test_the_commands(forks: Forks, tmp_path: Path) -> None:
     assert done.returncode == 2
     told = json.loads(done.stdout)
     assert told["warnings"] == []
-    (fault,) = told["faults"]
+    (fault,) = told["errors"]
     assert set(fault) == {"where", "message", "fix"}
     assert fault["where"] == "data.datasets"
 

@@ -153,7 +153,7 @@ def test_verify_names_every_file_that_was_changed(run_dir: Path) -> None:
         for damage in (cut, linked, Path.unlink):
             damage(path)
             (row,) = document("verify", final, code=2)["checkpoints"]
-            assert [fault["file"] for fault in row["faults"]] == [path.relative_to(final).as_posix()], damage
+            assert [fault["file"] for fault in row["errors"]] == [path.relative_to(final).as_posix()], damage
             path.unlink(missing_ok=True)
             path.write_bytes(kept)
     assert call("verify", final).exit_code == 0
@@ -180,7 +180,7 @@ def test_any_byte_of_any_file_that_is_flipped_is_noticed_and_named(run_dir: Path
     try:
         (root / name).write_bytes(changed)
         found = document("verify", run_dir, code=2)
-        told = [Path(row["checkpoint"], fault["file"]) for row in found["checkpoints"] for fault in row["faults"]]
+        told = [Path(row["checkpoint"], fault["file"]) for row in found["checkpoints"] for fault in row["errors"]]
         assert told == [root / name]
     finally:
         (root / name).write_bytes(content)
@@ -190,7 +190,7 @@ def test_verify_of_a_run_reads_all(run_dir: Path) -> None:
     (at(run_dir, 4) / "data/more.json").write_text("{}")
     found = document("verify", run_dir, code=2)
     assert [row["good"] for row in found["checkpoints"]] == [True, False, True]
-    assert found["checkpoints"][1]["faults"] == [{"file": "data/more.json", "what": "not in the manifest"}]
+    assert found["checkpoints"][1]["errors"] == [{"file": "data/more.json", "what": "not in the manifest"}]
     result = call("verify", run_dir)
     assert result.exit_code == 2
     assert f"{step_name(4)}/data/more.json: not in the manifest" in result.output.replace("\n", "")
@@ -217,7 +217,7 @@ def test_inspect_tells_what_is_in_it(run_dir: Path) -> None:
     found = document("inspect", run_dir)
     assert found["checkpoint"].endswith(step_name(6))  # the newest
     assert (found["step"], found["samples"], found["world_size"], found["zero_stage"]) == (6, 48, RANKS, 3)
-    assert (found["recipe"], found["precision"], found["faults_by_size"]) == ("m3i", "bf16", [])
+    assert (found["recipe"], found["precision"], found["errors_by_size"]) == ("m3i", "bf16", [])
     assert found["versions"]["torch"] == torch.__version__
     assert found["backbone"].startswith("vit, vit-ti/16, hidden_size 64")
     (source,) = found["data"].values()

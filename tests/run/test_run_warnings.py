@@ -11,7 +11,7 @@ from shapes import write_run
 
 from m3i_scale.config import known_runs, load_run, run_values, valid_part
 from m3i_scale.objective.recipe import load_run_and_recipe
-from m3i_scale.run.check import faults_of
+from m3i_scale.run.check import errors_of
 from m3i_scale.run.run_warnings import config_warnings, warnings_of
 
 DATA = "data.datasets.main.path=/data/shards/train"
@@ -90,12 +90,12 @@ MISTAKES_AND_ERRORS = ["optim.lr=10", "optim.min_lr=20", "optim.betas=[0.9,1.5]"
 
 def test_warnings_are_printed_once_all_values_are_valid(shards: Path, tmp_path: Path, forks: Forks) -> None:
     run_file = str(write_run(tmp_path, shards, "m3i"))
-    assert sorted(str(fault.where) for fault in faults_of(run_file, MISTAKES_AND_ERRORS)) == sorted(
+    assert sorted(str(fault.where) for fault in errors_of(run_file, MISTAKES_AND_ERRORS)) == sorted(
         f"override {override}" for override in MISTAKES_AND_ERRORS[1:]
     )
     done = forks.run("check", run_file, *MISTAKES_AND_ERRORS, "--json")
     result = json.loads(done.stdout)
-    assert (done.returncode, len(result["faults"]), result["warnings"]) == (2, 3, [])
+    assert (done.returncode, len(result["errors"]), result["warnings"]) == (2, 3, [])
     (rate,) = warnings_of(run_file, MISTAKES_AND_ERRORS[:1])
     assert rate.startswith("optim.lr is 10")
     done = forks.run("check", run_file, MISTAKES_AND_ERRORS[0])
@@ -115,7 +115,7 @@ def test_sections_with_errors_have_default_values() -> None:
 def test_rules_of_two_fields_are_told_with_other_errors() -> None:
     wrong = ["optim.betas=[2,2]", "optim.warmup_steps=300", "optim.steps=200", "optim.lr=1e-3", "optim.min_lr=1e-2"]
     milestones = "optim.schedule={kind: multi_step, milestones: [50, 400]}"
-    found = " ".join(fault.what for fault in faults_of("mae", [DATA, *wrong, milestones]))
+    found = " ".join(fault.what for fault in errors_of("mae", [DATA, *wrong, milestones]))
     for key in ("optim.betas", "optim.warmup_steps", "optim.min_lr", "optim.schedule"):
         assert key in found
 
@@ -144,9 +144,9 @@ def test_an_override_without_a_value_is_told(shards: Path, tmp_path: Path) -> No
     """What a shell makes of `backbone.preset=$PRESET` where there is no such variable."""
     run_file = str(write_run(tmp_path, shards, "mae"))
     for override in ("backbone.preset=", "optim.lr= ", "backbone.preset=''"):
-        (fault,) = faults_of(run_file, [override])
+        (fault,) = errors_of(run_file, [override])
         assert "backbone.preset" in str(fault) or "optim.lr" in str(fault)
-    assert faults_of(run_file, ["backbone.preset=null"]) == []
+    assert errors_of(run_file, ["backbone.preset=null"]) == []
 
 
 @pytest.mark.parametrize(
@@ -157,13 +157,13 @@ def test_fields_of_transformers_without_use_here_are_told(
     section: str, field: str, shards: Path, tmp_path: Path
 ) -> None:
     run_file = str(write_run(tmp_path, shards, "m3i"))
-    (fault,) = faults_of(run_file, [f"{section}.config.{field}"])
+    (fault,) = errors_of(run_file, [f"{section}.config.{field}"])
     assert field.partition("=")[0] in fault.what
     dropout = "attention_probs_dropout_prob=0.1"
-    assert faults_of(run_file, [f"{section}.config.{dropout}", f"{section}.config.initializer_range=0.01"]) == []
+    assert errors_of(run_file, [f"{section}.config.{dropout}", f"{section}.config.initializer_range=0.01"]) == []
 
 
 def test_the_text_tower_has_types_of_tokens(shards: Path, tmp_path: Path) -> None:
     run_file = str(write_run(tmp_path, shards, "m3i"))
-    (fault,) = faults_of(run_file, ["text.config.type_vocab_size=0"])
+    (fault,) = errors_of(run_file, ["text.config.type_vocab_size=0"])
     assert fault.where == "text.config.type_vocab_size"

@@ -21,7 +21,7 @@ from m3i_scale.errors import ConfigError
 from m3i_scale.export.export import export
 from m3i_scale.plan.planning import machine_of
 from m3i_scale.plan.search import plan_run
-from m3i_scale.run.check import faults_of, resolve_run
+from m3i_scale.run.check import errors_of, resolve_run
 from m3i_scale.run.resume import check_resume
 
 pytestmark = pytest.mark.slow
@@ -153,8 +153,8 @@ def test_phases_that_do_not_hold_are_refused_before_anything_starts(
     shards: Path, tmp_path: Path, override: str, place: str
 ) -> None:
     run_file = write(tmp_path, shards)
-    assert faults_of(str(run_file), ranks=2) == []
-    (fault,) = faults_of(str(run_file), [override], ranks=2)
+    assert errors_of(str(run_file), ranks=2) == []
+    (fault,) = errors_of(str(run_file), [override], ranks=2)
     assert place in str(fault.where)
 
 

@@ -24,7 +24,7 @@ from m3i_scale.errors import ConfigError
 from m3i_scale.objective.build import build_objective, scales_of
 from m3i_scale.objective.recipe import parse_recipe
 from m3i_scale.run.check import check_run, resolve_run
-from m3i_scale.run.check import faults_of as find_faults
+from m3i_scale.run.check import errors_of as find_errors
 from m3i_scale.run.flops import step_flop
 
 pytestmark = pytest.mark.slow
@@ -157,7 +157,7 @@ def test_a_run_that_was_stopped_is_the_whole_one(ran: dict[str, Path], tmp_path:
 def faults_of(run: dict[str, Any], tmp_path: Path) -> list[str]:
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(run))
-    return [str(fault.where) for fault in find_faults(str(path), ranks=1)]
+    return [str(fault.where) for fault in find_errors(str(path), ranks=1)]
 
 
 def test_what_a_detector_cannot_be_trained_with_is_told_before_the_first_step(shards: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from m3i_scale.backbones.build import backbone_config
 from m3i_scale.config import RunConfig, known_protocols, known_recipes, known_runs, load_run, parse_section
 from m3i_scale.errors import ConfigError
 from m3i_scale.export.write import portable_run
-from m3i_scale.run.check import faults_of
+from m3i_scale.run.check import errors_of
 from m3i_scale.tasks.classification.classification_task import Classification
 from m3i_scale.tasks.detection.detection_task import Detection
 from m3i_scale.tasks.segmentation.pixel_heads import read_layers
@@ -42,7 +42,7 @@ def test_what_an_export_says_of_a_run_is_read_again(name: str) -> None:
 def test_a_protocol_holds_together_but_for_data(name: str) -> None:
     run = load_run(name)
     frozen = ["task.freeze"] if run.task is not None and run.task.freeze else []  # the export is given later, too
-    (place, *others) = sorted(str(fault.where) for fault in faults_of(name, ranks=1))
+    (place, *others) = sorted(str(fault.where) for fault in errors_of(name, ranks=1))
     assert (place.split(":")[0], others) == ("data.datasets" + ".train.path" * (TRAIN in run.data.datasets), frozen)
     assert without_source(known_protocols()[name]) == []
     assert run.name == name
@@ -87,17 +87,17 @@ def test_a_protocol_for_another_family_is_refused(name: str, preset: str) -> Non
     with pytest.raises(ConfigError) as caught:
         run.task.check(run, backbone_config(run.backbone))
     assert preset in str(caught.value.where)
-    assert any(preset in str(fault.where) for fault in faults_of(name, [f"backbone.preset={preset}"]))
+    assert any(preset in str(fault.where) for fault in errors_of(name, [f"backbone.preset={preset}"]))
 
 
 @pytest.mark.parametrize("name", ["ade20k_upernet", "coco_rfdetr"])
 def test_layers_of_a_deeper_backbone_are_not_dropped(name: str) -> None:
     """Layers behind the last one that a head reads would be computed and exported without effect."""
     deeper = ["backbone.preset=vit-l/16"]
-    known = {str(fault.where).split(":")[0] for fault in faults_of(name, deeper, ranks=1)}
+    known = {str(fault.where).split(":")[0] for fault in errors_of(name, deeper, ranks=1)}
     assert "task.head.out_layers" in known
     fitted = {
-        str(fault.where).split(":")[0] for fault in faults_of(name, [*deeper, "task.head.out_layers=null"], ranks=1)
+        str(fault.where).split(":")[0] for fault in errors_of(name, [*deeper, "task.head.out_layers=null"], ranks=1)
     }
     assert known - fitted == {"task.head.out_layers"}
 

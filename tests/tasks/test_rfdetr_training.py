@@ -25,7 +25,7 @@ from m3i_scale.config import RunConfig, load_run
 from m3i_scale.errors import ConfigError
 from m3i_scale.files import read_json
 from m3i_scale.objective.recipe import parse_recipe
-from m3i_scale.run.check import faults_of
+from m3i_scale.run.check import errors_of
 from m3i_scale.run.flops import step_flop
 from m3i_scale.tasks.detection.detector import head_of_features, load_detector
 
@@ -113,7 +113,7 @@ def test_what_it_cannot_be_trained_with_is_told_before_the_first_step(shards: Pa
     ]
     for change, place in wrong:
         path.write_text(yaml.safe_dump(values(tmp_path, shards, "zero1_cpu_fp32") | change))
-        assert [str(fault.where) for fault in faults_of(str(path), ranks=1)] == [place]
+        assert [str(fault.where) for fault in errors_of(str(path), ranks=1)] == [place]
 
 
 def test_images_are_stretched_for_a_detector_alone() -> None:

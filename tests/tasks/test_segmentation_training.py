@@ -32,7 +32,7 @@ from m3i_scale.objective.build import build_objective
 from m3i_scale.objective.recipe import parse_recipe
 from m3i_scale.plan.planning import read_vocabulary
 from m3i_scale.run.check import check_run
-from m3i_scale.run.check import faults_of as find_faults
+from m3i_scale.run.check import errors_of as find_errors
 from m3i_scale.tasks.segmentation.pixel_heads import mean_iou
 
 pytestmark = pytest.mark.slow
@@ -285,7 +285,7 @@ def test_the_worst_checkpoints_are_not_kept_as_the_best(
     best = {"metric": f"evaluation/{metric}", "mode": mode}
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(good | {"checkpoint": good["checkpoint"] | {"keep_best": best}}))
-    faults = find_faults(str(path), [], 1)
+    faults = find_errors(str(path), [], 1)
     assert [fault.fix for fault in faults] == ([f"checkpoint.keep_best.mode={right}"] if right else [])
 
 

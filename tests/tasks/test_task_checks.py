@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from m3i_scale.cli import app
 from m3i_scale.config import load_run
 from m3i_scale.errors import ConfigError, UserError
-from m3i_scale.run.check import faults_of
+from m3i_scale.run.check import errors_of
 from m3i_scale.tasks.classification.classification_task import Classification
 
 THREES, ONES = ([f"data.streams={size}", f"optim.micro_batch_size={size}"] for size in (3, 1))
@@ -49,7 +49,7 @@ def faults(folder: Path, sources: dict[str, Any], task: dict[str, Any], *overrid
         "deepspeed": "zero3_cpu",
     }
     (folder / "run.yaml").write_text(yaml.safe_dump(run))
-    return faults_of(str(folder / "run.yaml"), list(overrides), 1)
+    return errors_of(str(folder / "run.yaml"), list(overrides), 1)
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ class PrototypeRegularizer(Regularizer):
         """Return the head's memory of earlier batches."""
         return Memory(width)
 
-    def fault(self, p: Boltzmann) -> str | None:
+    def error(self, p: Boltzmann) -> str | None:
         """Return why the target would collapse with this distribution, or None."""
         return None
 
@@ -74,7 +74,7 @@ class Sharpened(PrototypeRegularizer):
     target_temperature: Scheduled[Positive] = 0.04
     """Temperature of the target's distribution: a number, or a schedule."""
 
-    def fault(self, p: Boltzmann) -> str | None:
+    def error(self, p: Boltzmann) -> str | None:
         if not always_below(self.target_temperature, p.temperature):
             return "`target_temperature` must be below `temperature`: a target that is not sharper becomes uniform"
         return None
@@ -117,14 +117,14 @@ class Sinkhorn(Sharpened):
     iterations: int = Field(default=3, ge=1, le=MAX_LAYERS)
     """Number of iterations that normalize prototypes, then targets."""
 
-    def fault(self, p: Boltzmann) -> str | None:
+    def error(self, p: Boltzmann) -> str | None:
         """Return why the target would collapse or exceed the range of fp32, or None."""
         if min(values_of(self.target_temperature)) < _LEAST_TEMPERATURE:
             return (
                 f"`target_temperature` of sinkhorn is {_LEAST_TEMPERATURE} or more: below, exp(cosine / "
                 "target_temperature) of a target that is near no prototype is 0 in fp32"
             )
-        return super().fault(p)
+        return super().error(p)
 
     def assign(
         self, p: Boltzmann, target_NK: Tensor, memory: Memory, ranks: Ranks, share_N: Tensor | None = None

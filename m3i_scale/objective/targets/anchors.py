@@ -43,8 +43,8 @@ class ShownPatches(ImageTarget):
         predicted = self.compared(given.decoder(encoded.tokens_BLD))
         return Loss(self.distribution.maps(predicted, wanted, given.ranks), watched={"z": tokens_BND})
 
-    def _faults(self, parts: Parts) -> Iterator[str]:
-        yield from super()._faults(parts)
+    def _errors(self, parts: Parts) -> Iterator[str]:
+        yield from super()._errors(parts)
         if any(view != self.view for _, view in self.predicted_from(parts)):
             yield (
                 f"{self.title} compares patches of one view: inputs of view {self.view}, or `pairs: own` where they "

@@ -288,7 +288,7 @@ class Target(Kind):
         family = cast(type[Kind], type(self).model_fields[field].annotation)
         return {name: family.kinds[name] for name in family.choices()}
 
-    def faults(self, parts: Parts) -> Iterator[str]:
+    def errors(self, parts: Parts) -> Iterator[str]:
         """Yield validation errors as text."""
         names = [spec.name for spec in parts.inputs]
         unknown = [name for name in self.inputs if name not in names]
@@ -297,9 +297,9 @@ class Target(Kind):
         elif self.decoder not in parts.decoders:
             yield f"no decoder '{self.decoder}'; {did_you_mean(self.decoder, parts.decoders)}"
         else:
-            yield from self._faults(parts)
+            yield from self._errors(parts)
 
-    def _faults(self, parts: Parts) -> Iterator[str]:
+    def _errors(self, parts: Parts) -> Iterator[str]:
         decoder = parts.decoders[self.decoder]
         answers = self.dense, self.by_token
         if (decoder.dense, decoder.by_token) != answers:
@@ -350,8 +350,8 @@ class ImageTarget(Target):
         """Return whether z_y is compared with the EMA copy of its head's prototypes."""
         return False
 
-    def _faults(self, parts: Parts) -> Iterator[str]:
-        yield from super()._faults(parts)
+    def _errors(self, parts: Parts) -> Iterator[str]:
+        yield from super()._errors(parts)
         if self.encoder == "teacher" and self.teacher not in parts.teachers:
             example = f"recipe.teachers.{self.teacher}.from_pretrained=/data/models/dinov2-base"
             fix = did_you_mean(self.teacher, parts.teachers) if parts.teachers else f"give it one, e.g. {example}"
@@ -403,13 +403,13 @@ class HeadTarget(ImageTarget):
         common = {name: getattr(self.regularizer, name) for name in names}
         return {"target": self.kind, "kind": self.regularizer.kind, **common}
 
-    def _faults(self, parts: Parts) -> Iterator[str]:
+    def _errors(self, parts: Parts) -> Iterator[str]:
         if self.head not in parts.heads:
             yield f"no head '{self.head}'; {did_you_mean(self.head, parts.heads) if parts.heads else 'there is none'}"
         else:
-            yield from super()._faults(parts)
-            yield from self._head_faults(parts.heads[self.head])
+            yield from super()._errors(parts)
+            yield from self._head_errors(parts.heads[self.head])
 
-    def _head_faults(self, head: HeadSpec) -> Iterator[str]:
+    def _head_errors(self, head: HeadSpec) -> Iterator[str]:
         if head.prototypes:
             yield f"`prototypes` of head '{self.head}' have no effect: they are for `prototypes` and `dense_prototypes`"

@@ -75,8 +75,8 @@ class Dense(PatchTarget):
             context.dense[key] = standardize_tokens(tokens_BND.detach())
         return context.dense[key]
 
-    def _faults(self, parts: Parts) -> Iterator[str]:
-        yield from super()._faults(parts)
+    def _errors(self, parts: Parts) -> Iterator[str]:
+        yield from super()._errors(parts)
         if self.layers > 1 and self.encoder != "ema":
             yield f"`layers` are those of the averaged backbone: not with `encoder: {self.encoder}`"
 

@@ -50,8 +50,8 @@ class PatchTarget(ImageTarget):
             return _decode_blocks(given, encoded, where.blocks_BKT, of_input)
         return query_BQ, given.decoder(cls_B1D, tokens_BLD, where.visible_BL, query_BQ, given.grid, of_input, of_target)
 
-    def _faults(self, parts: Parts) -> Iterator[str]:
-        yield from super()._faults(parts)
+    def _errors(self, parts: Parts) -> Iterator[str]:
+        yield from super()._errors(parts)
         pairs, decoder = self.predicted_from(parts), parts.decoders[self.decoder]
         other_view = any(view != self.view for _, view in pairs)
         if self.tokens != "all" and other_view:

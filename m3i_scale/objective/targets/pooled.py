@@ -38,8 +38,8 @@ class Pooled(HeadTarget):
         loss.watched = loss.watched or {"z": target_BE}
         return loss
 
-    def _head_faults(self, head: HeadSpec) -> Iterator[str]:
-        yield from super()._head_faults(head)
+    def _head_errors(self, head: HeadSpec) -> Iterator[str]:
+        yield from super()._head_errors(head)
         wanted = self.regularizer.distribution
         if not isinstance(self.distribution, wanted):
             valid = [name for name, kind in self.kinds_of("distribution").items() if issubclass(kind, wanted)]

@@ -65,12 +65,12 @@ class Prototypes(HeadTarget):
         loss.remember = remember
         return loss
 
-    def _head_faults(self, head: HeadSpec) -> Iterator[str]:
+    def _head_errors(self, head: HeadSpec) -> Iterator[str]:
         if not head.prototypes:
             yield f"a distribution over prototypes needs `prototypes` in head '{self.head}', e.g. 4096"
-        fault = self.regularizer.fault(self.distribution)
-        if fault:
-            yield fault
+        error = self.regularizer.error(self.distribution)
+        if error:
+            yield error
 
 
 class DensePrototypes(PatchTarget, Prototypes):
@@ -155,10 +155,10 @@ class Clusters(PatchTarget):
         log_softmax_BNK = F.log_softmax(logits_BNK / number(self.distribution.temperature), dim=-1)
         return assigned_BNK, -(assigned_BNK * log_softmax_BNK).sum(dim=-1).mean()
 
-    def _faults(self, parts: Parts) -> Iterator[str]:
-        yield from super()._faults(parts)
-        if fault := self.regularizer.fault(self.distribution):
-            yield fault
+    def _errors(self, parts: Parts) -> Iterator[str]:
+        yield from super()._errors(parts)
+        if error := self.regularizer.error(self.distribution):
+            yield error
 
 
 def share_of_hidden(masked_BM: Tensor) -> Tensor:

@@ -220,7 +220,7 @@ class Callback:
     def on_pictures(self, step: int, pictures: Sequence[Picture]) -> None:
         """Called with visualizations after a step; step 0 is before training."""
 
-    def on_warning(self, step: int, fault: dict[str, str]) -> None:
+    def on_warning(self, step: int, warning: dict[str, str]) -> None:
         """Called with a warning about a problem that does not crash the run: `group`, `what`, `why`, `fix`
         (docs/metrics.md)."""
 

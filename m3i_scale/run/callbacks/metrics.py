@@ -66,8 +66,8 @@ class MetricsWriter(Callback):
     def on_evaluation(self, step: int, values: dict[str, Any]) -> None:
         self._write("evaluation", step, flatten(values, "evaluation"))
 
-    def on_warning(self, step: int, fault: dict[str, str]) -> None:
-        self._write("warning", step, dict(fault))
+    def on_warning(self, step: int, warning: dict[str, str]) -> None:
+        self._write("warning", step, dict(warning))
 
     def on_rewind(self, rewind: Rewind) -> None:
         """Move the lines of undone steps to the file of replaced lines, and write a `rewind` line."""

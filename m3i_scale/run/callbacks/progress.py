@@ -115,8 +115,10 @@ class ProgressDisplay(Callback):
         shown = "  ".join(f"{name} {value:.4g}" for name, value in flatten(values, "evaluation").items())
         self._print(f"step {step:,}  {shown}")
 
-    def on_warning(self, step: int, fault: dict[str, str]) -> None:
-        text = f"step {step:,}  warning: {fault['group']}: {fault['what']} ({fault['why']})\n  fix: {fault['fix']}"
+    def on_warning(self, step: int, warning: dict[str, str]) -> None:
+        text = (
+            f"step {step:,}  warning: {warning['group']}: {warning['what']} ({warning['why']})\n  fix: {warning['fix']}"
+        )
         self.console.print(Text(text, style="yellow"))
 
     def on_rewind(self, rewind: Rewind) -> None:

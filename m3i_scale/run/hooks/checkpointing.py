@@ -111,8 +111,8 @@ class Checkpointing(Hook):
         with self._state.timeouts.outside_of_steps("save"):
             try:
                 self.close()
-            except Exception as fault:  # including errors of the thread: they must not replace the original error
-                self._state.tell(str(fault))
+            except Exception as error:  # including errors of the thread: they must not replace the original error
+                self._state.tell(str(error))
 
     def close(self) -> None:
         """Commit a pending save and wait for the work after the commit."""

@@ -109,8 +109,8 @@ class Metrics(Hook):
         (record, figures), self._pending = self._pending, None
         record = record.with_figures(figures.result())
         self._state.callbacks.on_step(record)
-        for fault in self._diagnosis.check(record):
-            self._state.callbacks.on_warning(record.step, asdict(fault))
+        for warning in self._diagnosis.check(record):
+            self._state.callbacks.on_warning(record.step, asdict(warning))
 
 
 def gradient_scale(state: TrainState) -> float:
@@ -143,14 +143,14 @@ class Diagnosis:
     def check(self, record: StepRecord) -> list[RunWarning]:
         """Return the warnings that have now held for `PATIENCE` records."""
         health = {name.removeprefix("health/"): value for name, value in record.health.items()}
-        faults = {(fault.group, fault.what): fault for fault in _faults(record, health)}
-        self._seen = {key: self._seen.get(key, 0) + 1 for key in faults}
-        return [fault for key, fault in faults.items() if self._seen[key] == PATIENCE]
+        warnings = {(warning.group, warning.what): warning for warning in _warnings(record, health)}
+        self._seen = {key: self._seen.get(key, 0) + 1 for key in warnings}
+        return [warning for key, warning in warnings.items() if self._seen[key] == PATIENCE]
 
 
-def _faults(record: StepRecord, health: dict[str, float]) -> Iterator[RunWarning]:
+def _warnings(record: StepRecord, health: dict[str, float]) -> Iterator[RunWarning]:
     for name, figures in record.groups.items():
-        yield from _target_faults(record.step, name, health, figures.get("nats", 0.0))
+        yield from _target_warnings(record.step, name, health, figures.get("nats", 0.0))
         if figures.get("count") == 0:
             yield RunWarning(
                 name,
@@ -158,7 +158,7 @@ def _faults(record: StepRecord, health: dict[str, float]) -> Iterator[RunWarning
                 "none in the batches since the last records",
                 "look at weights and epochs of data.datasets; `m3i-scale shards stats` counts labels and captions",
             )
-    yield from _share_faults(record)
+    yield from _share_warnings(record)
     if record.flop_per_s is not None and record.mfu is None:
         yield RunWarning(
             "speed",
@@ -178,7 +178,7 @@ def _faults(record: StepRecord, health: dict[str, float]) -> Iterator[RunWarning
             )
 
 
-def _target_faults(step: int, name: str, health: dict[str, float], nats: float) -> Iterator[RunWarning]:
+def _target_warnings(step: int, name: str, health: dict[str, float], nats: float) -> Iterator[RunWarning]:
     spread, evenness, scale = (health.get(f"{name}_{figure}") for figure in ("spread", "evenness", "scale"))
     trained_too = scale is not None  # text encoders: at initialization, all captions have nearly the same vector
     young = trained_too and step < GROWING_UP_STEPS
@@ -209,7 +209,7 @@ def _target_faults(step: int, name: str, health: dict[str, float], nats: float) 
         )
 
 
-def _share_faults(record: StepRecord) -> Iterator[RunWarning]:
+def _share_warnings(record: StepRecord) -> Iterator[RunWarning]:
     norms = {name: figures["grad_norm"] for name, figures in record.groups.items() if "grad_norm" in figures}
     if len(norms) < 2 or not all(math.isfinite(value) for value in norms.values()):
         return

@@ -91,12 +91,12 @@ def _module_class(head: SegmentationHead) -> Callable[..., PixelHead]:
     try:
         kind = resolve_name(head.module)
         below = isinstance(kind, type) and issubclass(kind, PixelHead)
-        fault = None if below else f"{head.module} is no class below PixelHead"
+        problem = None if below else f"{head.module} is no class below PixelHead"
     except (AttributeError, ImportError, ValueError) as error:
-        fault = str(error)
-    if fault is not None:
+        problem = str(error)
+    if problem is not None:
         raise ConfigError(
-            f"the head '{head.kind}' does not name the module that is built of it: {fault}",
+            f"the head '{head.kind}' does not name the module that is built of it: {problem}",
             where="task.head",
             fix='module: ClassVar[str] = "my_package.my_module.MyPixelHead", in its class',
         )
