@@ -36,8 +36,6 @@ _EXTENSIONS = (
     tarfile.GNUTYPE_LONGNAME,
     tarfile.GNUTYPE_LONGLINK,
 )
-
-
 _ARRAY_ERRORS = (
     *(zipfile.BadZipFile, OSError, EOFError, NotImplementedError, RuntimeError, struct.error),
     *(SyntaxError, tokenize.TokenError, OverflowError, MemoryError),

@@ -127,9 +127,10 @@ def _obey(parent: int, folder: Path | None) -> None:
 
 def _temporary_folder() -> Path | None:
     """Return the temporary folder of this worker; None if it shares the folder of its parent."""
-    before = os.listdir(tempfile.gettempdir())
+    parent = Path(tempfile.gettempdir())
+    before = os.listdir(parent)
     folder = Path(get_temp_dir())
-    return None if folder.name in before else folder
+    return folder if folder.parent == parent and folder.name not in before else None
 
 
 class NotYetError(Exception):

@@ -68,7 +68,7 @@ class Record:
             files["txt"] = self.caption.encode("utf-8")
         if self.label is not None:
             files["cls"] = str(self.label).encode("ascii")
-        files["json"] = json.dumps(self.meta, ensure_ascii=False, sort_keys=True).encode("utf-8")
+        files["json"] = json.dumps(self.meta, ensure_ascii=False, sort_keys=True).encode(errors="backslashreplace")
         return files
 
 

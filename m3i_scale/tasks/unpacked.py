@@ -146,7 +146,7 @@ def _in_folder(folder: Path) -> tuple[Path, Path | None]:
     try:
         files = annotation_files(folder)
     except ConfigError as error:
-        error.fix = "--data FILE, the annotation file for training; that for evaluation is the one beside it"
+        error.fix = "--data FILE, the annotation file for training; the evaluation file is next to it"
         raise
     except DataError:
         raise ConfigError(

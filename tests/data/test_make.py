@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import json
+import os
 import tarfile
 from pathlib import Path
 
@@ -65,6 +66,13 @@ def test_an_image_folder_comes_back_out(photos, tmp_path):
     tokenizer = find_tokenizer({"s": DatasetConfig(path=str(train))}, None)
     assert tokenizer.pad_token_id == 0
     assert tokenizer.decode(tokenizer("Photo number 7")["input_ids"], skip_special_tokens=True) == "photo number 7"
+
+
+def test_file_names_that_are_not_utf8_are_escaped(photos, tmp_path):
+    os.rename(photos / "cats" / "p0.jpg", os.fsencode(photos / "cats") + b"/p\xff.jpg")
+    make_shards(imagefolder_input(photos, "none"), tmp_path / "out", name="pets", options=ShardOptions(workers=1))
+    samples = read(tmp_path / "out" / "train").values()
+    assert "cats/p\udcff.jpg" in [json.loads(sample["json"])["path"] for sample in samples]
 
 
 def alike(one: Path, two: Path) -> bool:

@@ -132,6 +132,19 @@ class AlienHead(SegmentationHead):
     module: ClassVar[str] = "torch.nn.Identity"
 
 
+class OldHead(SegmentationHead):
+    """Of a user whose module overrides the former name of `encode_view`."""
+
+    module: ClassVar[str] = "test_segmentation.OldPixels"
+
+
+class OldPixels(MiddlePixels):
+    """Would be trained on maps of the default `encode_view`."""
+
+    def encode(self, backbone: Backbone, images_BCHW: Tensor, progress: float) -> tuple[Any, list[Tensor]]:
+        return backbone.encode_maps(images_BCHW, (1,))
+
+
 class UnfinishedHead(SegmentationHead):
     """Of a user whose module predicts nothing."""
 
@@ -156,7 +169,7 @@ def test_a_head_may_be_a_class_of_ones_own() -> None:
     assert learns == {1, 2, 3, 4}
 
 
-@pytest.mark.parametrize("head", ["NoHead", "AlienHead", "UnfinishedHead"])
+@pytest.mark.parametrize("head", ["NoHead", "AlienHead", "UnfinishedHead", "OldHead"])
 def test_a_head_without_a_complete_module_is_an_error(head: str) -> None:
     with pytest.raises(ConfigError) as caught:
         build_objective(run_of("vit", f"test_segmentation.{head}"), {"a": CLASSES}, None)

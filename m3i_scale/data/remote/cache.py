@@ -1,7 +1,7 @@
 """Cache of complete remote shards on local disk, shared by all processes of a node, with LRU eviction.
 
     DIR/shards/KEY.tar       complete and never rewritten; its modification time is the time of last use
-    DIR/shards/KEY.partial   being downloaded, at full size from the start; renamed once complete and verified
+    DIR/shards/KEY.partial   being downloaded, at full size from the start; renamed once complete
     DIR/lock                 locked during eviction
 
 Readers of a shard hold a shared lock on it; a downloader holds an exclusive lock on its partial file. Locks end with
@@ -82,8 +82,8 @@ class ShardCache:
     def add(self, key: str, size: int, fill: Fill) -> bool:
         """Make sure that a shard of `size` bytes is in the cache; return False if the shards in use leave no room.
 
-        One process downloads it while the others wait. `fill` writes the shard from the start of a file and verifies
-        it; its exceptions are passed on.
+        One process downloads it while the others wait. `fill` writes the shard from the start of a file; its
+        exceptions are passed on.
         """
         path, partial = self._path(key), self._path(key, ".partial")
         try:

@@ -106,6 +106,12 @@ def _module_class(head: SegmentationHead) -> Callable[..., PixelHead]:
             where="task.head",
             fix="define it in the class",
         )
+    if hasattr(kind, "encode") and kind.encode_view is PixelHead.encode_view:
+        raise ConfigError(
+            f"{head.module} must define `encode_view`, not `encode`, which is never called",
+            where="task.head",
+            fix="rename the method to `encode_view`",
+        )
     return cast(Callable[..., PixelHead], kind)
 
 
