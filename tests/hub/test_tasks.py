@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ from m3i_scale.evaluate.features import load_vision
 from m3i_scale.evaluate.samples import open_table, read_samples
 from m3i_scale.export.export import export
 from m3i_scale.export.reference import real_pictures
-from m3i_scale.export.write import ExportContents
+from m3i_scale.export.write import ExportContents, plan_parts
 
 RUNS = {"vit": None, **BACKBONES}
 POOLED = ("vit", "dinov2")
@@ -194,6 +195,13 @@ def test_what_cannot_be_is_refused(runs, tmp_path, kind, wanted, message):
     with pytest.raises(ExportError, match=message):
         export(runs(kind)[0], tmp_path / "out", wanted=wanted)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_custom_target_without_an_export_is_an_error():
+    custom = SimpleNamespace(modality="mask", title="a custom target")
+    with pytest.raises(ExportError) as caught:
+        plan_parts(SimpleNamespace(recipe=SimpleNamespace(targets=[custom])), ExportContents("segmentation"), None)
+    assert caught.value.fix == "--task features"
 
 
 def test_several_label_sets_are_named(make_run, tmp_path, same_process):
