@@ -66,8 +66,10 @@ def plan_parts(
         return [classifier_part(source, choose_label_set(source, wanted.label_set))]
     if wanted.task in TARGETS:
         kind = cast(type[Target], Target.class_of(wanted.task))
-        exportable: Any = target_of(source, kind.modality)
-        return [exportable.export(source)]
+        target: Any = target_of(source, kind.modality)
+        if not hasattr(target, "export"):  # of the user's own
+            raise ExportError(f"no standard model has the predictions of {target.title}", fix="--task features")
+        return [target.export(source)]
     if wanted.task == "backbone":
         return [backbone_part(source)]
     if wanted.task == "zero_shot":
