@@ -79,7 +79,7 @@ SABOTAGES = {
         "stream.wait_stream(get_accelerator().current_stream())",
         "pass",
         "race",
-        (averages._write, "split(ema, copy, beside)"),
+        (averages._write, "split(ema, copy, remainder)"),
     ),
     "gathered averages are not waited for": Sabotage(
         _SMALL,

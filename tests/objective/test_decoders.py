@@ -98,7 +98,7 @@ def test_a_relative_decoder_without_positions_says_so() -> None:
 
 def test_absolute_positions_come_from_the_fixed_grid() -> None:
     decoder = transformer("absolute")
-    decoder.layers = torch.nn.ModuleList()
+    decoder._run = lambda sequence_BSD, count: sequence_BSD[:, -count:]  # without its layers
     decoder.norm = torch.nn.Identity()
     given = inputs("absolute")
     table = grid_position(GRID, 32, torch.device("cpu"))

@@ -148,7 +148,8 @@ class AdamW(Section):
     torch_adam: bool = False
     """Use PyTorch's AdamW."""
     fused: bool = False
-    bias_correction: bool = True
+    bias_correction: Literal[True] = True
+    """`optim.momentum_correction` is computed for an optimizer that corrects its moments."""
     fp32_optimizer_states: bool = True
 
 
