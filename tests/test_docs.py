@@ -232,7 +232,7 @@ def test_the_method_line_by_line_is_the_one_that_is_built_in():
     page = ROOT / "CONTRIBUTING.md"
     (run_file,), (code,) = blocks(page, "yaml"), blocks(page, "python")
     assert yaml.safe_load(run_file) == yaml.safe_load((ROOT / "recipes" / "ijepa.yaml").read_text(encoding="utf-8"))
-    assert code in (ROOT / "m3i_scale" / "objective" / "distributions" / "densities.py").read_text(encoding="utf-8")
+    assert code in (ROOT / "m3i_scale" / "objective" / "distributions.py").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
