@@ -51,7 +51,7 @@ def verify(folder: Path, reference: Reference) -> dict[str, Any]:
             f"the export does not hold what was trained: {errors[0]}",
             where=str(folder),
             why=f"{len(errors)} errors in all; found by loading it in a fresh process",
-            fix="look for a error of the disk or a mix of library versions, then export anew",
+            fix="look for a disk error or a mix of library versions, then export again",
         )
     return {
         "classes": {name: facts["class"] for name, facts in report["models"].items()} | {"image": report["processor"]},
