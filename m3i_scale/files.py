@@ -24,8 +24,8 @@ _ADDRESS = re.compile(r"[A-Za-z][\w+.-]*:/+")
 
 
 def local_path(place: str | Path, where: str | None = None) -> Path:
-    """Return a user's path to write to, with `~` expanded. Raise ConfigError for an address or a shell variable:
-    a local folder of that name would be created. `where` is the setting or option."""
+    """Return a user's path to write to, with `~` expanded. Raise ConfigError for an address, a shell variable or an
+    unknown user: a local folder of that name would be created. `where` is the setting or option."""
     text = os.fspath(place)
     if (scheme := _ADDRESS.match(text)) is not None:
         address = text if "://" in text else f"{scheme[0]}/{text[scheme.end() :]}"  # Path collapses double slashes
@@ -42,7 +42,10 @@ def local_path(place: str | Path, where: str | None = None) -> Path:
             why="only a shell replaces `$NAME`: a local folder of that name would be written",
             fix="write the path out, or let the shell replace the variable (double quotes, not single ones)",
         )
-    return Path(os.path.expanduser(text))
+    expanded = os.path.expanduser(text)
+    if expanded.startswith("~"):
+        raise ConfigError(f"there is no such user, got '{text}'", where=where, fix="an absolute path")
+    return Path(expanded)
 
 
 def sync(path: Path) -> None:

@@ -82,7 +82,7 @@ def refusal(words: list[str]) -> ConfigError:
 def test_every_command_refuses_the_same_places(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     option = command.rsplit(maxsplit=1)[-1]
-    for place in ("s3://bucket/x", "nas:/x", "$HOME/x", "${RUNS}/x"):
+    for place in ("s3://bucket/x", "nas:/x", "$HOME/x", "${RUNS}/x", "~no-such-user/x"):
         assert f"{option} " in str(refusal([*command.split(), place]).where)
     assert list(tmp_path.iterdir()) == []
 

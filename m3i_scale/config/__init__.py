@@ -114,7 +114,7 @@ class BackboneConfig(Section):
     @model_validator(mode="after")
     def _one_start(self) -> Self:
         if self.from_pretrained is not None and self.preset is not None:
-            raise ValueError("preset has no effect beside from_pretrained: set one of them to null")
+            raise ValueError("preset has no effect together with from_pretrained: set one of them to null")
         return self
 
 

@@ -196,6 +196,9 @@ def make_job(
         variables=travelling(cluster.environment, here, interface=cluster.interface),
         values=values,
     )
+    for what, text in (("output_dir", job.output_dir), ("working directory", workdir), ("run file", job.run)):
+        if not str(text).isprintable():  # a line break would end a comment of a batch script, and start a command
+            raise ConfigError(f"the {what} has characters that cannot be printed", where=repr(str(text)))
     for override in overrides:
         if re.search(r"[\0\n\r]", override):
             raise ConfigError("an override is one line", where=repr(override))

@@ -24,12 +24,9 @@ from m3i_scale.engine.compilation import compile_layers
 from m3i_scale.engine.deepspeed.resolve import ResolvedConfig, load_ds_config, resolve
 from m3i_scale.engine.engine import build_engine, stream_into
 from m3i_scale.engine.host_memory import pinning
-from m3i_scale.engine.partition import (
-    initialize_sharded,
-    keep_in_checkpoints,
-    order_gathers,
-)
+from m3i_scale.engine.partition import initialize_sharded, keep_in_checkpoints, order_gathers
 from m3i_scale.engine.precision import allow_tf32, compute_dtype
+from m3i_scale.errors import ConfigError
 from m3i_scale.files import sha256_of_json
 from m3i_scale.objective.build import build_objective, ema_pairs, initialize_module, scales_of
 from m3i_scale.objective.information import EMA_PREFIX, TEACHERS_PREFIX, Objective
@@ -95,7 +92,7 @@ class ResolvedRun(RunWithData):
 def resolve_engine(run: RunConfig, world_size: int | None, hidden_size: int) -> ResolvedConfig:
     """Return the DeepSpeed config of the run with all "auto" values resolved."""
     optim = run.optim
-    return resolve(
+    resolved = resolve(
         load_ds_config(run.deepspeed),
         world_size=world_size,
         batch_size=optim.batch_size,
@@ -108,6 +105,10 @@ def resolve_engine(run: RunConfig, world_size: int | None, hidden_size: int) -> 
         hidden_size=hidden_size,
         where=run.deepspeed,
     )
+    if not (optim.momentum_correction or resolved.config["optimizer"]["params"].get("bias_correction", True)):
+        what, why = "bias correction must not be disabled twice", "the learning rate would undo a missing correction"
+        raise ConfigError(what, where="optim.momentum_correction: false", why=why, fix="optim.momentum_correction=true")
+    return resolved
 
 
 def open_data(

@@ -1,5 +1,8 @@
 """The batch script, without a Slurm; tests/cluster submits it to one."""
 
+import pytest
+
+from m3i_scale.errors import ConfigError
 from m3i_scale.launch.description import Cluster
 from m3i_scale.launch_command import read_job, render
 
@@ -8,6 +11,13 @@ def script(**fields: object) -> str:
     cluster = Cluster.model_validate({"nodes": 2, "ranks_per_node": 2, **fields})
     (file,) = render("slurm", read_job("m3i", ["output_dir=/data/runs/first"], cluster)[1]).files
     return file.text
+
+
+def test_a_line_break_in_the_output_dir_of_a_config_file_does_not_start_a_command(tmp_path):
+    run_file = tmp_path / "run.yaml"
+    run_file.write_text('extends: m3i\noutput_dir: "/data/x\\ntouch /data/y"\n')
+    with pytest.raises(ConfigError, match="output_dir"):
+        read_job(str(run_file), [], Cluster(nodes=2, ranks_per_node=2))
 
 
 def test_a_notice_of_ones_own_stands_behind_the_usual_one():

@@ -1,6 +1,7 @@
 """What differs between a checkpoint and a run is told field by field; published weights fill a backbone."""
 
 import json
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -12,8 +13,10 @@ from m3i_scale.backbones.build import backbone_config, backbone_source, build_ba
 from m3i_scale.backbones.load_plan import plan_load
 from m3i_scale.config import BackboneConfig, OptimConfig, RunConfig
 from m3i_scale.config.optim import Poly, learning_rate
+from m3i_scale.engine.deepspeed.resolve import load_ds_config
 from m3i_scale.errors import CheckpointError, ConfigError
 from m3i_scale.run.resume import _difference, check_resume
+from m3i_scale.run.setup import resolve_engine
 from m3i_scale.run.start import print_start
 
 
@@ -89,6 +92,20 @@ def test_another_schedule_is_told(tmp_path, changed, told):
     assert all(note.startswith(f"the schedule changed: {start}") for note, start in zip(notes, told, strict=True))
     rates = [f"{learning_rate(10, optim):.3g}" for optim in (plan.run.optim, before)]
     assert not notes or notes[0].endswith(f"the learning rate of step 11 is {' instead of '.join(rates)}")
+
+
+def test_a_missing_bias_correction_is_not_undone(tmp_path):
+    file = load_ds_config("zero1_bf16")
+    del file["optimizer"]["params"]["fused"]  # DeepSpeed's own Adam reads bias_correction
+    file["optimizer"]["params"] |= {"torch_adam": False, "bias_correction": False}
+    (tmp_path / "sgd.json").write_text(json.dumps(file))
+    for corrects in (True, False):
+        run = RunConfig.model_validate(
+            {"deepspeed": str(tmp_path / "sgd.json"), "optim": {"momentum_correction": corrects}}
+        )
+        with nullcontext() if corrects else pytest.raises(ConfigError) as caught:
+            resolve_engine(run, None, 64)
+    assert caught.value.where.startswith("optim.momentum_correction")
 
 
 @pytest.mark.parametrize(

@@ -108,7 +108,6 @@ MISTAKES: list[tuple[str, dict[str, Any], list[str]]] = [
     ("zero3_bf16", {"optimizer.type": "Adam"}, ["must be AdamW"]),
     ("zero3_bf16", {P + "lr": GONE}, [P + "lr", "left out"]),
     ("zero3_bf16", {P + "adam_w_mode": False}, [P + "adam_w_mode", "True"]),
-    ("zero3_cpu", {P + "bias_correction": False}, [P + "bias_correction", "True"]),
     ("zero3_bf16", {P + "max_grad_norm": 1.0}, ["gradient_clipping"]),
     ("zero3_bf16", {P + "weight_dekay": 0.1}, ["weight_dekay", "weight_decay"]),
     ("zero3_bf16", {P + "fp32_optimizer_states": True}, ["fp32_optimizer_states", "AdamW"]),

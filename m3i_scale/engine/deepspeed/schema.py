@@ -148,8 +148,7 @@ class AdamW(Section):
     torch_adam: bool = False
     """Use PyTorch's AdamW."""
     fused: bool = False
-    bias_correction: Literal[True] = True
-    """`optim.momentum_correction` is computed for an optimizer that corrects its moments."""
+    bias_correction: bool = True
     fp32_optimizer_states: bool = True
 
 
