@@ -121,7 +121,7 @@ def test_a_rank_with_a_mistake_is_told_what_else_is_wrong_for_all_ranks(
     run_file = str(write_run(tmp_path, shards, "mae", of_two_ranks))
     error = CliRunner().invoke(app, ["train", run_file, "log.progress=9"]).exception
     assert isinstance(error, ConfigError)
-    assert len(getattr(error, "faults", [error])) == faults
+    assert len(getattr(error, "errors", [error])) == faults
 
 
 def test_an_interval_of_evaluations_that_never_comes_is_refused(shards: Path, tmp_path: Path) -> None:
