@@ -16,7 +16,7 @@ from m3i_scale.objective.targets.text import BoltzmannPairs
 from m3i_scale.report.recipe_table import weight_words, word
 from m3i_scale.text import printable
 
-_ALONE = {"none": "no regulariser"}
+_ALONE = {"none": "no regularizer"}
 """Words that need context without a heading."""
 _TOKENS = {
     "masked": "hidden patches",
