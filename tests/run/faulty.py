@@ -129,7 +129,7 @@ def at_a_step(fault: dict[str, Any]) -> None:
     def fetched(trainer: Trainer) -> Any:
         at["step"] = trainer.state.step + 1
         if (fault["what"], at["step"]) == ("data", fault["step"]):
-            trainer.fetcher._fault = DataError("a shard is gone")
+            trainer.fetcher._error = DataError("a shard is gone")
         return next_batch(trainer)
 
     def streamed(stream: TrainStream) -> Any:

@@ -144,7 +144,7 @@ def test_verify_names_every_file_that_was_changed(run_dir: Path) -> None:
     final = at(run_dir, 4)
     assert document("verify", final) == {
         "good": True,
-        "checkpoints": [{"checkpoint": str(final), "good": True, "faults": []}],
+        "checkpoints": [{"checkpoint": str(final), "good": True, "errors": []}],
     }
     files = [path for path in sorted(final.rglob("*")) if path.is_file()]
     assert len(files) == 3 * RANKS + 6  # tensors, random, data of every rank; the rest of rank 0

@@ -92,7 +92,7 @@ def test_it_trains_on_two_ranks_and_becomes_a_stock_detector(shards: Path, forks
     image = Image.linear_gradient("L").resize((90, 60)).convert("RGB")
     image.save(picture)
     device, pixels = torch.device("cpu"), np.asarray(image).transpose(2, 0, 1)
-    ((found,), (wanted,)) = (load(folder, device, 1)([pixels], [1]) for load, folder in loaders)
+    ((found,), (wanted,)) = (load(folder, device, 1)([pixels]) for load, folder in loaders)
     assert len(found["scores"]) > 0
     for name in ("boxes", "scores", "labels"):
         np.testing.assert_allclose(found[name], wanted[name], atol=1e-4)  # type: ignore[literal-required]
