@@ -150,7 +150,7 @@ def check_output_dir(output_dir: Path) -> Path:
 
 
 def request_stop(output_dir: Path, holder: Holder) -> None:
-    """Request a stop of the run that holds `output_dir`, on any host: rank 0 checks for the file after every step."""
+    """Request a stop of the run that holds `output_dir`, on any host: rank 0 looks for the file once a second."""
     try:
         write_json(output_dir / _STOP, {"pid": holder.pid, "host": holder.host}, durable=False)
     except OSError as error:
