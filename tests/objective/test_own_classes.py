@@ -102,7 +102,7 @@ class Twice(Dense):
 
 
 class Undeclared(ImageTarget):
-    """Does not say which distributions and regularisers it takes."""
+    """Does not say which distributions and regularizers it takes."""
 
     def loss(self, given, context, encoded):
         return Loss(encoded.tokens_BLD.sum())

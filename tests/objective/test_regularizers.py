@@ -14,7 +14,7 @@ P = Gaussian()
 
 
 def negative(prediction: torch.Tensor, correlation: torch.Tensor, strength: float) -> torch.Tensor:
-    """What the regulariser adds to −log P̂."""
+    """What the regularizer adds to −log P̂."""
     target = torch.zeros_like(prediction)
     whole = DenseUniGrad(strength=strength).loss(P, prediction, target, correlation, ALONE)
     return whole - P.maps(prediction, target, ALONE)

@@ -156,7 +156,7 @@ def test_the_table_breaks_no_word(width):
     words = set(text.split())
     assert "…" not in text
     assert words >= {row["name"] for row in rows}
-    assert words >= {"recipe", "x", "y", "z_y", "regulariser", "P̂", "f_φ", "f_ψ", "w"}
+    assert words >= {"recipe", "x", "y", "z_y", "regularizer", "P̂", "f_φ", "f_ψ", "w"}
     assert words >= {"embedding", "Boltzmann", "Bernoulli", "correlation", "covariance", "Transformer", "0.025"}
 
 
