@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,8 +15,6 @@ from tiny import random_batch
 from m3i_scale.backbones.base import Backbone
 from m3i_scale.backbones.build import backbone_config, build_backbone
 from m3i_scale.config import BackboneConfig, RunConfig
-from m3i_scale.errors import ExportError
-from m3i_scale.export.source import Source
 from m3i_scale.objective.build import initialize_module
 from m3i_scale.objective.recipe import parse_recipe
 from m3i_scale.run.setup import run_yaml
@@ -53,14 +50,6 @@ def test_a_task_gives_its_recipe_and_is_read_again_as_it_was_written() -> None:
     assert [target.modality for target in recipe.targets] == ["category"]
     assert recipe.decoders["pool"].kind == "mean_pool"
     assert RunConfig.model_validate(yaml_of(run)) == run
-
-
-def test_a_target_without_a_standard_model_is_exported_as_features() -> None:
-    run = RunConfig.model_validate({"task": {"kind": "classification"}})
-    recipe = parse_recipe(run.recipe)
-    with pytest.raises(ExportError) as caught:
-        recipe.targets[0].export(Source(Path("no checkpoint"), run, recipe, 0, {}, []))
-    assert caught.value.fix == "--task features"
 
 
 def yaml_of(run: RunConfig) -> Any:
