@@ -26,6 +26,7 @@ from deepspeed.accelerator import get_accelerator
 
 from m3i_scale.config import RunConfig, load_run
 from m3i_scale.data.batch import Batch, synthetic_batch
+from m3i_scale.engine.deepspeed.effective import check_effective
 from m3i_scale.engine.deepspeed.resolve import load_ds_config, resolve
 from m3i_scale.engine.engine import build_engine
 from m3i_scale.engine.partition import initialize_sharded
@@ -128,6 +129,7 @@ def _our_step(run: RunConfig, deepspeed: str, batch: Batch, vocabulary: int | No
         resolved.config,
         weight_decay=WEIGHT_DECAY,
     )
+    check_effective(engine, resolved)
     on_device = batch.to(get_accelerator().current_device_name())
 
     def step() -> None:

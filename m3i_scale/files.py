@@ -25,7 +25,8 @@ _ADDRESS = re.compile(r"[A-Za-z][\w+.-]*:/+")
 
 def local_path(place: str | Path, where: str | None = None) -> Path:
     """Return a user's path to write to, with `~` expanded. Raise ConfigError for an address, a shell variable or an
-    unknown user: a local folder of that name would be created. `where` is the setting or option."""
+    unknown user (a local folder of that name would be created), and for a shard that exists. `where` is the setting or
+    option."""
     text = os.fspath(place)
     if (scheme := _ADDRESS.match(text)) is not None:
         address = text if "://" in text else f"{scheme[0]}/{text[scheme.end() :]}"  # Path collapses double slashes
@@ -45,7 +46,15 @@ def local_path(place: str | Path, where: str | None = None) -> Path:
     expanded = os.path.expanduser(text)
     if expanded.startswith("~"):
         raise ConfigError(f"there is no such user, got '{text}'", where=where, fix="an absolute path")
-    return Path(expanded)
+    path = Path(expanded)
+    if path.suffix == ".tar" and os.path.exists(path):
+        raise ConfigError(
+            f"output must not replace a shard, got '{path}'",
+            where=where,
+            why="shards are training data",
+            fix="another path, or remove the file first",
+        )
+    return path
 
 
 def sync(path: Path) -> None:

@@ -87,6 +87,15 @@ def test_every_command_refuses_the_same_places(command: str, tmp_path: Path, mon
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("command", WRITERS)
+def test_no_command_replaces_a_shard(command: str, tmp_path: Path) -> None:
+    shard = tmp_path / "images-000000.tar"
+    shard.write_bytes(b"images")
+    option = command.rsplit(maxsplit=1)[-1]
+    assert f"{option} " in str(refusal([*command.split(), str(shard)]).where)
+    assert shard.read_bytes() == b"images"
+
+
 def test_the_home_of_the_user_is_meant_by_a_tilde_in_options_too(tmp_path: Path, monkeypatch) -> None:
     """A shell leaves it alone in --quarantine=~/faults.jsonl."""
     monkeypatch.chdir(tmp_path)

@@ -11,14 +11,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from m3i_scale.config.kinds import Kind
+from m3i_scale.config.sections import FixableError
 from m3i_scale.objective.diagnostics import Moments
 from m3i_scale.objective.ranks import Ranks, mean_row
 from m3i_scale.objective.schedule import Positive, Scheduled, number
@@ -64,6 +65,12 @@ class Density(Distribution):
     need `maps`, image-level targets `vectors`."""
 
     kinds: ClassVar[dict[str, type[Kind]]] = Distribution.kinds
+
+    @model_validator(mode="after")
+    def _defines_a_loss(self) -> Self:
+        if type(self).maps is Density.maps and type(self).vectors is Density.vectors:
+            raise FixableError(f"'{self.kind}' does not define maps or vectors", "define one of them in the class")
+        return self
 
     def maps(self, prediction_BND: Tensor, target_BND: Tensor, ranks: Ranks) -> Tensor:
         """Return −log P̂ per dimension, averaged over tokens and samples."""

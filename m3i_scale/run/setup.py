@@ -21,6 +21,7 @@ from m3i_scale.engine.agree import from_rank_0, open_together
 from m3i_scale.engine.averages import ShardedEma
 from m3i_scale.engine.collectives import ProcessGroupRanks
 from m3i_scale.engine.compilation import compile_layers
+from m3i_scale.engine.deepspeed.effective import check_effective
 from m3i_scale.engine.deepspeed.resolve import ResolvedConfig, load_ds_config, resolve
 from m3i_scale.engine.engine import build_engine, stream_into
 from m3i_scale.engine.host_memory import pinning
@@ -145,6 +146,7 @@ def start_engine(
         weight_decay=run.optim.weight_decay,
         lr_scales=lambda module: scales_of(cast(Objective, module), run),
     )
+    check_effective(engine, resolved.deepspeed)
     order_gathers(engine)
     policy = policy_of_switches(run.backbone.activation_checkpointing, run.backbone.compiles)
     apply_activation_checkpointing(engine.module, policy)

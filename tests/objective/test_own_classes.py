@@ -116,6 +116,10 @@ class Unregular(PooledRegularizer):
     pass
 
 
+class Shapeless(Density):
+    pass
+
+
 class Orderless(Mask):
     pass
 '''
@@ -277,6 +281,7 @@ def test_a_target_that_declares_no_families_is_refused_at_its_keys(tmp_path: Pat
 INCOMPLETE = {
     "recipe.targets.1.kind": ("Lossless", "loss"),
     "recipe.targets.0.regularizer": ("Unregular", "loss"),
+    "recipe.targets.1.distribution": ("Shapeless", "maps or vectors"),
     "recipe.inputs.0.mask.form": ("Orderless", "order"),
 }
 

@@ -13,11 +13,12 @@ from typing import Any
 
 import pytest
 from ds_files import RUN, changed
-from effective_settings import differences
 from launch import environment, free_port
 
+from m3i_scale.engine.deepspeed.effective import check_effective
 from m3i_scale.engine.deepspeed.resolve import ResolvedConfig, known_ds_configs, load_ds_config, resolve
 from m3i_scale.engine.deepspeed.rules import accumulation, communication, precision
+from m3i_scale.errors import ConfigError
 
 pytestmark = pytest.mark.slow
 
@@ -98,12 +99,9 @@ def _train(resolved: ResolvedConfig, steps: int) -> tuple[list[float], dict[str,
     engine, *_ = deepspeed.initialize(
         model=model, model_parameters=model.parameters(), config=copy.deepcopy(resolved.config)
     )
-    assert differences(engine, resolved.config) == []
+    check_effective(engine, resolved)
     lies = _lies(resolved.config)
-    found = {
-        path: [word, "\n".join(differences(engine, changed(resolved.config, {path: value})))]
-        for path, (value, word) in lies.items()
-    }
+    found = {path: [word, _difference(engine, resolved, path, value)] for path, (value, word) in lies.items()}
     losses = []
     for inputs, targets in _batches(steps):
         dtype = next(model.parameters()).dtype
@@ -151,6 +149,15 @@ def _lies(config: dict[str, Any]) -> dict[str, tuple[Any, str]]:
         if section != "zero_optimization" or key in zero:
             lies[path] = (value, f"{path}: ")
     return lies
+
+
+def _difference(engine: Any, resolved: ResolvedConfig, path: str, value: Any) -> str:
+    """What check_effective says when the engine was not given `value`."""
+    try:
+        check_effective(engine, ResolvedConfig(changed(resolved.config, {path: value}), [], resolved.where))
+    except ConfigError as error:
+        return str(error)
+    return ""
 
 
 def _worker(report: str) -> None:

@@ -1,4 +1,7 @@
-"""Read the DeepSpeed JSON, resolve every "auto" to an explained number, and reject ineffective settings."""
+"""Read the DeepSpeed JSON, resolve every "auto" to an explained number, and reject ineffective settings.
+
+`load_ds_config`, `resolve`, `check_accelerator`, then `deepspeed.initialize` and `check_effective`.
+"""
 
 from __future__ import annotations
 

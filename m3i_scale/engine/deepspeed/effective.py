@@ -1,9 +1,10 @@
-"""Differences between a DeepSpeed engine and its configuration."""
+"""Check, after initialization, that the engine follows its configuration."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from m3i_scale.engine.deepspeed.resolve import ResolvedConfig
 from m3i_scale.engine.deepspeed.rules import (
     accumulation,
     communication,
@@ -12,6 +13,7 @@ from m3i_scale.engine.deepspeed.rules import (
     takes_bf16_optimizer,
 )
 from m3i_scale.engine.precision import dtype_name
+from m3i_scale.errors import ConfigError
 
 _STAGE3_SIZES = {
     "stage3_param_persistence_threshold": "zero_param_persistence_threshold",
@@ -22,13 +24,25 @@ _STAGE3_SIZES = {
 }
 
 
-def differences(engine: Any, config: dict[str, Any]) -> list[str]:
-    """Return one line for each setting that the engine does not follow."""
-    return [
+def check_effective(engine: Any, resolved: ResolvedConfig) -> None:
+    """Raise ConfigError if the engine differs from its configuration. Call it on every rank, before the first step.
+
+    It compares the ZeRO stage, the precision of every trainable parameter, batch arithmetic, gradient accumulation and
+    reduction dtypes, clipping, offload, the optimizer and its hyperparameters, and bucket sizes and thresholds.
+    """
+    config = resolved.config
+    differences = [
         f"{name}: wanted {wanted!r}, effective {effective!r}"
         for name, wanted, effective in [*_compared(engine, config), *_sizes(engine, config["zero_optimization"])]
         if wanted != effective
     ]
+    if differences:
+        raise ConfigError(
+            "the DeepSpeed engine does something else than its configuration says",
+            where=resolved.where,
+            why="; ".join(differences),
+            fix="check the installed DeepSpeed version, and whether the engine was given this configuration unchanged",
+        )
 
 
 def _compared(engine: Any, config: dict[str, Any]) -> list[tuple[str, Any, Any]]:
