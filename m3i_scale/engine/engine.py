@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from m3i_scale.backbones.load_plan import LoadPlan
 from m3i_scale.engine.activations import stacks
-from m3i_scale.engine.agree import from_rank_0
+from m3i_scale.engine.agree import from_rank_0, raise_together
 from m3i_scale.engine.deepspeed.rules import optimizer_class
 from m3i_scale.engine.engine_state import count_micro_batches
 from m3i_scale.engine.extensions import awaited_build
@@ -33,13 +33,6 @@ from m3i_scale.engine.partition import construct, full_shape, gathered, gradient
 from m3i_scale.errors import UserError
 
 _AT_MINIMUM = "loss scale already at minimum"
-
-
-def quiet_deepspeed() -> None:
-    """Limit DeepSpeed's logging to warnings and errors; the toolkit prints its summary of the configuration."""
-    deepspeed.utils.logger.setLevel(logging.WARNING)
-    # DeepSpeed calls collectives by names that newer torch versions rename. A user cannot fix that.
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
 
 
 def set_leaves(module: nn.Module) -> None:
@@ -74,19 +67,16 @@ def set_micro_batch_size(engine: Any, micro_batch_size: int) -> None:
     count_micro_batches(engine)
 
 
-@contextlib.contextmanager
-def free_memory_of_torch() -> Iterator[None]:
-    """Make DeepSpeed ask torch for the free GPU memory when it starts an engine.
+def free_memory_of_torch() -> contextlib.AbstractContextManager[Any]:
+    """Return a context in which DeepSpeed asks torch for the free GPU memory when it starts an engine.
 
     If pynvml is installed, DeepSpeed asks the driver. That fails on names of GPUs and MIG slices in
     `CUDA_VISIBLE_DEVICES` (`_get_nvml_gpu_id` of its CUDA accelerator).
     """
     accelerator = get_accelerator()
     if accelerator.device_name() != "cuda":
-        yield
-        return
-    with mock.patch.object(accelerator, "available_memory", lambda device=None: torch.cuda.mem_get_info(device)[0]):
-        yield
+        return contextlib.nullcontext()
+    return mock.patch.object(accelerator, "available_memory", lambda device=None: torch.cuda.mem_get_info(device)[0])
 
 
 def build_engine(
@@ -106,7 +96,9 @@ def build_engine(
         weight_decay: applied to matrices only.
         lr_scales: learning rate multipliers by parameter name; the default is 1.
     """
-    quiet_deepspeed()
+    deepspeed.utils.logger.setLevel(logging.WARNING)  # the toolkit prints its summary of the configuration
+    # DeepSpeed calls collectives by names that newer torch versions rename. A user cannot fix that.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     module = construct(build, ds_config)
     initialize(module)
     set_leaves(module)
@@ -151,7 +143,7 @@ def stream_into(module: nn.Module, prefix: str, open_stream: Callable[[], LoadPl
     for name in names:
         # The other ranks take part in the same gathers, so an error is raised only after all of them.
         error = _write(parameters[prefix + name], tensors if error is None else None) or error
-    from_rank_0(lambda: _raise(error))
+    raise_together(error, names_rank=False)
 
 
 @torch.no_grad()
@@ -162,6 +154,8 @@ def _write(parameter: nn.Parameter, tensors: Iterator[Tensor] | None) -> Excepti
     failed: Exception | None = None
     try:
         value = None if tensors is None else next(tensors)
+    except StopIteration:
+        failed = RuntimeError("a stream of weights has fewer values than names")
     except Exception as error:
         failed = error
     with gathered([parameter], write=True):
@@ -171,13 +165,6 @@ def _write(parameter: nn.Parameter, tensors: Iterator[Tensor] | None) -> Excepti
         except Exception as error:
             failed = error
     return failed
-
-
-def _raise(error: Exception | None) -> None:
-    if isinstance(error, StopIteration):
-        raise RuntimeError("a stream of weights has fewer values than names") from error
-    if error is not None:
-        raise error
 
 
 def loss_scale(engine: Any) -> float | None:

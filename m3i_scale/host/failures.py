@@ -112,8 +112,10 @@ def failure_text(cause: Failure, others: Sequence[Failure], output_dir: Path) ->
         lines += [f"    {line}" for line in cause.lines[-LAST_LINES:]]
     if others:
         lines.append(f"  after it: {_counted(others)}")
-    if (collectives := recorded_text(output_dir / RANK_RECORDS)) is not None:
-        lines.append(f"  {collectives}")
+    folder = output_dir / RANK_RECORDS
+    if count := len(list(folder.glob(f"{COLLECTIVES}*"))):
+        who = "1 rank wrote down its" if count == 1 else f"{count} ranks wrote down their"
+        lines.append(f"  {who} last collectives: torchfrtrace {folder} -p {COLLECTIVES}")
     return "\n".join(lines)
 
 
@@ -219,12 +221,3 @@ def record_collectives(folder: Path, environment: MutableMapping[str, str]) -> I
     yield
     with contextlib.suppress(OSError):  # not after an error, because other ranks may still write
         folder.rmdir()
-
-
-def recorded_text(folder: Path) -> str | None:
-    """Return a line about the recorded collectives; None if there are none."""
-    count = len(list(folder.glob(f"{COLLECTIVES}*")))
-    if not count:
-        return None
-    who = "1 rank wrote down its" if count == 1 else f"{count} ranks wrote down their"
-    return f"{who} last collectives: torchfrtrace {folder} -p {COLLECTIVES}"

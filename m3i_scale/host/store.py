@@ -78,9 +78,9 @@ def open_alone() -> int:
 def choose_interface(timeout_s: float) -> None:
     """Set gloo's network interface on several hosts, if it is not set; see `set_interface`. Every rank calls it, after
     `await_ranks`."""
-    if not _several_hosts():
-        return
     rank, world, address = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), os.environ["MASTER_ADDR"]
+    if (ranks_on_host(os.environ) or world) >= world:  # on one host, or the number of local ranks is unknown
+        return
     if _of_agent():
         store = TCPStore(address, int(os.environ["MASTER_PORT"]), world, is_master=False, wait_for_workers=False)
     else:
@@ -200,9 +200,3 @@ def _hosts_of_deepspeed() -> dict[int, str]:
         return dict(enumerate(host for host, slots in world.items() for _ in slots))
     except (psutil.Error, AttributeError, IndexError, ValueError, TypeError):
         return {}
-
-
-def _several_hosts() -> bool:
-    """Return whether ranks run on other hosts; False if the number of local ranks is unknown."""
-    world = int(os.environ["WORLD_SIZE"])
-    return (ranks_on_host(os.environ) or world) < world
