@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import signal
+from collections import Counter
 from collections.abc import Iterable, Iterator, MutableMapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -120,10 +121,7 @@ def failure_text(cause: Failure, others: Sequence[Failure], output_dir: Path) ->
 
 
 def _counted(others: Sequence[Failure]) -> str:
-    words: dict[str, int] = {}
-    for other in others:
-        message = other.message.splitlines()[0][:100] if other.message else other.kind
-        words[message] = words.get(message, 0) + 1
+    words = Counter(other.message.splitlines()[0][:100] if other.message else other.kind for other in others)
     texts = [f"{count} × {message}" for message, count in list(words.items())[:3]]
     return "; ".join(texts) + (" …" if len(words) > 3 else "")
 
@@ -132,8 +130,7 @@ def write_failure(output_dir: Path, cause: Failure, others: Sequence[Failure], *
     """Write OUTPUT/failure.json atomically; `more` are further fields, such as the attempt."""
     output_dir.mkdir(parents=True, exist_ok=True)
     path = output_dir / FAILURE
-    content = {"cause": asdict(cause), "others": [asdict(other) for other in others], **more}
-    write_json(path, content)
+    write_json(path, {"cause": asdict(cause), "others": [asdict(other) for other in others], **more})
     return path
 
 

@@ -58,9 +58,10 @@ def await_ranks(timeout_s: float) -> None:
         if answer:
             time.sleep(_LINGER_S)  # the store ends with this process, and the others must read it first
     else:
+        answer = "rank 0 had joined, and has ended"
         with contextlib.suppress(RuntimeError):  # rank 0 has ended, or the network failed
             store.wait([_ANSWER], timedelta(seconds=timeout_s + _ANSWER_S))
-        answer = store.get(_ANSWER).decode() if _has(store, _ANSWER) else "rank 0 had joined, and has ended"
+            answer = store.get(_ANSWER).decode()
     if answer:
         raise MissingRanksError(
             answer,
@@ -131,13 +132,6 @@ def local_address(host: str) -> str:
 def is_loopback(address: str) -> bool:
     """Return whether the address is reachable from this host only."""
     return ipaddress.ip_address(address.partition("%")[0]).is_loopback
-
-
-def _has(store: TCPStore, key: str) -> bool:
-    try:
-        return bool(store.check([key]))
-    except RuntimeError:  # the store is gone
-        return False
 
 
 def _store(rank: int, timeout_s: float) -> TCPStore:

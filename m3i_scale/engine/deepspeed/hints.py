@@ -73,10 +73,7 @@ UNSUPPORTED: dict[str, tuple[str, str | None]] = {
         "it is deprecated",
         "write zero_optimization.offload_optimizer.pin_memory, or the same of offload_param, in its place",
     ),
-    "zero_optimization.zenflow": (
-        _ONE_COPY,
-        "remove it: zero_optimization.offload_optimizer offloads the states",
-    ),
+    "zero_optimization.zenflow": (_ONE_COPY, "remove it: zero_optimization.offload_optimizer offloads the states"),
     "zero_optimization.offload_optimizer.super_offload": (_ONE_COPY, "remove it: the states are still offloaded"),
     "optimizer.params.max_grad_norm": ("DeepSpeed raises an error for it", "use gradient_clipping"),
 }
