@@ -118,8 +118,8 @@ def recorded(output_dir: Path) -> Iterator[Heartbeat]:
     adopt_rank_variables(os.environ)
     rank = int(os.environ.get("RANK", "0"))
     agent_folder = os.environ.get(RECORDS)
-    heartbeat = Heartbeat(heartbeat_file(Path(agent_folder), rank) if agent_folder else None)
     folder = Path(agent_folder) if agent_folder else None
+    heartbeat = Heartbeat(heartbeat_file(folder, rank) if folder is not None else None)
     if folder is None and "WORLD_SIZE" in os.environ:
         folder = output_dir / RANK_RECORDS
     if folder is not None:
@@ -130,7 +130,8 @@ def recorded(output_dir: Path) -> Iterator[Heartbeat]:
     try:
         yield heartbeat
     except BaseException as error:
-        if folder is not None and not _is_normal_end(error):
+        is_normal_end = isinstance(error, SystemExit) and error.code in (None, 0, EXIT_PREEMPTED)
+        if folder is not None and not is_normal_end:
             failure = _failure(error, rank, heartbeat)
             try:
                 write_record(folder, failure)
@@ -141,10 +142,6 @@ def recorded(output_dir: Path) -> Iterator[Heartbeat]:
         raise
     if folder is not None:
         _end(folder, rank)
-
-
-def _is_normal_end(error: BaseException) -> bool:
-    return isinstance(error, SystemExit) and error.code in (None, 0, EXIT_PREEMPTED)
 
 
 def _failure(error: BaseException, rank: int, heartbeat: Heartbeat) -> Failure:
