@@ -20,9 +20,9 @@ from m3i_scale.evaluate.pictures.dense import (
 )
 from m3i_scale.evaluate.pictures.draw import image_of
 from m3i_scale.evaluate.pictures.views import Reconstruction, draw_reconstruction, draw_views
-from m3i_scale.host.picture_files import Picture
 from m3i_scale.objective.information import Objective
 from m3i_scale.objective.targets.dense import Pixels
+from m3i_scale.run.callbacks import Picture
 from m3i_scale.run.setup import ResolvedRun
 
 Floats = NDArray[np.float64]

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from m3i_scale.data.batch import Batch
 from m3i_scale.evaluate.pictures.draw import Cell, Colour, framed, grid, image_of
-from m3i_scale.host.picture_files import Picture
 from m3i_scale.objective.inputs import EncodedInput
+from m3i_scale.run.callbacks import Picture
 
 _COLOURS: tuple[Colour, ...] = ((214, 96, 42), (40, 116, 190), (70, 150, 70), (150, 80, 170))
 """Of views, and of the images of a mix by their position."""
