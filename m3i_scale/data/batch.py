@@ -19,7 +19,7 @@ from m3i_scale.defaults import MASK_SIDE
 if TYPE_CHECKING:  # the objective imports batches without image libraries
     from transformers import PreTrainedTokenizerBase
 
-    from m3i_scale.data.crops import Objects
+    from m3i_scale.data.augment import Objects
     from m3i_scale.data.views import Views
 
 _BY_VALUE_BYTES = 65_536

@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from m3i_scale.data.remote.access import Access
-from m3i_scale.data.remote.address import Address
+from m3i_scale.data.remote.access import Access, Address
 from m3i_scale.data.shards import CATEGORIES, read_sidecar
 from m3i_scale.errors import DataError
 

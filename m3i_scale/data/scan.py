@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from m3i_scale.data.remote.address import Address, Url
+from m3i_scale.data.remote.access import Address, Url
 from m3i_scale.data.tar import read_strictly
 from m3i_scale.defaults import MAX_SAMPLE_BYTES
 from m3i_scale.errors import DataError

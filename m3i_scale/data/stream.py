@@ -15,7 +15,7 @@ from m3i_scale.data.mixing import Mix, furthest_behind, settle
 from m3i_scale.data.order import SampleRef, StreamOrder, seed_of
 from m3i_scale.data.quarantine import WHOLE_SHARD
 from m3i_scale.data.reader import NOT_A_MEMBER, BadSampleError, ShardReader
-from m3i_scale.data.remote.address import Url
+from m3i_scale.data.remote.access import Url
 from m3i_scale.data.remote.read_errors import SHARD, BadShardError
 from m3i_scale.data.samples import open_image, read_caption, read_label, read_mask
 from m3i_scale.data.scan import ShardIndex

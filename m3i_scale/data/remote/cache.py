@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -23,7 +22,6 @@ from typing import BinaryIO
 
 from filelock import FileLock
 
-from m3i_scale.data.remote.address import Url
 from m3i_scale.errors import ConfigError, DataError
 from m3i_scale.text import GIB
 
@@ -155,11 +153,6 @@ class ShardCache:
 
     def _path(self, key: str, suffix: str = ".tar") -> Path:
         return self._folder / f"{key}{suffix}"
-
-
-def cache_key(url: Url, version: str, size: int) -> str:
-    """Return the cache file name of a version of a shard."""
-    return hashlib.sha256(f"{url.address}\0{version}\0{size}".encode()).hexdigest()[:32]
 
 
 def _is_at(descriptor: int, path: Path) -> bool:

@@ -16,8 +16,7 @@ from typing import Any
 import fsspec
 from fsspec.asyn import sync
 
-from m3i_scale.data.remote.access import Access
-from m3i_scale.data.remote.address import Address, Url
+from m3i_scale.data.remote.access import Access, Address, Url
 from m3i_scale.data.remote.read_errors import NO_RANGES, ReadError, SidecarReadError, retried
 from m3i_scale.errors import ConfigError
 

@@ -10,15 +10,14 @@ Rules for every shard that is read:
 
 from __future__ import annotations
 
+import hashlib
 import os
 import threading
 from collections.abc import Hashable, Sequence
 from concurrent.futures import Future
 from typing import BinaryIO
 
-from m3i_scale.data.remote.access import Access
-from m3i_scale.data.remote.address import Address, Url
-from m3i_scale.data.remote.cache import cache_key
+from m3i_scale.data.remote.access import Access, Address, Url
 from m3i_scale.data.remote.fetch import facts, read_parts, read_range
 from m3i_scale.data.remote.read_errors import ReadError, bad_shard
 from m3i_scale.data.scan import ShardIndex
@@ -138,7 +137,8 @@ class RemoteShards:
         """Return a descriptor of the shard in the cache, downloaded if missing; None if there is no room."""
         if self._cache is None:
             raise RuntimeError("no cache")
-        key = cache_key(_url(index), index.version or index.digest, index.size)
+        named = f"{_url(index).address}\0{index.version or index.digest}\0{index.size}"
+        key = hashlib.sha256(named.encode()).hexdigest()[:32]
         return self._cache.open_or_add(key, index.size, lambda out: self._download(index, out))
 
     def _download(self, index: ShardIndex, out: BinaryIO) -> None:

@@ -14,8 +14,7 @@ from typing import Any, TypeVar
 
 from tenacity import RetryCallState, Retrying, retry_if_exception, wait_combine, wait_random_exponential
 
-from m3i_scale.data.remote.access import Access
-from m3i_scale.data.remote.address import Address
+from m3i_scale.data.remote.access import Access, Address
 from m3i_scale.errors import DataError, UserError
 from m3i_scale.text import without_secrets
 
