@@ -14,10 +14,10 @@ from pathlib import Path
 
 from fsspec.spec import AbstractBufferedFile
 
+from m3i_scale.data.categories import save_categories
 from m3i_scale.data.remote.access import Access, Address, Url
 from m3i_scale.data.remote.fetch import Facts, facts, read_file, read_range
 from m3i_scale.data.remote.read_errors import ReadError, bad_shard, start_fix
-from m3i_scale.data.repeats import save_categories
 from m3i_scale.data.scan import (
     ShardIndex,
     cached,

@@ -19,6 +19,7 @@ from m3i_scale.config import DataConfig, DatasetConfig
 from m3i_scale.config.data import Reads
 from m3i_scale.config.views import ViewSpecs
 from m3i_scale.data.batch import Batch, Collator
+from m3i_scale.data.categories import repeats_of
 from m3i_scale.data.fingerprint import Shard, fingerprint, listing
 from m3i_scale.data.index import load_index
 from m3i_scale.data.mixing import UNIT, Mix, check_shares, check_weights, has_epochs, samples_at_most, share_of
@@ -26,7 +27,6 @@ from m3i_scale.data.order import StreamOrder, ends_of, position_of_pass, seed_of
 from m3i_scale.data.parts import PartialBatch, PartRecipe, PartWorkers
 from m3i_scale.data.quarantine import Quarantine
 from m3i_scale.data.remote.access import check_access
-from m3i_scale.data.repeats import repeats_of
 from m3i_scale.data.shards import expand_shards
 from m3i_scale.data.state import (
     STATE_FORMAT,
