@@ -24,12 +24,12 @@ from m3i_scale.data.fingerprint import Shard, fingerprint, listing
 from m3i_scale.data.index import load_index
 from m3i_scale.data.mixing import UNIT, Mix, check_shares, check_weights, has_epochs, samples_at_most, share_of
 from m3i_scale.data.order import StreamOrder, ends_of, position_of_pass, seed_of, shard_order
-from m3i_scale.data.parts import PartialBatch, PartRecipe, PartWorkers
-from m3i_scale.data.quarantine import Quarantine
+from m3i_scale.data.parts import PartialBatch, PartWorkers
 from m3i_scale.data.remote.access import check_access
 from m3i_scale.data.shards import expand_shards
 from m3i_scale.data.state import (
     STATE_FORMAT,
+    Quarantine,
     StreamState,
     accept_changes,
     carry_over,
@@ -40,6 +40,7 @@ from m3i_scale.data.state import (
 from m3i_scale.data.stream import (
     FRACTION_COUNTS_AFTER,
     Account,
+    PartRecipe,
     StreamSource,
     lost_of_pass,
     too_many_bad,

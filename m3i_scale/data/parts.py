@@ -13,19 +13,17 @@ import os
 import threading
 from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from m3i_scale.config import DataConfig
-from m3i_scale.data.batch import Batch, Collator
-from m3i_scale.data.mixing import Mix, share_of
+from m3i_scale.data.batch import Batch
+from m3i_scale.data.mixing import share_of
 from m3i_scale.data.reader import ShardReader
-from m3i_scale.data.remote.access import Access
 from m3i_scale.data.state import StreamState
-from m3i_scale.data.stream import ExhaustedError, Stream, StreamSource
+from m3i_scale.data.stream import ExhaustedError, PartRecipe, Stream
 from m3i_scale.data.workers import (
     POLL_S,
     START_METHOD,
@@ -42,20 +40,6 @@ from m3i_scale.errors import DataError, UserError
 
 PREFETCH_PARTS = 2
 """Parts that every worker prefetches."""
-
-
-@dataclass(frozen=True)
-class PartRecipe:
-    """Everything that a worker needs to prepare parts, except the state."""
-
-    plans: dict[int, dict[str, StreamSource]]
-    mix: Mix
-    per_stream: int
-    collator: Collator
-    data: DataConfig
-    access: Access
-    seed: int
-    quarantine: Path | None
 
 
 @dataclass(frozen=True)
@@ -115,15 +99,7 @@ class PartMaker(Dataset[PartialBatch]):
             raise ValueError("the first work item has no recipe")
         self._reader = ShardReader(recipe.access, self._activities[item.share])
         self._streams = {
-            number: Stream(
-                recipe.plans[number],
-                recipe.mix,
-                StreamState.from_json(state),
-                self._reader,
-                recipe.data,
-                seed=recipe.seed,
-                quarantine=recipe.quarantine,
-            )
+            number: Stream(recipe.plans[number], recipe, StreamState.from_json(state), self._reader)
             for number, state in states.items()
         }
 

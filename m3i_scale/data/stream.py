@@ -9,17 +9,16 @@ from typing import Any, NamedTuple
 
 from m3i_scale.config import DataConfig
 from m3i_scale.config.data import Reads
-from m3i_scale.data.batch import Sample
+from m3i_scale.data.batch import Collator, Sample
 from m3i_scale.data.instances import read_instances
 from m3i_scale.data.mixing import Mix, furthest_behind, settle
 from m3i_scale.data.order import SampleRef, StreamOrder, seed_of
-from m3i_scale.data.quarantine import WHOLE_SHARD
 from m3i_scale.data.reader import NOT_A_MEMBER, BadSampleError, ShardReader
-from m3i_scale.data.remote.access import Url
+from m3i_scale.data.remote.access import Access, Url
 from m3i_scale.data.remote.read_errors import SHARD, BadShardError
 from m3i_scale.data.samples import open_image, read_caption, read_label, read_mask
 from m3i_scale.data.scan import ShardIndex
-from m3i_scale.data.state import StreamState
+from m3i_scale.data.state import WHOLE_SHARD, StreamState
 from m3i_scale.data.views import ViewMaker
 from m3i_scale.errors import DataError
 from m3i_scale.text import listed
@@ -53,6 +52,20 @@ class StreamSource:
     """Position at which the dataset is exhausted; None: never."""
 
 
+@dataclass(frozen=True)
+class PartRecipe:
+    """Everything that a worker needs to prepare parts, except the state."""
+
+    plans: dict[int, dict[str, StreamSource]]
+    mix: Mix
+    per_stream: int
+    collator: Collator
+    data: DataConfig
+    access: Access
+    seed: int
+    quarantine: Path | None
+
+
 class ExhaustedError(Exception):
     """Raised when a stream has no next sample because every dataset with a weight has completed its epochs."""
 
@@ -62,33 +75,20 @@ class Stream:
 
     Args:
         sources: datasets to read, by name.
-        mix: mixing weights of the datasets.
+        recipe: settings for all streams.
         state: position to start from; updated by `take`.
         reader: reads samples from shards.
-        data: limits for images, captions and corrupt samples, and the policy for unreadable shards.
-        seed: seed of the run.
-        quarantine: file that lists corrupt samples; errors refer to it.
     """
 
     def __init__(
-        self,
-        sources: Mapping[str, StreamSource],
-        mix: Mix,
-        state: StreamState,
-        reader: ShardReader,
-        data: DataConfig,
-        *,
-        seed: int,
-        quarantine: Path | None,
+        self, sources: Mapping[str, StreamSource], recipe: PartRecipe, state: StreamState, reader: ShardReader
     ) -> None:
         self._sources = sources
-        self._mix = mix
-        self._data = data
-        self._quarantine = quarantine
+        self._recipe = recipe
+        self._data = recipe.data
         self._windows: dict[str, tuple[int, int]] = {}
         self.state = state
         self._reader = reader
-        self._seed = seed
 
     def take(self, quarantine: list[dict[str, Any]]) -> Sample:
         """Return the next valid sample; record corrupt ones in `quarantine` and skip them within the same dataset.
@@ -98,7 +98,7 @@ class Stream:
         """
         while True:
             left = [name for name, source in self._sources.items() if not self._is_exhausted(source)]
-            shares = self._mix.shares(self.state.taken, left)
+            shares = self._recipe.mix.shares(self.state.taken, left)
             if not shares:
                 raise ExhaustedError
             name = furthest_behind({name: self.state.sources[name].credit for name in shares}, shares)
@@ -138,7 +138,8 @@ class Stream:
         members = self._members(source, ref)
         key = str(members["__key__"])
         try:
-            identity = (self._seed, source.name, ref.epoch, index.path.name, key, *([ref.copy] if ref.copy else []))
+            identity = [self._recipe.seed, source.name, ref.epoch, index.path.name, key]
+            identity += [ref.copy] if ref.copy else []
             draw = seed_of("caption", *identity) if source.captions == "lines" else None
             label = read_label(members, source.classes if source.reads == "labels" else None)
             captions = source.captions != "none"
@@ -202,7 +203,7 @@ class Stream:
                 self._data.max_corrupt_fraction,
                 where,
                 what,
-                listed_in=self._quarantine,
+                listed_in=self._recipe.quarantine,
             )
 
 
