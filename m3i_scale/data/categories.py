@@ -135,12 +135,6 @@ class SampleCategories:
         return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
 
 
-def join(shards: Sequence[SampleCategories]) -> SampleCategories:
-    """Concatenate the categories of several shards."""
-    counts, categories = zip(*((shard.counts_N, shard.categories_M) for shard in shards), strict=True)
-    return SampleCategories(np.concatenate(counts), np.concatenate(categories))
-
-
 def save_categories(shard: Path, digest: str) -> None:
     """Write the categories of the samples of a local shard to `index/` next to it; `digest` is the digest of its index.
     The folder of the shard must have a categories file."""
@@ -224,6 +218,8 @@ def repeats_of(
     if threshold is None:
         return None
     with error_prefix(where):
-        samples = join([load_categories(index, access) for index in indices])
+        shards = [load_categories(index, access) for index in indices]
+    counts, categories = zip(*((shard.counts_N, shard.categories_M) for shard in shards), strict=True)
+    samples = SampleCategories(np.concatenate(counts), np.concatenate(categories))
     factors = np.split(repeat_factors(samples, threshold), np.cumsum([len(index) for index in indices])[:-1])
     return Repeats(factors, seed, where, f"{samples.digest} {threshold!r} {_ORDER}")

@@ -129,7 +129,14 @@ def _index(url: Url, saved: Path, access: Access) -> ShardIndex:
         known = load_saved(url, saved)
         now = facts(url, access.at_start())
         if known is not None:
-            _check_same_version(known, now, saved)
+            if (known.size, known.version) != (now.size, now.version):
+                raise DataError(
+                    f"the shard was replaced since it was indexed: {known.size} bytes, version "
+                    f"{known.version or 'unknown'}; now {now.size} bytes, version {now.version or 'unknown'}",
+                    where=str(url),
+                    why="a resumed run would silently train on other samples",
+                    fix=f"restore the indexed shard; to use the new one, remove {saved}",
+                )
             return known
         index = _load_remote_sidecar(url, now, access)
         if index is None:
@@ -143,18 +150,6 @@ def _index(url: Url, saved: Path, access: Access) -> ShardIndex:
     except OSError as error:
         raise DataError(f"cannot write the index: {error}", where=str(saved)) from None
     return index
-
-
-def _check_same_version(known: ShardIndex, now: Facts, saved: Path) -> None:
-    if (known.size, known.version) == (now.size, now.version):
-        return
-    raise DataError(
-        f"the shard was replaced since it was indexed: {known.size} bytes, version {known.version or 'unknown'}; "
-        f"now {now.size} bytes, version {now.version or 'unknown'}",
-        where=str(known.path),
-        why="a resumed run would silently train on other samples",
-        fix=f"restore the indexed shard; to use the new one, remove {saved}",
-    )
 
 
 def _load_remote_sidecar(url: Url, now: Facts, access: Access) -> ShardIndex | None:

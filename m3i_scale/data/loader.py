@@ -22,7 +22,7 @@ from m3i_scale.data.batch import Batch, Collator
 from m3i_scale.data.categories import repeats_of
 from m3i_scale.data.fingerprint import Shard, fingerprint, listing
 from m3i_scale.data.index import load_index
-from m3i_scale.data.mixing import UNIT, Mix, check_shares, check_weights, has_epochs, samples_at_most, share_of
+from m3i_scale.data.mixing import UNIT, Mix, check_shares, check_weights, share_of
 from m3i_scale.data.order import StreamOrder, ends_of, position_of_pass, seed_of, shard_order
 from m3i_scale.data.parts import PartialBatch, PartWorkers
 from m3i_scale.data.remote.access import check_access
@@ -30,12 +30,12 @@ from m3i_scale.data.shards import expand_shards
 from m3i_scale.data.state import (
     STATE_FORMAT,
     Quarantine,
+    SourceState,
     StreamState,
     accept_changes,
     carry_over,
     check_format,
     check_order,
-    first_state,
 )
 from m3i_scale.data.stream import (
     FRACTION_COUNTS_AFTER,
@@ -117,7 +117,7 @@ class TrainStream:
         self._fingerprints: dict[str, dict[str, Any]] = {}
         self._shards: dict[str, list[Shard]] = {}
         self._changes: list[dict[str, Any]] = []
-        self.can_end = has_epochs(sources)
+        self.can_end = any(source.epochs is not None for source in sources.values())
         """Whether the data can end; the same on all ranks."""
         self.samples_at_most: int | None = None
         """Upper limit of samples over all ranks, if none is corrupt; None: infinite."""
@@ -131,7 +131,7 @@ class TrainStream:
         self._quarantine = Quarantine(quarantine_path)
         # Computed once because with `epochs` a state is taken at every step.
         self._listings = {name: listing(shards) for name, shards in self._shards.items()} if rank == 0 else {}
-        self._states = {stream: first_state(sources) for stream in self._streams}
+        self._states = {stream: StreamState(0, {name: SourceState() for name in sources}) for stream in self._streams}
         self._reached: dict[int, StreamState] = {}
         self._recipe = PartRecipe(
             plans=plans,
@@ -387,7 +387,8 @@ class TrainStream:
                     captions=source.captions,
                     end=ends[stream][-1],
                 )
-        self.samples_at_most = samples_at_most(ends)
+        if all(end is not None for of_stream in ends for end in of_stream):
+            self.samples_at_most = len(ends) * min(sum(end or 0 for end in of_stream) for of_stream in ends)
         return plans
 
     def _stop_if_surely_bad(self) -> None:

@@ -104,11 +104,6 @@ class StreamState:
         return StreamState(state["taken"], {name: SourceState.from_json(of) for name, of in state["sources"].items()})
 
 
-def first_state(sources: Collection[str]) -> StreamState:
-    """Return the initial state of a stream."""
-    return StreamState(0, {name: SourceState() for name in sources})
-
-
 def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Merge the states of all ranks into one state that any number of ranks can load.
 

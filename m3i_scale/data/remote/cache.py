@@ -25,8 +25,6 @@ from filelock import FileLock
 from m3i_scale.errors import ConfigError, DataError
 from m3i_scale.text import GIB
 
-Fill = Callable[[BinaryIO], object]
-
 
 class ShardCache:
     """LRU cache of shards in a folder, limited to `limit` bytes, which include downloads in progress."""
@@ -69,15 +67,7 @@ class ShardCache:
             os.utime(path)
         return descriptor
 
-    def open_or_add(self, key: str, size: int, fill: Fill) -> int | None:
-        """Return a descriptor as `open` does, and download the shard first if it is missing; see `add`. Return None if
-        the shards in use leave no room for it."""
-        descriptor = self.open(key)
-        if descriptor is None and self.add(key, size, fill):
-            descriptor = self.open(key)
-        return descriptor
-
-    def add(self, key: str, size: int, fill: Fill) -> bool:
+    def add(self, key: str, size: int, fill: Callable[[BinaryIO], object]) -> bool:
         """Make sure that a shard of `size` bytes is in the cache; return False if the shards in use leave no room.
 
         One process downloads it while the others wait. `fill` writes the shard from the start of a file; its

@@ -72,10 +72,19 @@ class RemoteShards:
     def read(self, index: ShardIndex, start: int, end: int) -> bytes:
         """Read bytes [start, end) of a shard. Raise `BadShardError` if it cannot be read after all attempts, DataError
         if the cache fails."""
+        url, descriptor = _url(index), self._descriptor(index)
         try:
-            return self._read(index, start, end)
+            if descriptor is not None:
+                return os.pread(descriptor, end - start, start)
+        except OSError as error:
+            raise bad_shard(url, ReadError("the cache fails", str(error))) from None
+        try:
+            if url not in self._same_version:
+                check_version(index, self._access)
+                self._same_version.add(url)
+            return read_range(url, start, end, self._access, index.version)
         except ReadError as error:
-            raise bad_shard(index.path, error) from None
+            raise bad_shard(url, error) from None
 
     def close(self) -> None:
         """Release all shards; threads end after their current download."""
@@ -84,19 +93,6 @@ class RemoteShards:
             for path in list(self._fetches):
                 self._let_go(path)
             self._changed.notify_all()
-
-    def _read(self, index: ShardIndex, start: int, end: int) -> bytes:
-        url = _url(index)
-        descriptor = self._descriptor(index)
-        if descriptor is not None:
-            try:
-                return os.pread(descriptor, end - start, start)
-            except OSError as error:
-                raise ReadError("the cache fails", str(error)) from None
-        if url not in self._same_version:
-            check_version(index, self._access)
-            self._same_version.add(url)
-        return read_range(url, start, end, self._access, index.version)
 
     def _descriptor(self, index: ShardIndex) -> int | None:
         """Return the descriptor of the shard in the cache; None if it must be read by range request."""
@@ -130,8 +126,8 @@ class RemoteShards:
                 future.set_exception(error)
 
     def _next(self) -> ShardIndex | None:
-        waiting = (index for path, index in self._wanted.items() if not _is_begun(self._fetches[path]))
-        return next(waiting, None)
+        futures = ((index, self._fetches[path]) for path, index in self._wanted.items())
+        return next((index for index, future in futures if not (future.running() or future.done())), None)
 
     def _fetch(self, index: ShardIndex) -> int | None:
         """Return a descriptor of the shard in the cache, downloaded if missing; None if there is no room."""
@@ -139,7 +135,10 @@ class RemoteShards:
             raise RuntimeError("no cache")
         named = f"{_url(index).address}\0{index.version or index.digest}\0{index.size}"
         key = hashlib.sha256(named.encode()).hexdigest()[:32]
-        return self._cache.open_or_add(key, index.size, lambda out: self._download(index, out))
+        descriptor = self._cache.open(key)
+        if descriptor is None and self._cache.add(key, index.size, lambda out: self._download(index, out)):
+            descriptor = self._cache.open(key)
+        return descriptor
 
     def _download(self, index: ShardIndex, out: BinaryIO) -> None:
         check_version(index, self._access)
@@ -155,10 +154,6 @@ def check_version(index: ShardIndex, access: Access) -> None:
         raise ReadError("replaced", f"{index.size} bytes were indexed, the server has {now.size}", lasting=True)
     if index.version and now.version != index.version:
         raise ReadError("replaced", f"version {index.version} was indexed, the server has {now.version}", lasting=True)
-
-
-def _is_begun(future: Fetch) -> bool:
-    return future.running() or future.done()
 
 
 def _failed(future: Fetch) -> bool:
