@@ -80,10 +80,8 @@ class Batch:
         return {name: _by_value(value) for name, value in vars(self).items()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        arrived = {
-            name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value for name, value in state.items()
-        }
-        vars(self).update(arrived)
+        for name, value in state.items():
+            setattr(self, name, torch.from_numpy(value) if isinstance(value, np.ndarray) else value)
 
     def view(self, number: int) -> Tensor:
         """Return the images of a view of either size, counted from 1: uint8 (B, 3, H, W)."""
@@ -105,8 +103,8 @@ class Batch:
     def changed(self, change: Callable[[Tensor], Tensor]) -> Batch:
         """Return the batch with `change` applied to every tensor, for example pinning. This includes the seeds, which
         are copied to the device when masks are drawn."""
-        every: dict[str, Tensor] = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
-        changed: dict[str, Any] = {name: change(value) for name, value in every.items()}
+        tensors = self.tensors | {"seeds_B": self.seeds_B}
+        changed: dict[str, Any] = {name: change(value) for name, value in tensors.items()}
         return replace(self, **changed)
 
     @staticmethod
@@ -222,14 +220,10 @@ def _objects(objects: Sequence[Objects | None]) -> dict[str, Tensor]:
     read = [one for one in objects if one is not None]
     if not read:
         return no_objects(len(objects))
-    fields_of: dict[str, list[NDArray[Any]]] = {
-        "boxes_BN4": [one.boxes_N4 for one in read],
-        "box_labels_BN": [one.labels_N for one in read],
-        "box_masks_BNMM": [one.masks_NMM for one in read],
-    }
+    columns = zip(*((one.boxes_N4, one.labels_N, one.masks_NMM) for one in read), strict=True)
     return {
-        name: torch.cat(_padded_alike([torch.from_numpy(value)[None] for value in values], _OF_OBJECTS[name]))
-        for name, values in fields_of.items()
+        name: torch.cat(_padded_alike([torch.from_numpy(value)[None] for value in values], padding))
+        for (name, padding), values in zip(_OF_OBJECTS.items(), columns, strict=True)
     }
 
 

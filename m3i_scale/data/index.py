@@ -6,7 +6,6 @@ Indices of remote shards are downloaded from their folder or built by one scan, 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -67,25 +66,25 @@ def load_index(
     filled `cache_dir`, which all ranks of the node or job share.
     """
     indices: dict[Address, ShardIndex] = {}
-    remote = [path for path in shards if isinstance(path, Url)]
-    local = [path for path in shards if isinstance(path, Path)]
-    for path in local:
+    absent: dict[Path, list[Path]] = {}
+    for path in shards:
+        if isinstance(path, Url):
+            continue
         index = load_sidecar_index(path) or load_saved(path, cached(path, cache_dir))
-        if index is not None:
+        if index is None:
+            absent.setdefault(path.parent, []).append(path)
+        else:
             indices[path] = index
-    absent = [path for path in local if path not in indices]
     if rank == 0:
-        by_folder: dict[Path, list[Path]] = {}
-        for path in absent:
-            by_folder.setdefault(path.parent, []).append(path)
-        for members in by_folder.values():
-            indices.update({index.path: index for index in build_index(members, cached(members[0], cache_dir).parent)})
+        for members in absent.values():
+            indices |= {index.path: index for index in build_index(members, cached(members[0], cache_dir).parent)}
+        remote = [path for path in shards if isinstance(path, Url)]
         if remote:
-            indices.update(_index_remote(remote, cache_dir, access or Access()))
+            indices |= _index_remote(remote, cache_dir, access or Access())
     else:
-        wait = functools.partial(_await, deadline=time.monotonic() + wait_timeout_s, timeout_s=wait_timeout_s)
-        places: list[Address] = [*absent, *remote]
-        indices.update({path: wait(path, cached(path, cache_dir)) for path in places})
+        end = time.monotonic() + wait_timeout_s
+        waiting = [path for path in shards if path not in indices]
+        indices |= {path: _await(path, cached(path, cache_dir), end, wait_timeout_s) for path in waiting}
     return [indices[path] for path in shards]
 
 
@@ -94,7 +93,7 @@ def load_sidecar_index(path: Path) -> ShardIndex | None:
     return load_saved(path, path.parent / "index" / f"{path.name}.npz")
 
 
-def _await(path: Address, saved: Path, *, deadline: float, timeout_s: float) -> ShardIndex:
+def _await(path: Address, saved: Path, deadline: float, timeout_s: float) -> ShardIndex:
     while (index := load_saved(path, saved)) is None:
         if time.monotonic() > deadline:
             raise DataError(

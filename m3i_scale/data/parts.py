@@ -234,7 +234,8 @@ class PartWorkers:
     def close(self) -> None:
         """Stop the workers, after waiting for a running iteration."""
         self._in_use.acquire(timeout=POLL_S)
-        self._parts.close()
+        if isinstance(self._parts, InThread):
+            self._parts.close()
         for worker in self.watch.workers:
             worker.terminate()
         for worker in self.watch.workers:

@@ -57,14 +57,9 @@ class SourceState:
         self.bad_shards["shards"][str(shard)] = reason
 
     def to_json(self) -> dict[str, Any]:
-        """Copy to JSON types. Written out for speed, because it runs for every stream of every batch."""
-        return {
-            "position": self.position,
-            "served": self.served,
-            "credit": self.credit,
-            "bad": dict(self.bad),
-            "bad_shards": copy.deepcopy(self.bad_shards) if self.bad_shards else {},
-        }
+        """Copy to JSON types. This must be fast, because it runs for every stream of every batch."""
+        bad_shards = copy.deepcopy(self.bad_shards) if self.bad_shards else {}
+        return {**vars(self), "bad": dict(self.bad), "bad_shards": bad_shards}
 
     @staticmethod
     def from_json(state: Mapping[str, Any]) -> SourceState:

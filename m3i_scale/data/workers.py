@@ -228,9 +228,6 @@ class FromWorkers(Generic[Item]):
                 raise
         raise NotYetError
 
-    def close(self) -> None:
-        """Do nothing: the workers stop with their iterator."""
-
 
 def await_item(items: InThread[Any] | FromWorkers[Any], activity: Activity, limit_s: float) -> Any:
     """Wait for the next item as long as its reader makes progress, and return it. Raise `NotYetError` once the reader
