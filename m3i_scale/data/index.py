@@ -109,18 +109,14 @@ def _index_remote(shards: Sequence[Url], cache_dir: Path, access: Access) -> dic
     """Return the indices of remote shards, and save them in `cache_dir`."""
     # Check one shard of every folder first, so that a server that is down is reported once and early.
     for url in {url.parent: url for url in reversed(shards)}.values():
-        _check_server(url, access)
+        try:
+            if facts(url, access.at_start()).size:
+                read_range(url, 0, 1, access.at_start())
+        except ReadError as error:
+            raise bad_shard(url, error, at_start=True) from None
     with ThreadPoolExecutor(min(THREADS, len(shards))) as pool:
         indices = pool.map(lambda url: _index(url, cached(url, cache_dir), access), shards)
         return {index.path: index for index in indices}
-
-
-def _check_server(url: Url, access: Access) -> None:
-    try:
-        if facts(url, access.at_start()).size:
-            read_range(url, 0, 1, access.at_start())
-    except ReadError as error:
-        raise bad_shard(url, error, at_start=True) from None
 
 
 def _index(url: Url, saved: Path, access: Access) -> ShardIndex:

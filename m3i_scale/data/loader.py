@@ -127,7 +127,7 @@ class TrainStream:
         def make_views(source: DatasetConfig) -> ViewMaker:
             return view_maker(source.augment or data.augment, mean=data.augment.mean, stretch=data.augment.stretch)
 
-        plans = self._plan(sources, label_sets, cache_dir, rank, seed, make_views, reads=reads, views=views)
+        plans = self._plan(sources, label_sets, cache_dir, seed, make_views, reads=reads, views=views)
         self._quarantine = Quarantine(quarantine_path)
         # Computed once because with `epochs` a state is taken at every step.
         self._listings = {name: listing(shards) for name, shards in self._shards.items()} if rank == 0 else {}
@@ -339,7 +339,6 @@ class TrainStream:
         sources: dict[str, DatasetConfig],
         label_sets: dict[str, list[str]],
         cache_dir: Path,
-        rank: int,
         seed: int,
         make_views: Callable[[DatasetConfig], ViewMaker],
         *,
@@ -354,7 +353,7 @@ class TrainStream:
             where = f"dataset '{name}'"
             places = expand_shards(source.path, where, self._access.at_start())
             with error_prefix(where):
-                indices = load_index(places, cache_dir, rank=rank, access=self._access)
+                indices = load_index(places, cache_dir, rank=self._rank, access=self._access)
             self._shards[name] = [(index.path.name, index.size, len(index), index.digest) for index in indices]
             indices = [indices[shard] for shard in shard_order(len(indices), seed, name)]
             repeat_seed, limits = seed_of("repeats", seed, name), self._access.at_start()

@@ -77,9 +77,11 @@ class PartMaker(Dataset[PartialBatch]):
     `activities` are those of all workers, by index.
     """
 
+    _recipe: PartRecipe
+    """From the first work item."""
+
     def __init__(self, activities: list[Activity]) -> None:
         self._activities = activities
-        self._recipe: PartRecipe | None = None
         self._reader: ShardReader | None = None
         self._streams: dict[int, Stream] = {}
 
@@ -95,8 +97,6 @@ class PartMaker(Dataset[PartialBatch]):
         if self._reader is not None:
             self._reader.close()
         recipe = self._recipe = item.recipe or self._recipe
-        if recipe is None:
-            raise ValueError("the first work item has no recipe")
         self._reader = ShardReader(recipe.access, self._activities[item.share])
         self._streams = {
             number: Stream(recipe.plans[number], recipe, StreamState.from_json(state), self._reader)
@@ -104,7 +104,7 @@ class PartMaker(Dataset[PartialBatch]):
         }
 
     def _part(self, item: WorkItem) -> PartialBatch:
-        if self._recipe is None or not self._streams:
+        if not self._streams:
             return PartialBatch(item, None, {}, [])
         quarantine: list[dict[str, Any]] = []
         batch: Batch | None = None

@@ -202,12 +202,9 @@ def _tells_times(records: bytes) -> bool:
 
 def _size_of_plain(header: bytes) -> int | None:
     """Return the size in bytes of a regular file or a pax header; None for other members."""
-    if (
-        len(header) < _BLOCK
-        or header[_TYPE] not in (_REGULAR, _PAX)
-        or header[_FORMAT] not in _FORMATS
-        or header[_PREFIX]
-    ):
+    if len(header) < _BLOCK or header[_TYPE] not in (_REGULAR, _PAX):
+        return None
+    if header[_FORMAT] not in _FORMATS or header[_PREFIX]:
         return None
     digits = header[_SIZE].rstrip(b"\0 ")
     return int(digits, 8) if digits and not digits.strip(b"01234567") else None

@@ -194,17 +194,10 @@ class Stream:
         # With one valid sample per epoch, a corrupt end of one epoch may meet a corrupt start of the next.
         no_good_one = in_a_row > 2 * (source.order.longest - 1)
         if no_good_one or (too_many and in_a_row >= FRACTION_COUNTS_AFTER):
-            paths = [str(source.indices[shard].path) for shard in shards]
-            where = listed(paths, _SHARDS_NAMED)
+            where = listed([str(source.indices[shard].path) for shard in shards], _SHARDS_NAMED)
             what = f"a stream of dataset '{source.name}' has no valid sample" if no_good_one else None
-            raise too_many_bad(
-                self.state.bad,
-                self.state.read,
-                self._data.max_corrupt_fraction,
-                where,
-                what,
-                listed_in=self._recipe.quarantine,
-            )
+            limit, quarantine = self._data.max_corrupt_fraction, self._recipe.quarantine
+            raise too_many_bad(self.state.bad, self.state.read, limit, where, what, listed_in=quarantine)
 
 
 class Account(NamedTuple):

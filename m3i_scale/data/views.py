@@ -119,7 +119,7 @@ class ViewMaker:
         rng = random.Random(seed)
         mask = None if mask is None else upright(mask, lies)
         crops = [
-            self._crop(config, size, height, width, rng, None if view else mask)
+            self._crop(config, size, (height, width), rng, None if view else mask)
             for view, (config, size) in enumerate(zip(self._configs, self._sizes, strict=True))
         ]
         sides = [(min(crop.height, crop.width), size) for crop, size in zip(crops, self._sizes, strict=True)]
@@ -157,15 +157,10 @@ class ViewMaker:
         return Views(pixels_VCHW, small_VCHW, crops, (height, width), mask_HW, objects)
 
     def _crop(
-        self,
-        config: DistortionConfig,
-        size: int,
-        height: int,
-        width: int,
-        rng: random.Random,
-        mask: Image.Image | None = None,
+        self, config: DistortionConfig, size: int, source: tuple[int, int], rng: random.Random, mask: Image.Image | None
     ) -> Crop:
         """Draw a crop; redraw it while one class covers too much of the mask."""
+        height, width = source
         if not self._augment and self._reads in ("boxes", "boxes_and_masks"):
             if self._stretch:
                 return Crop(0, 0, height, width, False)
