@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 from m3i_scale.config import DataConfig
 from m3i_scale.data.batch import Batch
@@ -122,54 +122,27 @@ class PartMaker(Dataset[PartialBatch]):
         return PartialBatch(item, batch, states, quarantine, error)
 
 
-class _WorkSampler(Sampler[WorkItem]):
-    """Sampler of work items, which a DataLoader distributes to its workers in turn."""
-
-    def __init__(self, shares: int) -> None:
-        self._next = [WorkItem(0, share) for share in range(shares)]
-        self._recipes: dict[int, PartRecipe] = {}
-        """Recipes that are not yet sent, by worker."""
-
-    def configure(self, recipe: PartRecipe) -> None:
-        """Send every worker its share of the recipe, together with the next states."""
-        for share in range(len(self._next)):
-            plans = {number: recipe.plans[number] for number in share_of(list(recipe.plans), share, len(self._next))}
-            self._recipes[share] = replace(recipe, plans=plans)
-
-    def begin(self, states: Mapping[int, dict[str, Any]]) -> int:
-        """Start an iteration from these states; return its number."""
-        iteration = self._next[0].iteration + 1
-        for share in range(len(self._next)):
-            streams = share_of(list(states), share, len(self._next))
-            self._next[share] = WorkItem(iteration, share, {number: states[number] for number in streams})
-        return iteration
-
-    def __iter__(self) -> Iterator[WorkItem]:
-        for share in itertools.cycle(range(len(self._next))):
-            item = self._next[share]
-            self._next[share] = replace(item, states=None)
-            yield item if item.states is None else replace(item, recipe=self._recipes.pop(share, None))
-
-
 class PartWorkers:
     """Workers that prepare parts in `data.num_workers` processes, or in a thread if that is 0; `close` stops them."""
 
     def __init__(self, data: DataConfig) -> None:
         self._data = data
         self._activities = [Activity() for _ in range(max(1, data.num_workers))]
-        self._sampler = _WorkSampler(len(self._activities))
+        self._next = [WorkItem(0, share) for share in range(len(self._activities))]
+        self._recipes: dict[int, PartRecipe] = {}
+        """Recipes that are not yet sent, by worker."""
         self._received = 0
         self._in_use = threading.Lock()
         self.watch = DeathWatch()
         maker = PartMaker(self._activities)
         self._parts: InThread[PartialBatch] | FromWorkers[PartialBatch]
         if not data.num_workers:
-            self._parts = InThread(maker[item] for item in self._sampler)
+            self._parts = InThread(maker[item] for item in self._work_items())
             return
         # Without batching, a DataLoader returns results in the order of the indices, which alternate by worker.
         loader = DataLoader(
             maker,
-            sampler=self._sampler,
+            sampler=self._work_items(),
             batch_size=None,
             num_workers=data.num_workers,
             multiprocessing_context=START_METHOD,
@@ -182,8 +155,10 @@ class PartWorkers:
             self._parts = FromWorkers(iter(loader))
 
     def configure(self, recipe: PartRecipe) -> None:
-        """Send the workers their data configuration; call it before the first `iterate`."""
-        self._sampler.configure(recipe)
+        """Send every worker its share of the recipe with its next states; call it before the first `iterate`."""
+        for share in range(len(self._next)):
+            plans = {number: recipe.plans[number] for number in share_of(list(recipe.plans), share, len(self._next))}
+            self._recipes[share] = replace(recipe, plans=plans)
 
     def iterate(self, states: Mapping[int, dict[str, Any]], rank: int) -> Generator[list[PartialBatch]]:
         """Yield one part of every worker, in stream order; after an error, only the parts up to it.
@@ -192,7 +167,10 @@ class PartWorkers:
         all streams; `rank` is named in timeout errors.
         """
         with self._held(rank):
-            iteration = self._sampler.begin(states)
+            iteration = self._next[0].iteration + 1
+            for share in range(len(self._next)):
+                streams = share_of(list(states), share, len(self._next))
+                self._next[share] = WorkItem(iteration, share, {number: states[number] for number in streams})
             while True:
                 parts: list[PartialBatch] = []
                 while len(parts) < len(self._activities) and not (parts and parts[-1].error):
@@ -200,6 +178,13 @@ class PartWorkers:
                     if part.item.iteration == iteration:
                         parts.append(part)
                 yield sorted(parts, key=lambda part: part.item.share)
+
+    def _work_items(self) -> Iterator[WorkItem]:
+        """Yield the work items of all workers, in turn."""
+        for share in itertools.cycle(range(len(self._next))):
+            item = self._next[share]
+            self._next[share] = replace(item, states=None)
+            yield item if item.states is None else replace(item, recipe=self._recipes.pop(share, None))
 
     @contextlib.contextmanager
     def _held(self, rank: int) -> Iterator[None]:

@@ -181,7 +181,7 @@ class Stream:
         self._windows[source.name] = (epoch, window)
         now, then = (source.order.shards_of_window(epoch, window + step) for step in (0, 1))
         known = self.state.sources[source.name].bad_shards.get("shards", {})
-        self._reader.expect(
+        self._reader.remote.expect(
             (id(self), source.name),
             [source.indices[shard] for shard in now if str(shard) not in known],
             [source.indices[shard] for shard in then],
