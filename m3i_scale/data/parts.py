@@ -29,7 +29,6 @@ from m3i_scale.data.workers import (
     START_METHOD,
     Activity,
     DeathWatch,
-    FromWorkers,
     InThread,
     NotYetError,
     await_item,
@@ -135,7 +134,7 @@ class PartWorkers:
         self._in_use = threading.Lock()
         self.watch = DeathWatch()
         maker = PartMaker(self._activities)
-        self._parts: InThread[PartialBatch] | FromWorkers[PartialBatch]
+        self._parts: InThread[PartialBatch] | Iterator[PartialBatch]
         if not data.num_workers:
             self._parts = InThread(maker[item] for item in self._work_items())
             return
@@ -152,7 +151,7 @@ class PartWorkers:
             generator=torch.Generator(),  # otherwise the loader would advance the generator of the training process
         )
         with signals_held(), self.watch.starting():
-            self._parts = FromWorkers(iter(loader))
+            self._parts = iter(loader)
 
     def configure(self, recipe: PartRecipe) -> None:
         """Send every worker its share of the recipe with its next states; call it before the first `iterate`."""
@@ -205,7 +204,7 @@ class PartWorkers:
         number, limit_s = self._received % len(self._activities), self._data.timeout_s
         activity = self._activities[number]
         try:
-            part: PartialBatch = await_item(self._parts, activity, limit_s)
+            part = await_item(self._parts, activity, limit_s)
         except NotYetError:
             reader = f"worker {number}" if self._data.num_workers else "the training process"
             raise DataError(
