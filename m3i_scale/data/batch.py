@@ -202,11 +202,6 @@ class Collator:
         return torch.from_numpy(ids_BT), torch.from_numpy(mask_BT)
 
 
-def no_masks(count: int) -> Tensor:
-    """Return empty masks."""
-    return torch.empty(count, 0, 0, dtype=torch.uint8)
-
-
 def no_objects(count: int) -> dict[str, Tensor]:
     """Return empty object tensors."""
     return {
@@ -238,7 +233,7 @@ def _padded_alike(parts: Sequence[Tensor], padding: int) -> list[Tensor]:
 
 def _masks(masks: Sequence[NDArray[np.uint8] | None]) -> Tensor:
     read = [mask_HW for mask_HW in masks if mask_HW is not None]
-    return torch.from_numpy(np.stack(read)) if read else no_masks(len(masks))
+    return torch.from_numpy(np.stack(read)) if read else torch.empty(len(masks), 0, 0, dtype=torch.uint8)
 
 
 def caption_hash(caption: str | None) -> int:

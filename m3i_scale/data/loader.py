@@ -189,7 +189,9 @@ class TrainStream:
                     self._reached = after
                     return
                 self._states.update(after)
-                self._stop_if_surely_bad()
+                # All ranks yield the same number of valid samples, so this rank's corrupt ones alone may be too many.
+                account = self.account
+                self.stop_if_bad(account._replace(read=account.bad + (account.read - account.bad) * self._world_size))
                 yield batch
 
     def _joined(self, turns: Generator[list[PartialBatch]]) -> Generator[tuple[list[PartialBatch], Batch | None]]:
@@ -389,11 +391,6 @@ class TrainStream:
         if all(end is not None for of_stream in ends for end in of_stream):
             self.samples_at_most = len(ends) * min(sum(end or 0 for end in of_stream) for of_stream in ends)
         return plans
-
-    def _stop_if_surely_bad(self) -> None:
-        """Stop if this rank's corrupt samples alone exceed the limit: all ranks yield the same number of valid ones."""
-        account = self.account
-        self.stop_if_bad(account._replace(read=account.bad + (account.read - account.bad) * self._world_size))
 
 
 def _await(ready: InThread[tuple[list[PartialBatch], Batch | None]]) -> tuple[list[PartialBatch], Batch | None]:
