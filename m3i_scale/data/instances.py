@@ -87,7 +87,16 @@ class Instances:
         segmentation = self.segmentations[number]
         if segmentation is None or isinstance(segmentation, dict):
             return segmentation
-        return self._drawn(segmentation)
+        try:
+            from faster_coco_eval.core import mask as library
+        except ImportError:
+            raise ConfigError(
+                "faster-coco-eval is not installed",
+                why="it draws masks of polygons",
+                fix="pip install 'm3i-scale[detection]'",
+            ) from None
+        parts = library.frPyObjects([part.tolist() for part in segmentation], self.height, self.width)
+        return Rle(size=[self.height, self.width], counts=library.merge(parts)["counts"].decode("ascii"))
 
     def mask(self, number: int) -> NDArray[np.uint8] | None:
         """Return the mask (H, W) of an object, 1 inside; None if it has only a box."""
@@ -97,18 +106,6 @@ class Instances:
         runs = decode_runs(segmentation["counts"], self.width * self.height)
         pixels = np.repeat((np.arange(len(runs)) & 1).astype(np.uint8), runs)
         return pixels.reshape(self.width, self.height).T
-
-    def _drawn(self, polygons: Polygons) -> Rle:
-        try:
-            from faster_coco_eval.core import mask as library
-        except ImportError:
-            raise ConfigError(
-                "faster-coco-eval is not installed",
-                why="it draws masks of polygons",
-                fix="pip install 'm3i-scale[detection]'",
-            ) from None
-        parts = library.frPyObjects([part.tolist() for part in polygons], self.height, self.width)
-        return Rle(size=[self.height, self.width], counts=library.merge(parts)["counts"].decode("ascii"))
 
 
 def read_instances(members: Mapping[str, bytes], categories: int | None, size: tuple[int, int]) -> Instances:

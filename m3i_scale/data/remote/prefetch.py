@@ -48,21 +48,20 @@ class RemoteShards:
 
     def expect(self, reader: Hashable, now: Sequence[ShardIndex], then: Sequence[ShardIndex] = ()) -> None:
         """Announce the shards that a stream reads now and next; release the shards that it announced before."""
+        begin = {index.path for index in now}
+        self._same_version -= begin
         if self._cache is None:
-            self._same_version.difference_update(index.path for index in now)
             return
         with self._changed:
             self._expected[reader] = (now, then)
             pairs = self._expected.values()
             self._wanted = {index.path: index for turn in (0, 1) for pair in pairs for index in pair[turn]}
-            begin = {index.path for index in now}
             for path, future in list(self._fetches.items()):
                 # Downloads that failed in the previous epoch or ahead of need are retried when the shard is needed.
                 if path not in self._wanted or _had_no_room(future) or (path in begin and _failed(future)):
                     self._let_go(path)
             for path in self._wanted:
                 self._fetches.setdefault(path, Future())
-            self._same_version -= begin
             self._changed.notify_all()
         if not self._fetchers:
             self._fetchers = [threading.Thread(target=self._work, daemon=True, name="fetch") for _ in range(FETCHERS)]
