@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from m3i_scale.config import RunConfig, known_recipes, load_run
-from m3i_scale.data.batch import Batch, no_masks, no_objects
+from m3i_scale.data.batch import Batch, no_objects
 from m3i_scale.engine.deepspeed.resolve import load_ds_config
 from m3i_scale.engine.partition import initialize_sharded
 from m3i_scale.objective.build import build_objective, ema_pairs, initialize_module
@@ -236,7 +236,7 @@ def random_batch(
         has_text_B=has_text,
         captions_B=captions,
         seeds_B=torch.randint(0, 2**62, (size,), generator=generator),
-        masks_BHW=no_masks(size),
+        masks_BHW=torch.empty(size, 0, 0, dtype=torch.uint8),
         **no_objects(size),
         keys=[f"k{int(n)}" for n in number],
     )

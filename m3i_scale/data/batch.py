@@ -19,7 +19,7 @@ from m3i_scale.defaults import MASK_SIDE
 if TYPE_CHECKING:  # the objective imports batches without image libraries
     from transformers import PreTrainedTokenizerBase
 
-    from m3i_scale.data.crops import Objects
+    from m3i_scale.data.augment import Objects
     from m3i_scale.data.views import Views
 
 _BY_VALUE_BYTES = 65_536
@@ -80,10 +80,8 @@ class Batch:
         return {name: _by_value(value) for name, value in vars(self).items()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        arrived = {
-            name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value for name, value in state.items()
-        }
-        vars(self).update(arrived)
+        for name, value in state.items():
+            setattr(self, name, torch.from_numpy(value) if isinstance(value, np.ndarray) else value)
 
     def view(self, number: int) -> Tensor:
         """Return the images of a view of either size, counted from 1: uint8 (B, 3, H, W)."""
@@ -105,8 +103,8 @@ class Batch:
     def changed(self, change: Callable[[Tensor], Tensor]) -> Batch:
         """Return the batch with `change` applied to every tensor, for example pinning. This includes the seeds, which
         are copied to the device when masks are drawn."""
-        every: dict[str, Tensor] = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
-        changed: dict[str, Any] = {name: change(value) for name, value in every.items()}
+        tensors = self.tensors | {"seeds_B": self.seeds_B}
+        changed: dict[str, Any] = {name: change(value) for name, value in tensors.items()}
         return replace(self, **changed)
 
     @staticmethod
@@ -204,11 +202,6 @@ class Collator:
         return torch.from_numpy(ids_BT), torch.from_numpy(mask_BT)
 
 
-def no_masks(count: int) -> Tensor:
-    """Return empty masks."""
-    return torch.empty(count, 0, 0, dtype=torch.uint8)
-
-
 def no_objects(count: int) -> dict[str, Tensor]:
     """Return empty object tensors."""
     return {
@@ -222,14 +215,10 @@ def _objects(objects: Sequence[Objects | None]) -> dict[str, Tensor]:
     read = [one for one in objects if one is not None]
     if not read:
         return no_objects(len(objects))
-    fields_of: dict[str, list[NDArray[Any]]] = {
-        "boxes_BN4": [one.boxes_N4 for one in read],
-        "box_labels_BN": [one.labels_N for one in read],
-        "box_masks_BNMM": [one.masks_NMM for one in read],
-    }
+    columns = zip(*((one.boxes_N4, one.labels_N, one.masks_NMM) for one in read), strict=True)
     return {
-        name: torch.cat(_padded_alike([torch.from_numpy(value)[None] for value in values], _OF_OBJECTS[name]))
-        for name, values in fields_of.items()
+        name: torch.cat(_padded_alike([torch.from_numpy(value)[None] for value in values], padding))
+        for (name, padding), values in zip(_OF_OBJECTS.items(), columns, strict=True)
     }
 
 
@@ -244,7 +233,7 @@ def _padded_alike(parts: Sequence[Tensor], padding: int) -> list[Tensor]:
 
 def _masks(masks: Sequence[NDArray[np.uint8] | None]) -> Tensor:
     read = [mask_HW for mask_HW in masks if mask_HW is not None]
-    return torch.from_numpy(np.stack(read)) if read else no_masks(len(masks))
+    return torch.from_numpy(np.stack(read)) if read else torch.empty(len(masks), 0, 0, dtype=torch.uint8)
 
 
 def caption_hash(caption: str | None) -> int:

@@ -1,19 +1,36 @@
-"""Names of the object categories of a dataset, in index order, from a sidecar file of the shards."""
+"""Object categories of a dataset: their names, and those of every sample for repeat-factor sampling.
+
+The names are in a sidecar file of the shards, in index order. The categories of the samples of a shard are stored next
+to its index, so that sampling need not read the shards.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
-from m3i_scale.data.remote.access import Access
-from m3i_scale.data.remote.address import Address
+import numpy as np
+from numpy.typing import NDArray
+
+from m3i_scale.data.instances import INSTANCES, is_index
+from m3i_scale.data.order import Repeats
+from m3i_scale.data.remote.access import Access, Address
+from m3i_scale.data.remote.fetch import read_file
+from m3i_scale.data.scan import ShardIndex, stored_arrays
 from m3i_scale.data.shards import CATEGORIES, read_sidecar
-from m3i_scale.errors import DataError
+from m3i_scale.data.tar import RawSample, read_members, read_shard
+from m3i_scale.errors import DataError, error_prefix
+from m3i_scale.files import replacing
 
 FORMATS = ("coco", "lvis")
 FREQUENCIES = ("r", "c", "f")
 """LVIS frequency classes (rare, common, frequent) by the number of training images with the category."""
+_ORDER = "2"
+"""Version of the rule for the reads of an epoch; a checkpoint with another version has another sample order."""
 
 
 @dataclass(frozen=True)
@@ -79,11 +96,6 @@ def parse_categories(rows: Any, where: str, *, lvis: bool) -> Categories:
     return Categories("lvis" if lvis else "coco", tuple(found[number] for number in sorted(found)))
 
 
-def is_index(value: Any) -> bool:
-    """Return whether a JSON value is a valid id: a non-negative integer below 2⁶³."""
-    return type(value) is int and 0 <= value < 2**63
-
-
 def shard_categories(folder: Address, whose: str = "", access: Access | None = None) -> Categories | None:
     """Read the categories from the folder of the shards, or return None. `whose` is the prefix of errors."""
     path = folder / CATEGORIES
@@ -102,3 +114,112 @@ def shard_categories(folder: Address, whose: str = "", access: Access | None = N
             fix="restore the file that `shards make coco` wrote with the samples",
         )
     return found
+
+
+@dataclass(frozen=True)
+class SampleCategories:
+    """Categories of the samples of a shard, without crowds."""
+
+    counts_N: NDArray[np.int64]
+    """Number of categories per sample."""
+    categories_M: NDArray[np.int64]
+    """Categories of all samples, concatenated; unique per sample."""
+
+    def __len__(self) -> int:
+        return len(self.counts_N)
+
+    @property
+    def digest(self) -> str:
+        """Return a digest of all fields."""
+        parts = (self.counts_N.astype("<i8").tobytes(), self.categories_M.astype("<i8").tobytes())
+        return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
+
+
+def save_categories(shard: Path, digest: str) -> None:
+    """Write the categories of the samples of a local shard to `index/` next to it; `digest` is the digest of its index.
+    The folder of the shard must have a categories file."""
+    categories = len(shard_categories(shard.parent) or ())
+    found = []
+    with shard.open("rb") as stream:
+        for sample in read_shard(shard).samples:
+            only = [member for member in sample.members if member.extension == INSTANCES]
+            data = read_members(stream, RawSample(sample.key, only)).get(INSTANCES) if only else None
+            found.append([] if data is None else _categories_in(data, categories))
+    with replacing(shard.parent / "index" / categories_file(shard.name), durable=False) as file:
+        np.savez(
+            file,
+            shard=np.str_(digest),
+            counts=np.array([len(of_sample) for of_sample in found], dtype=np.int64),
+            categories=np.array([number for of_sample in found for number in of_sample], dtype=np.int64),
+        )
+
+
+def categories_file(name: str) -> str:
+    """Return the file name for a shard's categories, in `index/` next to it."""
+    return f"{name}.categories.npz"
+
+
+def load_categories(index: ShardIndex, access: Access | None = None) -> SampleCategories:
+    """Read the categories of the samples of a shard, from `index/` next to it."""
+    path = index.path.parent / "index" / categories_file(index.path.name)
+    try:
+        arrays = stored_arrays(read_file(path, access))
+        counts, categories = arrays["counts"], arrays["categories"]
+        fits = counts.dtype == categories.dtype == np.int64 and counts.shape == (len(index),)
+        fits = fits and categories.ndim == 1 and str(arrays["shard"]) == index.digest
+        if not fits or min(counts.min(), categories.min(initial=0)) < 0 or counts.sum() != len(categories):
+            raise ValueError("the file does not match the shard")
+        if categories.max(initial=0) > 2**24:
+            raise ValueError("category index out of range")
+    except (OSError, ValueError, KeyError) as error:
+        missing = isinstance(error, FileNotFoundError)
+        raise DataError(
+            "the categories of the samples are not indexed" if missing else f"cannot read the categories: {error}",
+            where=str(path),
+            why="repeat_threshold repeats samples by their categories",
+            fix=f"m3i-scale shards index FOLDER, with the shards and their {CATEGORIES}",
+        ) from None
+    return SampleCategories(counts, categories)
+
+
+def _categories_in(data: bytes, categories: int) -> list[int]:
+    """Return the categories of a sample's annotations; empty if malformed, as the sample is then corrupt."""
+    try:
+        rows = json.loads(data)["annotations"]
+        found = sorted({row["category"] for row in rows if not row.get("iscrowd")})
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
+        return []
+    return found if all(is_index(number) and number < categories for number in found) else []
+
+
+def repeat_factors(samples: SampleCategories, threshold: float) -> NDArray[np.float64]:
+    """Return the mean number of reads per epoch of every sample: r(I) = max over the categories c of I of max(1,
+    √(threshold / f(c))), where f(c) is the fraction of images with c. LVIS uses the threshold 0.001.
+
+    Images without a category have factor 0 and do not count in f(c), because detectron2 also drops them beforehand.
+    """
+    has = samples.counts_N > 0
+    factors_N = np.zeros(len(samples))
+    if not has.any():
+        return factors_N
+    frequencies = np.bincount(samples.categories_M) / has.sum()
+    with np.errstate(divide="ignore"):  # category indices without images
+        of_categories = np.maximum(1.0, np.sqrt(threshold / frequencies))
+    firsts = np.cumsum(samples.counts_N) - samples.counts_N
+    factors_N[has] = np.maximum.reduceat(of_categories[samples.categories_M], firsts[has])
+    return factors_N
+
+
+def repeats_of(
+    indices: Sequence[ShardIndex], threshold: float | None, seed: int, where: str, access: Access
+) -> Repeats | None:
+    """Return the repeats of a dataset; None if every sample is read once. `indices` are in the order of the list of all
+    samples; `threshold` is `DatasetConfig.repeat_threshold`; `seed` must depend on the run and the dataset."""
+    if threshold is None:
+        return None
+    with error_prefix(where):
+        shards = [load_categories(index, access) for index in indices]
+    counts, categories = zip(*((shard.counts_N, shard.categories_M) for shard in shards), strict=True)
+    samples = SampleCategories(np.concatenate(counts), np.concatenate(categories))
+    factors = np.split(repeat_factors(samples, threshold), np.cumsum([len(index) for index in indices])[:-1])
+    return Repeats(factors, seed, where, f"{samples.digest} {threshold!r} {_ORDER}")

@@ -6,7 +6,6 @@ Indices of remote shards are downloaded from their folder or built by one scan, 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,11 +13,10 @@ from pathlib import Path
 
 from fsspec.spec import AbstractBufferedFile
 
-from m3i_scale.data.remote.access import Access
-from m3i_scale.data.remote.address import Address, Url
+from m3i_scale.data.categories import save_categories
+from m3i_scale.data.remote.access import Access, Address, Url
 from m3i_scale.data.remote.fetch import Facts, facts, read_file, read_range
 from m3i_scale.data.remote.read_errors import ReadError, bad_shard, start_fix
-from m3i_scale.data.repeats import save_categories
 from m3i_scale.data.scan import (
     ShardIndex,
     cached,
@@ -68,25 +66,25 @@ def load_index(
     filled `cache_dir`, which all ranks of the node or job share.
     """
     indices: dict[Address, ShardIndex] = {}
-    remote = [path for path in shards if isinstance(path, Url)]
-    local = [path for path in shards if isinstance(path, Path)]
-    for path in local:
+    absent: dict[Path, list[Path]] = {}
+    for path in shards:
+        if isinstance(path, Url):
+            continue
         index = load_sidecar_index(path) or load_saved(path, cached(path, cache_dir))
-        if index is not None:
+        if index is None:
+            absent.setdefault(path.parent, []).append(path)
+        else:
             indices[path] = index
-    absent = [path for path in local if path not in indices]
     if rank == 0:
-        by_folder: dict[Path, list[Path]] = {}
-        for path in absent:
-            by_folder.setdefault(path.parent, []).append(path)
-        for members in by_folder.values():
-            indices.update({index.path: index for index in build_index(members, cached(members[0], cache_dir).parent)})
+        for members in absent.values():
+            indices |= {index.path: index for index in build_index(members, cached(members[0], cache_dir).parent)}
+        remote = [path for path in shards if isinstance(path, Url)]
         if remote:
-            indices.update(_index_remote(remote, cache_dir, access or Access()))
+            indices |= _index_remote(remote, cache_dir, access or Access())
     else:
-        wait = functools.partial(_await, deadline=time.monotonic() + wait_timeout_s, timeout_s=wait_timeout_s)
-        places: list[Address] = [*absent, *remote]
-        indices.update({path: wait(path, cached(path, cache_dir)) for path in places})
+        end = time.monotonic() + wait_timeout_s
+        waiting = [path for path in shards if path not in indices]
+        indices |= {path: _await(path, cached(path, cache_dir), end, wait_timeout_s) for path in waiting}
     return [indices[path] for path in shards]
 
 
@@ -95,7 +93,7 @@ def load_sidecar_index(path: Path) -> ShardIndex | None:
     return load_saved(path, path.parent / "index" / f"{path.name}.npz")
 
 
-def _await(path: Address, saved: Path, *, deadline: float, timeout_s: float) -> ShardIndex:
+def _await(path: Address, saved: Path, deadline: float, timeout_s: float) -> ShardIndex:
     while (index := load_saved(path, saved)) is None:
         if time.monotonic() > deadline:
             raise DataError(
@@ -111,18 +109,14 @@ def _index_remote(shards: Sequence[Url], cache_dir: Path, access: Access) -> dic
     """Return the indices of remote shards, and save them in `cache_dir`."""
     # Check one shard of every folder first, so that a server that is down is reported once and early.
     for url in {url.parent: url for url in reversed(shards)}.values():
-        _check_server(url, access)
+        try:
+            if facts(url, access.at_start()).size:
+                read_range(url, 0, 1, access.at_start())
+        except ReadError as error:
+            raise bad_shard(url, error, at_start=True) from None
     with ThreadPoolExecutor(min(THREADS, len(shards))) as pool:
         indices = pool.map(lambda url: _index(url, cached(url, cache_dir), access), shards)
         return {index.path: index for index in indices}
-
-
-def _check_server(url: Url, access: Access) -> None:
-    try:
-        if facts(url, access.at_start()).size:
-            read_range(url, 0, 1, access.at_start())
-    except ReadError as error:
-        raise bad_shard(url, error, at_start=True) from None
 
 
 def _index(url: Url, saved: Path, access: Access) -> ShardIndex:
@@ -130,7 +124,14 @@ def _index(url: Url, saved: Path, access: Access) -> ShardIndex:
         known = load_saved(url, saved)
         now = facts(url, access.at_start())
         if known is not None:
-            _check_same_version(known, now, saved)
+            if (known.size, known.version) != (now.size, now.version):
+                raise DataError(
+                    f"the shard was replaced since it was indexed: {known.size} bytes, version "
+                    f"{known.version or 'unknown'}; now {now.size} bytes, version {now.version or 'unknown'}",
+                    where=str(url),
+                    why="a resumed run would silently train on other samples",
+                    fix=f"restore the indexed shard; to use the new one, remove {saved}",
+                )
             return known
         index = _load_remote_sidecar(url, now, access)
         if index is None:
@@ -144,18 +145,6 @@ def _index(url: Url, saved: Path, access: Access) -> ShardIndex:
     except OSError as error:
         raise DataError(f"cannot write the index: {error}", where=str(saved)) from None
     return index
-
-
-def _check_same_version(known: ShardIndex, now: Facts, saved: Path) -> None:
-    if (known.size, known.version) == (now.size, now.version):
-        return
-    raise DataError(
-        f"the shard was replaced since it was indexed: {known.size} bytes, version {known.version or 'unknown'}; "
-        f"now {now.size} bytes, version {now.version or 'unknown'}",
-        where=str(known.path),
-        why="a resumed run would silently train on other samples",
-        fix=f"restore the indexed shard; to use the new one, remove {saved}",
-    )
 
 
 def _load_remote_sidecar(url: Url, now: Facts, access: Access) -> ShardIndex | None:

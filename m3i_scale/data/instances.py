@@ -7,16 +7,14 @@ them like other tools. `to_train` filters objects for training.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
 
-from m3i_scale.data.categories import is_index
 from m3i_scale.data.reader import BadSampleError
-from m3i_scale.data.rle import unpacked
 from m3i_scale.errors import ConfigError
 
 INSTANCES = "instances.json"
@@ -28,6 +26,10 @@ _LONGEST_OUTLINE = 8
 """Maximum outline length: this many image widths and heights, plus the number of pixels."""
 _LARGEST = 1e9
 """Maximum coordinate; the maximum area is its square."""
+_LETTERS = 2
+"""Maximum characters per pixel: a run has at most as many groups as pixels, a difference as many as its two runs."""
+_GROUPS = 7
+"""Maximum number of groups: 2³⁴ exceeds the number of pixels of any image."""
 
 
 class Rle(TypedDict):
@@ -36,7 +38,7 @@ class Rle(TypedDict):
     size: list[int]
     """Height and width of the image."""
     counts: str
-    """See `rle`."""
+    """From `encode_runs`."""
 
 
 Polygons = list[NDArray[np.float64]]
@@ -85,18 +87,6 @@ class Instances:
         segmentation = self.segmentations[number]
         if segmentation is None or isinstance(segmentation, dict):
             return segmentation
-        return self._drawn(segmentation)
-
-    def mask(self, number: int) -> NDArray[np.uint8] | None:
-        """Return the mask (H, W) of an object, 1 inside; None if it has only a box."""
-        segmentation = self.rle(number)
-        if segmentation is None:
-            return None
-        runs = unpacked(segmentation["counts"], self.width * self.height)
-        pixels = np.repeat((np.arange(len(runs)) & 1).astype(np.uint8), runs)
-        return pixels.reshape(self.width, self.height).T
-
-    def _drawn(self, polygons: Polygons) -> Rle:
         try:
             from faster_coco_eval.core import mask as library
         except ImportError:
@@ -105,8 +95,17 @@ class Instances:
                 why="it draws masks of polygons",
                 fix="pip install 'm3i-scale[detection]'",
             ) from None
-        parts = library.frPyObjects([part.tolist() for part in polygons], self.height, self.width)
+        parts = library.frPyObjects([part.tolist() for part in segmentation], self.height, self.width)
         return Rle(size=[self.height, self.width], counts=library.merge(parts)["counts"].decode("ascii"))
+
+    def mask(self, number: int) -> NDArray[np.uint8] | None:
+        """Return the mask (H, W) of an object, 1 inside; None if it has only a box."""
+        segmentation = self.rle(number)
+        if segmentation is None:
+            return None
+        runs = decode_runs(segmentation["counts"], self.width * self.height)
+        pixels = np.repeat((np.arange(len(runs)) & 1).astype(np.uint8), runs)
+        return pixels.reshape(self.width, self.height).T
 
 
 def read_instances(members: Mapping[str, bytes], categories: int | None, size: tuple[int, int]) -> Instances:
@@ -212,7 +211,7 @@ def _segmentation(value: Any, size: tuple[int, int], place: str) -> Segmentation
     if value.get("size") != [height, width]:
         raise BadSampleError(NO_MASK, f"that of {place} is of size {value.get('size')!r:.40}, not {[height, width]}")
     try:
-        unpacked(value["counts"], width * height)
+        decode_runs(value["counts"], width * height)
     except ValueError as error:
         raise BadSampleError(NO_MASK, f"{place}: {error}") from None
     return Rle(size=[height, width], counts=value["counts"])
@@ -239,6 +238,11 @@ def _category(value: Any, categories: int | None, place: str) -> int:
     return int(value)
 
 
+def is_index(value: Any) -> bool:
+    """Return whether a JSON value is a valid id: a non-negative integer below 2⁶³."""
+    return type(value) is int and 0 <= value < 2**63
+
+
 def _numbers(values: Any, largest: float) -> NDArray[np.float64]:
     """Return a JSON list of numbers as an array; empty if it is not one, or a value is not within ±`largest`."""
     none = np.empty(0)
@@ -249,3 +253,56 @@ def _numbers(values: Any, largest: float) -> NDArray[np.float64]:
     except OverflowError:  # an integer with a thousand digits
         return none
     return numbers if (np.abs(numbers) <= largest).all() else none
+
+
+def encode_runs(runs: Sequence[int]) -> str:
+    """Encode the run lengths of a mask, integers from 0 to 2³³ - 1, as text in COCO's compressed run-length encoding.
+    Other values raise a ValueError.
+
+    A mask is a sequence of alternating run lengths of 0 and 1 in column-major order, starting with 0. From the fourth
+    on, a run length is stored as the difference from the run two positions before. A number is a sequence of 5-bit
+    groups, lowest first, each a character from `0` on. Bit 32 marks that another group follows; bit 16 of the last
+    group marks the sign.
+    """
+    if not all(type(run) is int and 0 <= run < 2**33 for run in runs):
+        raise ValueError("a run length of the mask is not a non-negative integer")
+    letters = bytearray()
+    for place, run in enumerate(runs):
+        number = run - runs[place - 2] if place > 2 else run
+        while True:
+            group, number = number & 31, number >> 5
+            last = number == (-1 if group & 16 else 0)
+            letters.append(48 + group + (0 if last else 32))
+            if last:
+                break
+    return letters.decode("ascii")
+
+
+def decode_runs(text: str, pixels: int) -> NDArray[np.int64]:
+    """Decode text from `encode_runs`, which may be malicious, so no library decodes it. Raise a ValueError if it is
+    invalid or the runs do not fill `pixels`."""
+    if len(text) > _LETTERS * (pixels + 2):
+        raise ValueError(f"the text of the mask is too long for its {pixels} pixels")
+    try:
+        codes = np.frombuffer(text.encode("ascii"), dtype=np.uint8)
+    except UnicodeEncodeError:
+        raise ValueError("the text of the mask has invalid characters") from None
+    if not len(codes) or codes.min() < 48 or codes.max() > 48 + 63 or (codes[-1] - 48) & 32:
+        raise ValueError("the text of the mask is not a run-length encoding")
+    codes = codes - np.uint8(48)
+    lasts = np.flatnonzero((codes & 32) == 0).astype(np.int32)  # up to 2²⁹ characters, see MAX_SAMPLE_BYTES
+    groups = np.diff(lasts, prepend=np.int32(-1))
+    if groups.max() > _GROUPS:
+        raise ValueError("a run length of the mask is too large")
+    runs = (codes[lasts - groups + 1] & 31).astype(np.int64)
+    for group in range(1, int(groups.max())):
+        longer = np.flatnonzero(groups > group)
+        at = lasts[longer] - groups[longer] + 1 + group
+        runs[longer] += (codes[at] & 31).astype(np.int64) << 5 * group
+    below_zero = np.flatnonzero(codes[lasts] & 16)
+    runs[below_zero] -= 1 << 5 * groups[below_zero].astype(np.int64)
+    runs[1::2] = np.cumsum(runs[1::2])
+    runs[2::2] = np.cumsum(runs[2::2])
+    if runs.min() < 0 or runs.max() > pixels or runs.sum() != pixels:
+        raise ValueError(f"the runs of the mask do not fill its {pixels} pixels")
+    return runs

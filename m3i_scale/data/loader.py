@@ -19,27 +19,28 @@ from m3i_scale.config import DataConfig, DatasetConfig
 from m3i_scale.config.data import Reads
 from m3i_scale.config.views import ViewSpecs
 from m3i_scale.data.batch import Batch, Collator
+from m3i_scale.data.categories import repeats_of
 from m3i_scale.data.fingerprint import Shard, fingerprint, listing
 from m3i_scale.data.index import load_index
-from m3i_scale.data.mixing import UNIT, Mix, check_shares, check_weights, has_epochs, samples_at_most, share_of
+from m3i_scale.data.mixing import UNIT, Mix, check_shares, check_weights, share_of
 from m3i_scale.data.order import StreamOrder, ends_of, position_of_pass, seed_of, shard_order
-from m3i_scale.data.parts import PartialBatch, PartRecipe, PartWorkers
-from m3i_scale.data.quarantine import Quarantine
+from m3i_scale.data.parts import PartialBatch, PartWorkers
 from m3i_scale.data.remote.access import check_access
-from m3i_scale.data.repeats import repeats_of
 from m3i_scale.data.shards import expand_shards
 from m3i_scale.data.state import (
     STATE_FORMAT,
+    Quarantine,
+    SourceState,
     StreamState,
     accept_changes,
     carry_over,
     check_format,
     check_order,
-    first_state,
 )
 from m3i_scale.data.stream import (
     FRACTION_COUNTS_AFTER,
     Account,
+    PartRecipe,
     StreamSource,
     lost_of_pass,
     too_many_bad,
@@ -116,7 +117,7 @@ class TrainStream:
         self._fingerprints: dict[str, dict[str, Any]] = {}
         self._shards: dict[str, list[Shard]] = {}
         self._changes: list[dict[str, Any]] = []
-        self.can_end = has_epochs(sources)
+        self.can_end = any(source.epochs is not None for source in sources.values())
         """Whether the data can end; the same on all ranks."""
         self.samples_at_most: int | None = None
         """Upper limit of samples over all ranks, if none is corrupt; None: infinite."""
@@ -126,11 +127,11 @@ class TrainStream:
         def make_views(source: DatasetConfig) -> ViewMaker:
             return view_maker(source.augment or data.augment, mean=data.augment.mean, stretch=data.augment.stretch)
 
-        plans = self._plan(sources, label_sets, cache_dir, rank, seed, make_views, reads=reads, views=views)
+        plans = self._plan(sources, label_sets, cache_dir, seed, make_views, reads=reads, views=views)
         self._quarantine = Quarantine(quarantine_path)
         # Computed once because with `epochs` a state is taken at every step.
         self._listings = {name: listing(shards) for name, shards in self._shards.items()} if rank == 0 else {}
-        self._states = {stream: first_state(sources) for stream in self._streams}
+        self._states = {stream: StreamState(0, {name: SourceState() for name in sources}) for stream in self._streams}
         self._reached: dict[int, StreamState] = {}
         self._recipe = PartRecipe(
             plans=plans,
@@ -188,7 +189,9 @@ class TrainStream:
                     self._reached = after
                     return
                 self._states.update(after)
-                self._stop_if_surely_bad()
+                # All ranks yield the same number of valid samples, so this rank's corrupt ones alone may be too many.
+                account = self.account
+                self.stop_if_bad(account._replace(read=account.bad + (account.read - account.bad) * self._world_size))
                 yield batch
 
     def _joined(self, turns: Generator[list[PartialBatch]]) -> Generator[tuple[list[PartialBatch], Batch | None]]:
@@ -338,7 +341,6 @@ class TrainStream:
         sources: dict[str, DatasetConfig],
         label_sets: dict[str, list[str]],
         cache_dir: Path,
-        rank: int,
         seed: int,
         make_views: Callable[[DatasetConfig], ViewMaker],
         *,
@@ -353,7 +355,7 @@ class TrainStream:
             where = f"dataset '{name}'"
             places = expand_shards(source.path, where, self._access.at_start())
             with error_prefix(where):
-                indices = load_index(places, cache_dir, rank=rank, access=self._access)
+                indices = load_index(places, cache_dir, rank=self._rank, access=self._access)
             self._shards[name] = [(index.path.name, index.size, len(index), index.digest) for index in indices]
             indices = [indices[shard] for shard in shard_order(len(indices), seed, name)]
             repeat_seed, limits = seed_of("repeats", seed, name), self._access.at_start()
@@ -386,13 +388,9 @@ class TrainStream:
                     captions=source.captions,
                     end=ends[stream][-1],
                 )
-        self.samples_at_most = samples_at_most(ends)
+        if all(end is not None for of_stream in ends for end in of_stream):
+            self.samples_at_most = len(ends) * min(sum(end or 0 for end in of_stream) for of_stream in ends)
         return plans
-
-    def _stop_if_surely_bad(self) -> None:
-        """Stop if this rank's corrupt samples alone exceed the limit: all ranks yield the same number of valid ones."""
-        account = self.account
-        self.stop_if_bad(account._replace(read=account.bad + (account.read - account.bad) * self._world_size))
 
 
 def _await(ready: InThread[tuple[list[PartialBatch], Batch | None]]) -> tuple[list[PartialBatch], Batch | None]:

@@ -129,21 +129,6 @@ def settle(credits: dict[str, int], shares: Mapping[str, int], taken: str) -> No
     credits[taken] -= UNIT
 
 
-def has_epochs(sources: Mapping[str, DatasetConfig]) -> bool:
-    """Return whether any dataset has `epochs`, so that the run's data can end."""
-    return any(source.epochs is not None for source in sources.values())
-
-
-def samples_at_most(ends: Sequence[Sequence[int | None]]) -> int | None:
-    """Count the samples that all streams can yield evenly if none is corrupt; None if some dataset never ends.
-
-    `ends` has the end position of each dataset for every stream; None: never.
-    """
-    if any(end is None for stream in ends for end in stream):
-        return None
-    return len(ends) * min(sum(end or 0 for end in stream) for stream in ends)
-
-
 def _divisors(number: int) -> str:
     return ", ".join(str(value) for value in range(1, number + 1) if number % value == 0)
 

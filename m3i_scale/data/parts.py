@@ -13,25 +13,22 @@ import os
 import threading
 from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 from m3i_scale.config import DataConfig
-from m3i_scale.data.batch import Batch, Collator
-from m3i_scale.data.mixing import Mix, share_of
+from m3i_scale.data.batch import Batch
+from m3i_scale.data.mixing import share_of
 from m3i_scale.data.reader import ShardReader
-from m3i_scale.data.remote.access import Access
 from m3i_scale.data.state import StreamState
-from m3i_scale.data.stream import ExhaustedError, Stream, StreamSource
+from m3i_scale.data.stream import ExhaustedError, PartRecipe, Stream
 from m3i_scale.data.workers import (
     POLL_S,
     START_METHOD,
     Activity,
     DeathWatch,
-    FromWorkers,
     InThread,
     NotYetError,
     await_item,
@@ -42,20 +39,6 @@ from m3i_scale.errors import DataError, UserError
 
 PREFETCH_PARTS = 2
 """Parts that every worker prefetches."""
-
-
-@dataclass(frozen=True)
-class PartRecipe:
-    """Everything that a worker needs to prepare parts, except the state."""
-
-    plans: dict[int, dict[str, StreamSource]]
-    mix: Mix
-    per_stream: int
-    collator: Collator
-    data: DataConfig
-    access: Access
-    seed: int
-    quarantine: Path | None
 
 
 @dataclass(frozen=True)
@@ -93,9 +76,11 @@ class PartMaker(Dataset[PartialBatch]):
     `activities` are those of all workers, by index.
     """
 
+    _recipe: PartRecipe
+    """From the first work item."""
+
     def __init__(self, activities: list[Activity]) -> None:
         self._activities = activities
-        self._recipe: PartRecipe | None = None
         self._reader: ShardReader | None = None
         self._streams: dict[int, Stream] = {}
 
@@ -111,24 +96,14 @@ class PartMaker(Dataset[PartialBatch]):
         if self._reader is not None:
             self._reader.close()
         recipe = self._recipe = item.recipe or self._recipe
-        if recipe is None:
-            raise ValueError("the first work item has no recipe")
         self._reader = ShardReader(recipe.access, self._activities[item.share])
         self._streams = {
-            number: Stream(
-                recipe.plans[number],
-                recipe.mix,
-                StreamState.from_json(state),
-                self._reader,
-                recipe.data,
-                seed=recipe.seed,
-                quarantine=recipe.quarantine,
-            )
+            number: Stream(recipe.plans[number], recipe, StreamState.from_json(state), self._reader)
             for number, state in states.items()
         }
 
     def _part(self, item: WorkItem) -> PartialBatch:
-        if self._recipe is None or not self._streams:
+        if not self._streams:
             return PartialBatch(item, None, {}, [])
         quarantine: list[dict[str, Any]] = []
         batch: Batch | None = None
@@ -146,54 +121,27 @@ class PartMaker(Dataset[PartialBatch]):
         return PartialBatch(item, batch, states, quarantine, error)
 
 
-class _WorkSampler(Sampler[WorkItem]):
-    """Sampler of work items, which a DataLoader distributes to its workers in turn."""
-
-    def __init__(self, shares: int) -> None:
-        self._next = [WorkItem(0, share) for share in range(shares)]
-        self._recipes: dict[int, PartRecipe] = {}
-        """Recipes that are not yet sent, by worker."""
-
-    def configure(self, recipe: PartRecipe) -> None:
-        """Send every worker its share of the recipe, together with the next states."""
-        for share in range(len(self._next)):
-            plans = {number: recipe.plans[number] for number in share_of(list(recipe.plans), share, len(self._next))}
-            self._recipes[share] = replace(recipe, plans=plans)
-
-    def begin(self, states: Mapping[int, dict[str, Any]]) -> int:
-        """Start an iteration from these states; return its number."""
-        iteration = self._next[0].iteration + 1
-        for share in range(len(self._next)):
-            streams = share_of(list(states), share, len(self._next))
-            self._next[share] = WorkItem(iteration, share, {number: states[number] for number in streams})
-        return iteration
-
-    def __iter__(self) -> Iterator[WorkItem]:
-        for share in itertools.cycle(range(len(self._next))):
-            item = self._next[share]
-            self._next[share] = replace(item, states=None)
-            yield item if item.states is None else replace(item, recipe=self._recipes.pop(share, None))
-
-
 class PartWorkers:
     """Workers that prepare parts in `data.num_workers` processes, or in a thread if that is 0; `close` stops them."""
 
     def __init__(self, data: DataConfig) -> None:
         self._data = data
         self._activities = [Activity() for _ in range(max(1, data.num_workers))]
-        self._sampler = _WorkSampler(len(self._activities))
+        self._next = [WorkItem(0, share) for share in range(len(self._activities))]
+        self._recipes: dict[int, PartRecipe] = {}
+        """Recipes that are not yet sent, by worker."""
         self._received = 0
         self._in_use = threading.Lock()
         self.watch = DeathWatch()
         maker = PartMaker(self._activities)
-        self._parts: InThread[PartialBatch] | FromWorkers[PartialBatch]
+        self._parts: InThread[PartialBatch] | Iterator[PartialBatch]
         if not data.num_workers:
-            self._parts = InThread(maker[item] for item in self._sampler)
+            self._parts = InThread(maker[item] for item in self._work_items())
             return
         # Without batching, a DataLoader returns results in the order of the indices, which alternate by worker.
         loader = DataLoader(
             maker,
-            sampler=self._sampler,
+            sampler=self._work_items(),
             batch_size=None,
             num_workers=data.num_workers,
             multiprocessing_context=START_METHOD,
@@ -203,11 +151,13 @@ class PartWorkers:
             generator=torch.Generator(),  # otherwise the loader would advance the generator of the training process
         )
         with signals_held(), self.watch.starting():
-            self._parts = FromWorkers(iter(loader))
+            self._parts = iter(loader)
 
     def configure(self, recipe: PartRecipe) -> None:
-        """Send the workers their data configuration; call it before the first `iterate`."""
-        self._sampler.configure(recipe)
+        """Send every worker its share of the recipe with its next states; call it before the first `iterate`."""
+        for share in range(len(self._next)):
+            plans = {number: recipe.plans[number] for number in share_of(list(recipe.plans), share, len(self._next))}
+            self._recipes[share] = replace(recipe, plans=plans)
 
     def iterate(self, states: Mapping[int, dict[str, Any]], rank: int) -> Generator[list[PartialBatch]]:
         """Yield one part of every worker, in stream order; after an error, only the parts up to it.
@@ -216,7 +166,10 @@ class PartWorkers:
         all streams; `rank` is named in timeout errors.
         """
         with self._held(rank):
-            iteration = self._sampler.begin(states)
+            iteration = self._next[0].iteration + 1
+            for share in range(len(self._next)):
+                streams = share_of(list(states), share, len(self._next))
+                self._next[share] = WorkItem(iteration, share, {number: states[number] for number in streams})
             while True:
                 parts: list[PartialBatch] = []
                 while len(parts) < len(self._activities) and not (parts and parts[-1].error):
@@ -224,6 +177,13 @@ class PartWorkers:
                     if part.item.iteration == iteration:
                         parts.append(part)
                 yield sorted(parts, key=lambda part: part.item.share)
+
+    def _work_items(self) -> Iterator[WorkItem]:
+        """Yield the work items of all workers, in turn."""
+        for share in itertools.cycle(range(len(self._next))):
+            item = self._next[share]
+            self._next[share] = replace(item, states=None)
+            yield item if item.states is None else replace(item, recipe=self._recipes.pop(share, None))
 
     @contextlib.contextmanager
     def _held(self, rank: int) -> Iterator[None]:
@@ -244,7 +204,7 @@ class PartWorkers:
         number, limit_s = self._received % len(self._activities), self._data.timeout_s
         activity = self._activities[number]
         try:
-            part: PartialBatch = await_item(self._parts, activity, limit_s)
+            part = await_item(self._parts, activity, limit_s)
         except NotYetError:
             reader = f"worker {number}" if self._data.num_workers else "the training process"
             raise DataError(
@@ -258,7 +218,8 @@ class PartWorkers:
     def close(self) -> None:
         """Stop the workers, after waiting for a running iteration."""
         self._in_use.acquire(timeout=POLL_S)
-        self._parts.close()
+        if isinstance(self._parts, InThread):
+            self._parts.close()
         for worker in self.watch.workers:
             worker.terminate()
         for worker in self.watch.workers:

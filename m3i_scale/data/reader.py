@@ -7,7 +7,6 @@ import os
 import re
 import tarfile
 from collections import OrderedDict
-from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -70,7 +69,7 @@ class ShardReader:
         self._access = access or Access()
         self._activity = activity or Activity()
         self._open: OrderedDict[Path, int] = OrderedDict()
-        self._remote = RemoteShards(self._access)
+        self.remote = RemoteShards(self._access)
 
     def members(self, index: ShardIndex, number: int) -> dict[str, bytes]:
         """Return the files of a sample by extension, and its `__key__`.
@@ -85,21 +84,17 @@ class ShardReader:
         if isinstance(index.path, Path):
             data = self._read(index, index.path, start, end)
         else:
-            data = self._remote.read(index, start, end)
+            data = self.remote.read(index, start, end)
         self._activity.end()
         if head_of(data) != index.heads_N[number]:
             raise BadSampleError(NOT_A_MEMBER, "not what was indexed")
         return parse_members(data, str(index.path))
 
-    def expect(self, reader: Hashable, now: Sequence[ShardIndex], then: Sequence[ShardIndex]) -> None:
-        """Announce which remote shards a stream reads now and next; see `RemoteShards`."""
-        self._remote.expect(reader, now, then)
-
     def close(self) -> None:
         """Close all shards."""
         while self._open:
             os.close(self._open.popitem()[1])
-        self._remote.close()
+        self.remote.close()
 
     def _read(self, index: ShardIndex, path: Path, start: int, end: int) -> bytes:
         try:
@@ -202,12 +197,9 @@ def _tells_times(records: bytes) -> bool:
 
 def _size_of_plain(header: bytes) -> int | None:
     """Return the size in bytes of a regular file or a pax header; None for other members."""
-    if (
-        len(header) < _BLOCK
-        or header[_TYPE] not in (_REGULAR, _PAX)
-        or header[_FORMAT] not in _FORMATS
-        or header[_PREFIX]
-    ):
+    if len(header) < _BLOCK or header[_TYPE] not in (_REGULAR, _PAX):
+        return None
+    if header[_FORMAT] not in _FORMATS or header[_PREFIX]:
         return None
     digits = header[_SIZE].rstrip(b"\0 ")
     return int(digits, 8) if digits and not digits.strip(b"01234567") else None

@@ -136,12 +136,6 @@ def read_label(members: Mapping[str, bytes], classes: int | None) -> int | None:
     return label
 
 
-def check_caption_size(data: bytes, limit: int) -> None:
-    """Check the size of a `txt` file, before decoding it, against `limit` (data.max_caption_bytes)."""
-    if len(data) > limit:
-        raise BadSampleError("caption too large", f"{len(data)} bytes, data.max_caption_bytes is {limit}")
-
-
 def read_caption(
     members: Mapping[str, bytes], draw: int | None = None, max_bytes: int = MAX_CAPTION_BYTES
 ) -> str | None:
@@ -153,7 +147,8 @@ def read_caption(
     data = members.get("txt")
     if data is None:
         return None
-    check_caption_size(data, max_bytes)
+    if len(data) > max_bytes:
+        raise BadSampleError("caption too large", f"{len(data)} bytes, data.max_caption_bytes is {max_bytes}")
     try:
         text = data.decode("utf-8").strip()
     except UnicodeDecodeError as error:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 import struct
 import tarfile
 import tokenize
@@ -20,7 +19,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from m3i_scale.data.remote.address import Address, Url
+from m3i_scale.data.remote.access import Address, Url
 from m3i_scale.data.tar import read_strictly
 from m3i_scale.defaults import MAX_SAMPLE_BYTES
 from m3i_scale.errors import DataError
@@ -74,7 +73,7 @@ def scan_shard(path: Path) -> ShardIndex:
             ranges, heads = scan_stream(stream, facts.st_size, path)
     except OSError as error:
         raise DataError(f"cannot read the shard: {error}", where=str(path), fix="copy or create it again") from None
-    return ShardIndex(path, facts.st_size, ranges, heads, _version(facts))
+    return ShardIndex(path, facts.st_size, ranges, heads, str(facts.st_mtime_ns))
 
 
 def scan_stream(stream: BinaryIO, size: int, path: Address) -> tuple[NDArray[np.int64], NDArray[np.uint32]]:
@@ -107,10 +106,6 @@ def _member_size(header: bytes) -> int | None:
         return int.from_bytes(field[1:], "big")  # 8 GiB or more
     digits = field.strip(b"\0 ")
     return int(digits, 8) if digits and not digits.strip(b"01234567") else None
-
-
-def _version(facts: os.stat_result) -> str:
-    return str(facts.st_mtime_ns)
 
 
 def cached(path: Address, cache_dir: Path) -> Path:
@@ -147,7 +142,7 @@ def load_saved(path: Address, saved: Path) -> ShardIndex | None:
         return index
     try:
         facts = path.stat()
-        same = index.size == facts.st_size and (index.version == _version(facts) or _has_heads(path, index))
+        same = index.size == facts.st_size and (index.version == str(facts.st_mtime_ns) or _has_heads(path, index))
         return index if same else None
     except OSError as error:
         raise DataError(f"cannot read the shard: {error}", where=str(path)) from None

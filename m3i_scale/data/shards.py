@@ -10,8 +10,7 @@ from typing import Any
 from braceexpand import braceexpand
 
 from m3i_scale.config import DatasetConfig
-from m3i_scale.data.remote.access import Access
-from m3i_scale.data.remote.address import Address, Url, is_remote, to_address
+from m3i_scale.data.remote.access import Access, Address, Url, is_remote, to_address
 from m3i_scale.data.remote.fetch import facts, list_folder, read_file
 from m3i_scale.data.remote.read_errors import ReadError, start_fix
 from m3i_scale.errors import DataError, UserError, did_you_mean

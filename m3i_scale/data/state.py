@@ -1,18 +1,30 @@
-"""Data state: the position of every stream in every dataset, as a few counts. A resume may change some datasets."""
+"""Data state: the position of every stream in every dataset, as a few counts. A resume may change some datasets.
+
+Corrupt samples are counted in the state, and listed in the quarantine file.
+"""
 
 from __future__ import annotations
 
 import copy
+import fcntl
+import json
 import reprlib
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, BinaryIO
 
 from m3i_scale.data.fingerprint import Shard, changes, same_order
+from m3i_scale.data.order import seed_of
 from m3i_scale.errors import ConfigError, DataError
+from m3i_scale.files import json_line
 
 STATE_FORMAT = 2
+WHOLE_SHARD = "*"
+"""Key that represents a lost shard."""
+_SAME = {"url": str, "key": str, "offset": int, "reason": str}
+"""Fields that identify an entry of the quarantine file, with their types."""
 
 
 @dataclass
@@ -45,14 +57,9 @@ class SourceState:
         self.bad_shards["shards"][str(shard)] = reason
 
     def to_json(self) -> dict[str, Any]:
-        """Copy to JSON types. Written out for speed, because it runs for every stream of every batch."""
-        return {
-            "position": self.position,
-            "served": self.served,
-            "credit": self.credit,
-            "bad": dict(self.bad),
-            "bad_shards": copy.deepcopy(self.bad_shards) if self.bad_shards else {},
-        }
+        """Copy to JSON types. This must be fast, because it runs for every stream of every batch."""
+        bad_shards = copy.deepcopy(self.bad_shards) if self.bad_shards else {}
+        return {**vars(self), "bad": dict(self.bad), "bad_shards": bad_shards}
 
     @staticmethod
     def from_json(state: Mapping[str, Any]) -> SourceState:
@@ -90,11 +97,6 @@ class StreamState:
     def from_json(state: Mapping[str, Any]) -> StreamState:
         """Restore a state from `to_json`."""
         return StreamState(state["taken"], {name: SourceState.from_json(of) for name, of in state["sources"].items()})
-
-
-def first_state(sources: Collection[str]) -> StreamState:
-    """Return the initial state of a stream."""
-    return StreamState(0, {name: SourceState() for name in sources})
 
 
 def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -208,3 +210,68 @@ def _not_together(what: str) -> DataError:
         where="data/rank-*.json of the checkpoint",
         fix="use the files of one checkpoint",
     )
+
+
+class Quarantine:
+    """Quarantine file of a run: a JSON lines file to append to; with `path` None, nothing is written.
+
+    Several ranks may read a shard, but only the first one writes an entry: before writing, a rank locks the file and
+    reads new entries of other ranks. Every rank reads all earlier entries when it opens its data, because a later read
+    error would stop a single rank.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        self._known: set[int] = set()
+        self._read_bytes = 0
+        try:
+            if path is not None:
+                with path.open("rb") as stream:
+                    self._read_on(stream)
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise DataError(f"cannot read the quarantine file: {error}", where=str(path)) from None
+
+    def add(self, entries: Sequence[dict[str, Any]]) -> None:
+        """Append the entries that are not yet in the file."""
+        if self.path is None or not self._new(entries):
+            return
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a+b") as stream:
+                fcntl.flock(stream, fcntl.LOCK_EX)
+                torn = self._read_on(stream)
+                new = self._new(entries)
+                lines = [json_line(entry) for entry in new.values()]
+                stream.write("".join(["\n" if torn and new else "", *lines]).encode())
+                self._known.update(new)
+                self._read_bytes = stream.tell()
+        except OSError as error:
+            raise DataError(f"cannot write the quarantine file: {error}", where=str(self.path)) from None
+
+    def _new(self, entries: Sequence[dict[str, Any]]) -> dict[int, dict[str, Any]]:
+        """Return the entries that are not known, by digest."""
+        return {digest: entry for entry in entries if (digest := _digest(entry)) not in self._known}
+
+    def _read_on(self, stream: BinaryIO) -> bool:
+        """Read new entries; return whether the file ends with an incomplete line. Such a line of a killed process is
+        ignored, and the next entry starts on a new line."""
+        begin = stream.seek(max(0, self._read_bytes - 1))  # one known byte, to detect an incomplete line
+        content = stream.read()
+        self._read_bytes = begin + content.rfind(b"\n") + 1  # another rank may still be writing the rest
+        self._known.update(map(_digest, filter(None, map(_parsed, content.splitlines()))))
+        return bool(content) and not content.endswith(b"\n")
+
+
+def _digest(entry: Mapping[str, Any]) -> int:
+    return seed_of(*(entry[name] for name in _SAME))
+
+
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        return None
+    known = isinstance(entry, dict) and all(isinstance(entry.get(name), kind) for name, kind in _SAME.items())
+    return entry if known else None

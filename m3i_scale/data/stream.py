@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from m3i_scale.config import DataConfig
 from m3i_scale.config.data import Reads
-from m3i_scale.data.batch import Sample
+from m3i_scale.data.batch import Collator, Sample
 from m3i_scale.data.instances import read_instances
 from m3i_scale.data.mixing import Mix, furthest_behind, settle
 from m3i_scale.data.order import SampleRef, StreamOrder, seed_of
-from m3i_scale.data.quarantine import WHOLE_SHARD
 from m3i_scale.data.reader import NOT_A_MEMBER, BadSampleError, ShardReader
-from m3i_scale.data.remote.address import Url
+from m3i_scale.data.remote.access import Access, Url
 from m3i_scale.data.remote.read_errors import SHARD, BadShardError
 from m3i_scale.data.samples import open_image, read_caption, read_label, read_mask
 from m3i_scale.data.scan import ShardIndex
-from m3i_scale.data.state import StreamState
+from m3i_scale.data.state import WHOLE_SHARD, StreamState
 from m3i_scale.data.views import ViewMaker
 from m3i_scale.errors import DataError
 from m3i_scale.text import listed
@@ -53,42 +52,34 @@ class StreamSource:
     """Position at which the dataset is exhausted; None: never."""
 
 
+@dataclass(frozen=True)
+class PartRecipe:
+    """Everything that a worker needs to prepare parts, except the state."""
+
+    plans: dict[int, dict[str, StreamSource]]
+    mix: Mix
+    per_stream: int
+    collator: Collator
+    data: DataConfig
+    access: Access
+    seed: int
+    quarantine: Path | None
+
+
 class ExhaustedError(Exception):
     """Raised when a stream has no next sample because every dataset with a weight has completed its epochs."""
 
 
+@dataclass
 class Stream:
-    """Sampler of one stream: mixes its datasets by weight and skips corrupt samples.
+    """Sampler of one stream: mixes its datasets by weight and skips corrupt samples."""
 
-    Args:
-        sources: datasets to read, by name.
-        mix: mixing weights of the datasets.
-        state: position to start from; updated by `take`.
-        reader: reads samples from shards.
-        data: limits for images, captions and corrupt samples, and the policy for unreadable shards.
-        seed: seed of the run.
-        quarantine: file that lists corrupt samples; errors refer to it.
-    """
-
-    def __init__(
-        self,
-        sources: Mapping[str, StreamSource],
-        mix: Mix,
-        state: StreamState,
-        reader: ShardReader,
-        data: DataConfig,
-        *,
-        seed: int,
-        quarantine: Path | None,
-    ) -> None:
-        self._sources = sources
-        self._mix = mix
-        self._data = data
-        self._quarantine = quarantine
-        self._windows: dict[str, tuple[int, int]] = {}
-        self.state = state
-        self._reader = reader
-        self._seed = seed
+    sources: Mapping[str, StreamSource]
+    recipe: PartRecipe
+    state: StreamState
+    """Position to start from; updated by `take`."""
+    reader: ShardReader
+    _windows: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     def take(self, quarantine: list[dict[str, Any]]) -> Sample:
         """Return the next valid sample; record corrupt ones in `quarantine` and skip them within the same dataset.
@@ -97,12 +88,12 @@ class Stream:
         too many samples of the dataset are corrupt.
         """
         while True:
-            left = [name for name, source in self._sources.items() if not self._is_exhausted(source)]
-            shares = self._mix.shares(self.state.taken, left)
+            left = [name for name, source in self.sources.items() if not self._is_exhausted(source)]
+            shares = self.recipe.mix.shares(self.state.taken, left)
             if not shares:
                 raise ExhaustedError
             name = furthest_behind({name: self.state.sources[name].credit for name in shares}, shares)
-            sample = self._next_of(self._sources[name], quarantine)
+            sample = self._next_of(self.sources[name], quarantine)
             if sample is not None:  # None: the dataset ended with corrupt samples, so another one is selected
                 break
         credits = {source: self.state.sources[source].credit for source in shares}
@@ -138,14 +129,15 @@ class Stream:
         members = self._members(source, ref)
         key = str(members["__key__"])
         try:
-            identity = (self._seed, source.name, ref.epoch, index.path.name, key, *([ref.copy] if ref.copy else []))
+            identity = [self.recipe.seed, source.name, ref.epoch, index.path.name, key]
+            identity += [ref.copy] if ref.copy else []
             draw = seed_of("caption", *identity) if source.captions == "lines" else None
             label = read_label(members, source.classes if source.reads == "labels" else None)
             captions = source.captions != "none"
-            caption = read_caption(members, draw, self._data.max_caption_bytes) if captions else None
-            image, mask, instances = open_image(members, self._data.max_image_pixels), None, None
+            caption = read_caption(members, draw, self.recipe.data.max_caption_bytes) if captions else None
+            image, mask, instances = open_image(members, self.recipe.data.max_image_pixels), None, None
             if source.reads == "masks":
-                mask = read_mask(members, self._data.max_image_pixels, image.size, source.classes or 0)
+                mask = read_mask(members, self.recipe.data.max_image_pixels, image.size, source.classes or 0)
             elif source.reads in ("boxes", "boxes_and_masks"):
                 instances = read_instances(members, source.classes or 0, image.size)
             views = source.views(image, seed_of("views", *identity), mask, instances)
@@ -165,9 +157,9 @@ class Stream:
         if isinstance(index.path, Url):
             self._look_ahead(source)
         try:
-            return self._reader.members(index, ref.sample)
+            return self.reader.members(index, ref.sample)
         except BadShardError as bad:
-            if self._data.bad_shards == "stop":
+            if self.recipe.data.bad_shards == "stop":
                 raise
             self.state.sources[source.name].lose_shard(ref.epoch, ref.shard, bad.reason)
             raise BadSampleError(SHARD + bad.reason, bad.why or "", key=WHOLE_SHARD) from None
@@ -180,7 +172,7 @@ class Stream:
         self._windows[source.name] = (epoch, window)
         now, then = (source.order.shards_of_window(epoch, window + step) for step in (0, 1))
         known = self.state.sources[source.name].bad_shards.get("shards", {})
-        self._reader.expect(
+        self.reader.remote.expect(
             (id(self), source.name),
             [source.indices[shard] for shard in now if str(shard) not in known],
             [source.indices[shard] for shard in then],
@@ -189,21 +181,14 @@ class Stream:
     def _give_up_if_hopeless(self, source: StreamSource, in_a_row: int, shards: Iterable[int]) -> None:
         """Stop a stream without valid samples. It never completes a batch, so the loader cannot check its fraction."""
         bad, read = without_lost_shards(self.state.bad, self.state.read)
-        too_many = sum(bad.values()) > self._data.max_corrupt_fraction * read
+        too_many = sum(bad.values()) > self.recipe.data.max_corrupt_fraction * read
         # With one valid sample per epoch, a corrupt end of one epoch may meet a corrupt start of the next.
         no_good_one = in_a_row > 2 * (source.order.longest - 1)
         if no_good_one or (too_many and in_a_row >= FRACTION_COUNTS_AFTER):
-            paths = [str(source.indices[shard].path) for shard in shards]
-            where = listed(paths, _SHARDS_NAMED)
+            where = listed([str(source.indices[shard].path) for shard in shards], _SHARDS_NAMED)
             what = f"a stream of dataset '{source.name}' has no valid sample" if no_good_one else None
-            raise too_many_bad(
-                self.state.bad,
-                self.state.read,
-                self._data.max_corrupt_fraction,
-                where,
-                what,
-                listed_in=self._quarantine,
-            )
+            limit, quarantine = self.recipe.data.max_corrupt_fraction, self.recipe.quarantine
+            raise too_many_bad(self.state.bad, self.state.read, limit, where, what, listed_in=quarantine)
 
 
 class Account(NamedTuple):

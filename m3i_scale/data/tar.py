@@ -193,16 +193,12 @@ class _HeaderFile:
 
     def __init__(self, stream: BinaryIO) -> None:
         self._stream = stream
-        self.name = getattr(stream, "name", "")
         self.seek, self.tell = stream.seek, stream.tell
 
     def read(self, size: int = -1) -> bytes:
         if not 0 <= size <= MAX_HEADER_BYTES:
             raise tarfile.ReadError(f"a header claims {size} bytes")
         return self._stream.read(size)
-
-    def close(self) -> None:
-        """Do nothing: the caller closes the file."""
 
 
 class _Headers:

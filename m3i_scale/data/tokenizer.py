@@ -12,8 +12,7 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from m3i_scale.config import DatasetConfig
-from m3i_scale.data.remote.access import Access
-from m3i_scale.data.remote.address import Address, Url
+from m3i_scale.data.remote.access import Access, Address, Url
 from m3i_scale.data.remote.fetch import read_file
 from m3i_scale.data.remote.read_errors import start_fix
 from m3i_scale.data.shards import shard_folder

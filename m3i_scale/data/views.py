@@ -10,7 +10,6 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,10 +18,11 @@ from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from m3i_scale.config import AugmentConfig, DistortionConfig
 from m3i_scale.config.data import Reads
 from m3i_scale.config.views import ViewSpecs, each_view, view_sizes
-from m3i_scale.data.crops import (
+from m3i_scale.data.augment import (
     CROP_ATTEMPTS,
     Crop,
     Objects,
+    RandAugment,
     box_of,
     center_crop,
     largest_share,
@@ -36,13 +36,9 @@ from m3i_scale.data.instances import Instances, check_turned
 from m3i_scale.data.samples import decoding, quick_pixels
 from m3i_scale.defaults import MAX_IMAGE_PIXELS, NO_CLASS
 
-if TYPE_CHECKING:
-    from m3i_scale.data.rand_augment import RandAugment
-
 BLUR_SIGMA = (0.1, 2.0)
 """Standard deviation of the blur in pixels of a 224-pixel view; scaled in proportion for other sizes."""
 BLUR_REFERENCE_SIZE = 224
-
 
 Pixels = NDArray[np.uint8]
 """(H, W, 3)."""
@@ -98,8 +94,6 @@ class ViewMaker:
         self._fill = tuple(round(255 * channel) for channel in mean)
         self._rand_augment: RandAugment | None = None
         if augment and config.rand_augment is not None:
-            from m3i_scale.data.rand_augment import RandAugment  # an optional dependency; tasks report if it is missing
-
             self._rand_augment = RandAugment(config.rand_augment, image_size, self._fill)
         self._configs = [spec.distortions(config) for spec in each_view(views)]
         self._sizes = view_sizes(views, image_size)
@@ -125,7 +119,7 @@ class ViewMaker:
         rng = random.Random(seed)
         mask = None if mask is None else upright(mask, lies)
         crops = [
-            self._crop(config, size, height, width, rng, None if view else mask)
+            self._crop(config, size, (height, width), rng, None if view else mask)
             for view, (config, size) in enumerate(zip(self._configs, self._sizes, strict=True))
         ]
         sides = [(min(crop.height, crop.width), size) for crop, size in zip(crops, self._sizes, strict=True)]
@@ -163,15 +157,10 @@ class ViewMaker:
         return Views(pixels_VCHW, small_VCHW, crops, (height, width), mask_HW, objects)
 
     def _crop(
-        self,
-        config: DistortionConfig,
-        size: int,
-        height: int,
-        width: int,
-        rng: random.Random,
-        mask: Image.Image | None = None,
+        self, config: DistortionConfig, size: int, source: tuple[int, int], rng: random.Random, mask: Image.Image | None
     ) -> Crop:
         """Draw a crop; redraw it while one class covers too much of the mask."""
+        height, width = source
         if not self._augment and self._reads in ("boxes", "boxes_and_masks"):
             if self._stretch:
                 return Crop(0, 0, height, width, False)

@@ -213,32 +213,20 @@ class InThread(Generic[Item]):
         self._items.close()
 
 
-class FromWorkers(Generic[Item]):
-    """Adapter for the iterator of a DataLoader that was created with `timeout=POLL_S`."""
-
-    def __init__(self, items: Iterator[Item]) -> None:
-        self._items = items
-
-    def next(self, timeout_s: float) -> Item:
-        """Return the next item. Raise `NotYetError` after the DataLoader's timeout; call again."""
-        try:
-            return next(self._items)
-        except RuntimeError as error:
-            if not str(error).startswith("DataLoader timed out"):
-                raise
-        raise NotYetError
-
-    def close(self) -> None:
-        """Do nothing: the workers stop with their iterator."""
-
-
-def await_item(items: InThread[Any] | FromWorkers[Any], activity: Activity, limit_s: float) -> Any:
+def await_item(items: InThread[Item] | Iterator[Item], activity: Activity, limit_s: float) -> Item:
     """Wait for the next item as long as its reader makes progress, and return it. Raise `NotYetError` once the reader
-    has made no progress for `limit_s`."""
+    has made no progress for `limit_s`.
+
+    `items` is a thread, or the iterator of a DataLoader that was created with `timeout=POLL_S`.
+    """
     activity.reset()
     while True:
         try:
-            return items.next(min(POLL_S, limit_s))
+            return items.next(min(POLL_S, limit_s)) if isinstance(items, InThread) else next(items)
         except NotYetError:
-            if activity.idle_s > limit_s:
+            pass
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader timed out"):
                 raise
+        if activity.idle_s > limit_s:
+            raise NotYetError

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from m3i_scale.config import RunConfig
 from m3i_scale.data.mixing import check_shares, check_weights
-from m3i_scale.data.remote.address import to_address
+from m3i_scale.data.remote.access import to_address
 from m3i_scale.engine.deepspeed.resolve import check_batch
 from m3i_scale.errors import ConfigError, ErrorCollector
 from m3i_scale.host.failures import Failure

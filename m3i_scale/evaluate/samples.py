@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from m3i_scale.config import AugmentConfig, DataConfig, DatasetConfig
-from m3i_scale.data.crops import Crop, center_crop
+from m3i_scale.data.augment import Crop, center_crop
 from m3i_scale.data.images import on_white, orientation, upright
 from m3i_scale.data.index import load_index
 from m3i_scale.data.instances import Instances, check_turned, read_instances
 from m3i_scale.data.reader import BadSampleError, ShardReader
-from m3i_scale.data.remote.address import Address
+from m3i_scale.data.remote.access import Address
 from m3i_scale.data.samples import decoding, open_image, open_mask, read_caption, read_label
 from m3i_scale.data.shards import expand_shards, read_label_sets
 from m3i_scale.data.views import ViewMaker, cut_mask

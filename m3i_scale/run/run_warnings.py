@@ -12,8 +12,7 @@ from m3i_scale.backbones.families import family_of
 from m3i_scale.config import DatasetConfig, DistortionConfig, RunConfig, load_run
 from m3i_scale.config.data import AugmentConfig
 from m3i_scale.config.views import ViewSpec, each_view
-from m3i_scale.data.remote.access import Access, check_access
-from m3i_scale.data.remote.address import is_remote
+from m3i_scale.data.remote.access import Access, check_access, is_remote
 from m3i_scale.data.shards import expand_shards
 from m3i_scale.errors import ErrorCollector, UserError
 from m3i_scale.objective.recipe import Recipe, parse_recipe

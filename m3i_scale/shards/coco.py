@@ -16,10 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from m3i_scale.data.categories import Categories, is_index, parse_categories
-from m3i_scale.data.instances import NO_MASK, Instances, parse_instances
+from m3i_scale.data.categories import Categories, parse_categories
+from m3i_scale.data.instances import NO_MASK, Instances, encode_runs, is_index, parse_instances
 from m3i_scale.data.reader import BadSampleError
-from m3i_scale.data.rle import packed
 from m3i_scale.errors import ConfigError, DataError
 from m3i_scale.shards.box_forms import BoxForms
 from m3i_scale.shards.imagefolder import SPLIT_NAMES, key_of
@@ -298,7 +297,7 @@ class AnnotationFile:
             return valid
         if isinstance(value, dict) and isinstance(value.get("counts"), list):
             try:
-                return {"size": value.get("size"), "counts": packed(value["counts"])}
+                return {"size": value.get("size"), "counts": encode_runs(value["counts"])}
             except ValueError as error:
                 raise BadSampleError(NO_MASK, f"{name}: {error}") from None
         return value

@@ -13,8 +13,7 @@ from foreign import image_bytes, write_tar
 from m3i_scale.config import DataConfig, DatasetConfig
 from m3i_scale.data.loader import TrainStream
 from m3i_scale.data.remote import fetch
-from m3i_scale.data.remote.access import check_access
-from m3i_scale.data.remote.address import is_remote
+from m3i_scale.data.remote.access import check_access, is_remote
 from m3i_scale.data.remote.prefetch import RemoteShards
 from m3i_scale.data.shards import read_label_sets
 

@@ -16,8 +16,7 @@ from botocore.exceptions import ClientError
 from m3i_scale.config import DatasetConfig
 from m3i_scale.data.index import build_index
 from m3i_scale.data.order import shard_order
-from m3i_scale.data.remote.access import Access
-from m3i_scale.data.remote.address import Url
+from m3i_scale.data.remote.access import Access, Url
 from m3i_scale.data.remote.fetch import facts, read_file, read_parts, read_range
 from m3i_scale.data.remote.read_errors import (
     BACKOFF_S,

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from m3i_scale.data.batch import Batch
-from m3i_scale.data.quarantine import Quarantine
 from m3i_scale.data.scan import scan_shard
+from m3i_scale.data.state import Quarantine
 from m3i_scale.errors import DataError
 
 MAX_SAMPLE_BYTES, MAX_CAPTION_BYTES = 1_000_000, 5_000

@@ -5,8 +5,7 @@ import itertools
 import pytest
 import servers
 
-from m3i_scale.data.remote.access import Access
-from m3i_scale.data.remote.address import Url
+from m3i_scale.data.remote.access import Access, Url
 from m3i_scale.data.remote.fetch import facts, read_range
 from m3i_scale.data.remote.read_errors import BadShardError, ReadError
 from m3i_scale.data.shards import expand_shards

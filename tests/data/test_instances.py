@@ -10,8 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pycocotools import mask as theirs
 
-from m3i_scale.data import rle
-from m3i_scale.data.instances import INSTANCES, read_instances
+from m3i_scale.data.instances import INSTANCES, decode_runs, encode_runs, read_instances
 from m3i_scale.data.reader import BadSampleError
 
 SIZE = (20, 16)
@@ -46,8 +45,8 @@ def test_run_lengths_are_those_of_pycocotools(rows, scale):
     width = min(map(len, rows))
     mask = np.kron(np.array([row[:width] for row in rows], dtype=np.uint8), np.ones((scale, 2 * scale), np.uint8))
     text = packed(mask)
-    runs = rle.unpacked(text, mask.size)
-    assert rle.packed(runs.tolist()) == text
+    runs = decode_runs(text, mask.size)
+    assert encode_runs(runs.tolist()) == text
     assert np.array_equal(np.repeat(np.arange(len(runs)) % 2, runs).reshape(mask.shape[::-1]).T, mask)
     assert (
         theirs.frPyObjects({"size": list(mask.shape), "counts": runs.tolist()}, *mask.shape)["counts"] == text.encode()
@@ -57,13 +56,13 @@ def test_run_lengths_are_those_of_pycocotools(rows, scale):
 @pytest.mark.parametrize("text", ["", "é", "o", "0o", "P" * 40 + "1", "1" * 200, packed(box_mask())[:-1], "~", "o0o0O"])
 def test_what_are_no_run_lengths_of_the_mask_is_refused(text):
     with pytest.raises(ValueError, match="mask"):
-        rle.unpacked(text, SIZE[0] * SIZE[1])
+        decode_runs(text, SIZE[0] * SIZE[1])
 
 
 @pytest.mark.parametrize("runs", [[-1, 5], [1.5], [True], [2**60], ["3"]])
 def test_what_are_no_run_lengths_is_not_packed(runs):
     with pytest.raises(ValueError, match="mask"):
-        rle.packed(runs)
+        encode_runs(runs)
 
 
 def test_masks_of_polygons_and_of_run_lengths_are_those_of_pycocotools():
@@ -152,7 +151,7 @@ def test_a_text_that_is_too_long_for_its_mask_is_refused_before_it_is_unpacked()
     tracemalloc.start()
     try:
         with pytest.raises(ValueError, match="too long"):
-            rle.unpacked(text, 480 * 640)
+            decode_runs(text, 480 * 640)
         assert tracemalloc.get_traced_memory()[1] < 2**20
     finally:
         tracemalloc.stop()
@@ -161,4 +160,4 @@ def test_a_text_that_is_too_long_for_its_mask_is_refused_before_it_is_unpacked()
 @given(st.lists(st.integers(1, 3000), min_size=1, max_size=40), st.booleans())
 def test_no_mask_has_a_text_that_is_too_long(runs, begins):
     runs = [0, *runs] if begins else runs
-    assert rle.unpacked(rle.packed(runs), sum(runs)).tolist() == runs
+    assert decode_runs(encode_runs(runs), sum(runs)).tolist() == runs

@@ -17,8 +17,7 @@ from typer.testing import CliRunner
 from m3i_scale.cli import app
 from m3i_scale.config import DataConfig, DatasetConfig
 from m3i_scale.data.index import build_index
-from m3i_scale.data.remote.access import Access, check_access
-from m3i_scale.data.remote.address import Url, to_address
+from m3i_scale.data.remote.access import Access, Url, check_access, to_address
 from m3i_scale.data.remote.fetch import read_file
 from m3i_scale.data.remote.read_errors import BadShardError
 from m3i_scale.data.shards import expand_shards, local_shards, read_label_sets

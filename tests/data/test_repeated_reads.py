@@ -8,9 +8,8 @@ import pytest
 import torch
 
 from m3i_scale.config import DataConfig
-from m3i_scale.data.categories import CATEGORIES
+from m3i_scale.data.categories import CATEGORIES, categories_file, load_categories
 from m3i_scale.data.index import build_index
-from m3i_scale.data.repeats import categories_file, load_categories
 from m3i_scale.data.state import merge_states
 from m3i_scale.errors import DataError
 

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from m3i_scale.data.categories import SampleCategories, repeat_factors
 from m3i_scale.data.order import Repeats, StreamOrder, position_of_pass
-from m3i_scale.data.repeats import SampleCategories, repeat_factors
 from m3i_scale.errors import DataError
 
 

@@ -9,8 +9,7 @@ import s3fs
 import servers
 
 from m3i_scale.config import DataConfig, DatasetConfig
-from m3i_scale.data.remote.access import Access, check_access
-from m3i_scale.data.remote.address import Url
+from m3i_scale.data.remote.access import Access, Url, check_access
 from m3i_scale.data.remote.fetch import facts, read_range
 from m3i_scale.data.remote.read_errors import ReadError
 from m3i_scale.errors import DataError

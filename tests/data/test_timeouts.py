@@ -9,7 +9,7 @@ import pytest
 import servers
 
 from m3i_scale.data import workers
-from m3i_scale.data.workers import Activity, FromWorkers, InThread, NotYetError, await_item
+from m3i_scale.data.workers import Activity, InThread, NotYetError, await_item
 from m3i_scale.errors import DataError
 
 
@@ -100,7 +100,7 @@ def test_errors_of_a_thread_and_of_workers_come_through():
         yield
 
     with pytest.raises(RuntimeError, match="is killed"):
-        await_item(FromWorkers(dies()), Activity(), 1.0)
+        await_item(dies(), Activity(), 1.0)
 
 
 def test_a_thread_that_is_closed_makes_nothing_further():

@@ -12,7 +12,7 @@ from transformers import BitImageProcessorPil
 
 from m3i_scale.config import AugmentConfig, known_runs, load_run
 from m3i_scale.config.views import ViewSpec
-from m3i_scale.data.crops import Crop, random_crop
+from m3i_scale.data.augment import Crop, random_crop
 from m3i_scale.data.images import on_white, orientation
 from m3i_scale.data.reader import BadSampleError
 from m3i_scale.data.samples import open_image

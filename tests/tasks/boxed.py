@@ -11,7 +11,7 @@ from masked import png, write_shards
 from numpy.typing import NDArray
 from PIL import Image
 
-from m3i_scale.data.rle import packed
+from m3i_scale.data.instances import encode_runs
 
 CATEGORIES = ["square", "disc"]
 COLOURS = ((220, 60, 50), (60, 190, 80))
@@ -23,7 +23,7 @@ def rle(mask_HW: NDArray[np.bool_]) -> dict[str, Any]:
     flat = mask_HW.T.ravel().astype(np.int8)
     edges = np.flatnonzero(np.diff(flat)) + 1
     runs = np.diff([0, *edges, flat.size]).tolist()
-    return {"size": list(mask_HW.shape), "counts": packed([0, *runs] if flat[0] else runs)}
+    return {"size": list(mask_HW.shape), "counts": encode_runs([0, *runs] if flat[0] else runs)}
 
 
 def annotation(number: int, category: int, mask_HW: NDArray[np.bool_], **fields: Any) -> dict[str, Any]:

@@ -13,8 +13,8 @@ from PIL import Image
 from pydantic import ValidationError
 
 from m3i_scale.config import AugmentConfig
+from m3i_scale.data.augment import Crop, objects_in
 from m3i_scale.data.batch import Batch, Collator, Sample, synthetic_batch
-from m3i_scale.data.crops import Crop, objects_in
 from m3i_scale.data.instances import Instances, parse_instances
 from m3i_scale.data.reader import BadSampleError
 from m3i_scale.data.views import ViewMaker, Views

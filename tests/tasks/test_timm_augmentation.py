@@ -26,10 +26,9 @@ from torchvision.transforms import Compose, Normalize, RandomHorizontalFlip
 
 from m3i_scale.backbones.build import backbone_config
 from m3i_scale.config import AugmentConfig, DataConfig, DatasetConfig, RunConfig, load_run
+from m3i_scale.data.augment import RandAugment, random_crop
 from m3i_scale.data.batch import Batch
-from m3i_scale.data.crops import random_crop
 from m3i_scale.data.loader import TrainStream
-from m3i_scale.data.rand_augment import RandAugment
 from m3i_scale.data.views import ViewMaker
 from m3i_scale.errors import ConfigError
 from m3i_scale.objective.build import build_objective

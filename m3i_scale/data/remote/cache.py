@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -23,11 +22,8 @@ from typing import BinaryIO
 
 from filelock import FileLock
 
-from m3i_scale.data.remote.address import Url
 from m3i_scale.errors import ConfigError, DataError
 from m3i_scale.text import GIB
-
-Fill = Callable[[BinaryIO], object]
 
 
 class ShardCache:
@@ -71,15 +67,7 @@ class ShardCache:
             os.utime(path)
         return descriptor
 
-    def open_or_add(self, key: str, size: int, fill: Fill) -> int | None:
-        """Return a descriptor as `open` does, and download the shard first if it is missing; see `add`. Return None if
-        the shards in use leave no room for it."""
-        descriptor = self.open(key)
-        if descriptor is None and self.add(key, size, fill):
-            descriptor = self.open(key)
-        return descriptor
-
-    def add(self, key: str, size: int, fill: Fill) -> bool:
+    def add(self, key: str, size: int, fill: Callable[[BinaryIO], object]) -> bool:
         """Make sure that a shard of `size` bytes is in the cache; return False if the shards in use leave no room.
 
         One process downloads it while the others wait. `fill` writes the shard from the start of a file; its
@@ -155,11 +143,6 @@ class ShardCache:
 
     def _path(self, key: str, suffix: str = ".tar") -> Path:
         return self._folder / f"{key}{suffix}"
-
-
-def cache_key(url: Url, version: str, size: int) -> str:
-    """Return the cache file name of a version of a shard."""
-    return hashlib.sha256(f"{url.address}\0{version}\0{size}".encode()).hexdigest()[:32]
 
 
 def _is_at(descriptor: int, path: Path) -> bool:

@@ -7,7 +7,6 @@ The length of every read is checked, so truncated responses and ignored ranges a
 from __future__ import annotations
 
 import errno
-import functools
 import types
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,9 +15,8 @@ from typing import Any
 import fsspec
 from fsspec.asyn import sync
 
-from m3i_scale.data.remote.access import Access
-from m3i_scale.data.remote.address import Address, Url
-from m3i_scale.data.remote.read_errors import NO_RANGES, ReadError, SidecarReadError, retried
+from m3i_scale.data.remote.access import Access, Address, Url
+from m3i_scale.data.remote.read_errors import NO_RANGES, ReadError, retried
 from m3i_scale.errors import ConfigError
 
 SMALL_FILE_BYTES = 256 << 20
@@ -93,7 +91,7 @@ def read_file(place: Address, access: Access | None = None) -> bytes:
     try:
         data = retried(once, limits)
     except ReadError as error:
-        raise SidecarReadError(error) from None
+        raise OSError(f"{error.reason}: {error.detail}") from error
     if data is None:
         raise FileNotFoundError(errno.ENOENT, "no such file", str(place))
     return data
@@ -150,8 +148,7 @@ def _http(url: Url, access: Access, limit: int, version: str = "", ranged: str =
     """Send one HTTP request and return the body. Raise `ReadError` if it exceeds `limit` or does not match the
     request, FileNotFoundError if the file does not exist."""
     files = filesystem(url, access)
-    answer = functools.partial(_answer, files, url.address, limit, version, ranged)
-    data: bytes = sync(files.loop, answer, timeout=access.timeout_s)
+    data: bytes = sync(files.loop, _answer, files, url.address, limit, version, ranged, timeout=access.timeout_s)
     return data
 
 

@@ -10,15 +10,14 @@ Rules for every shard that is read:
 
 from __future__ import annotations
 
+import hashlib
 import os
 import threading
 from collections.abc import Hashable, Sequence
 from concurrent.futures import Future
 from typing import BinaryIO
 
-from m3i_scale.data.remote.access import Access
-from m3i_scale.data.remote.address import Address, Url
-from m3i_scale.data.remote.cache import cache_key
+from m3i_scale.data.remote.access import Access, Address, Url
 from m3i_scale.data.remote.fetch import facts, read_parts, read_range
 from m3i_scale.data.remote.read_errors import ReadError, bad_shard
 from m3i_scale.data.scan import ShardIndex
@@ -49,21 +48,20 @@ class RemoteShards:
 
     def expect(self, reader: Hashable, now: Sequence[ShardIndex], then: Sequence[ShardIndex] = ()) -> None:
         """Announce the shards that a stream reads now and next; release the shards that it announced before."""
+        begin = {index.path for index in now}
+        self._same_version -= begin
         if self._cache is None:
-            self._same_version.difference_update(index.path for index in now)
             return
         with self._changed:
             self._expected[reader] = (now, then)
             pairs = self._expected.values()
             self._wanted = {index.path: index for turn in (0, 1) for pair in pairs for index in pair[turn]}
-            begin = {index.path for index in now}
             for path, future in list(self._fetches.items()):
                 # Downloads that failed in the previous epoch or ahead of need are retried when the shard is needed.
                 if path not in self._wanted or _had_no_room(future) or (path in begin and _failed(future)):
                     self._let_go(path)
             for path in self._wanted:
                 self._fetches.setdefault(path, Future())
-            self._same_version -= begin
             self._changed.notify_all()
         if not self._fetchers:
             self._fetchers = [threading.Thread(target=self._work, daemon=True, name="fetch") for _ in range(FETCHERS)]
@@ -73,10 +71,19 @@ class RemoteShards:
     def read(self, index: ShardIndex, start: int, end: int) -> bytes:
         """Read bytes [start, end) of a shard. Raise `BadShardError` if it cannot be read after all attempts, DataError
         if the cache fails."""
+        url, descriptor = _url(index), self._descriptor(index)
         try:
-            return self._read(index, start, end)
+            if descriptor is not None:
+                return os.pread(descriptor, end - start, start)
+        except OSError as error:
+            raise bad_shard(url, ReadError("the cache fails", str(error))) from None
+        try:
+            if url not in self._same_version:
+                check_version(index, self._access)
+                self._same_version.add(url)
+            return read_range(url, start, end, self._access, index.version)
         except ReadError as error:
-            raise bad_shard(index.path, error) from None
+            raise bad_shard(url, error) from None
 
     def close(self) -> None:
         """Release all shards; threads end after their current download."""
@@ -85,19 +92,6 @@ class RemoteShards:
             for path in list(self._fetches):
                 self._let_go(path)
             self._changed.notify_all()
-
-    def _read(self, index: ShardIndex, start: int, end: int) -> bytes:
-        url = _url(index)
-        descriptor = self._descriptor(index)
-        if descriptor is not None:
-            try:
-                return os.pread(descriptor, end - start, start)
-            except OSError as error:
-                raise ReadError("the cache fails", str(error)) from None
-        if url not in self._same_version:
-            check_version(index, self._access)
-            self._same_version.add(url)
-        return read_range(url, start, end, self._access, index.version)
 
     def _descriptor(self, index: ShardIndex) -> int | None:
         """Return the descriptor of the shard in the cache; None if it must be read by range request."""
@@ -131,15 +125,19 @@ class RemoteShards:
                 future.set_exception(error)
 
     def _next(self) -> ShardIndex | None:
-        waiting = (index for path, index in self._wanted.items() if not _is_begun(self._fetches[path]))
-        return next(waiting, None)
+        futures = ((index, self._fetches[path]) for path, index in self._wanted.items())
+        return next((index for index, future in futures if not (future.running() or future.done())), None)
 
     def _fetch(self, index: ShardIndex) -> int | None:
         """Return a descriptor of the shard in the cache, downloaded if missing; None if there is no room."""
         if self._cache is None:
             raise RuntimeError("no cache")
-        key = cache_key(_url(index), index.version or index.digest, index.size)
-        return self._cache.open_or_add(key, index.size, lambda out: self._download(index, out))
+        named = f"{_url(index).address}\0{index.version or index.digest}\0{index.size}"
+        key = hashlib.sha256(named.encode()).hexdigest()[:32]
+        descriptor = self._cache.open(key)
+        if descriptor is None and self._cache.add(key, index.size, lambda out: self._download(index, out)):
+            descriptor = self._cache.open(key)
+        return descriptor
 
     def _download(self, index: ShardIndex, out: BinaryIO) -> None:
         check_version(index, self._access)
@@ -155,10 +153,6 @@ def check_version(index: ShardIndex, access: Access) -> None:
         raise ReadError("replaced", f"{index.size} bytes were indexed, the server has {now.size}", lasting=True)
     if index.version and now.version != index.version:
         raise ReadError("replaced", f"version {index.version} was indexed, the server has {now.version}", lasting=True)
-
-
-def _is_begun(future: Fetch) -> bool:
-    return future.running() or future.done()
 
 
 def _failed(future: Fetch) -> bool:

@@ -14,8 +14,7 @@ from typing import Any, TypeVar
 
 from tenacity import RetryCallState, Retrying, retry_if_exception, wait_combine, wait_random_exponential
 
-from m3i_scale.data.remote.access import Access
-from m3i_scale.data.remote.address import Address
+from m3i_scale.data.remote.access import Access, Address
 from m3i_scale.errors import DataError, UserError
 from m3i_scale.text import without_secrets
 
@@ -64,14 +63,6 @@ class ReadError(Exception):
         super().__init__(reason, detail)
 
 
-class SidecarReadError(OSError):
-    """Raised if a small file next to remote shards cannot be read after all attempts."""
-
-    def __init__(self, error: ReadError) -> None:
-        self.error = error
-        super().__init__(f"{error.reason}: {error.detail}")
-
-
 class BadShardError(DataError):
     """Raised if a shard cannot be used after all attempts; `data.bad_shards` selects the reaction."""
 
@@ -96,8 +87,9 @@ def bad_shard(place: Address, error: ReadError, *, at_start: bool = False) -> Ba
 
 
 def start_fix(error: Exception) -> str | None:
-    """Return a suggested fix for an error before the first step; None for errors not caused by a server."""
-    cause = error.error if isinstance(error, SidecarReadError) else error
+    """Return a suggested fix for an error before the first step, or for one of `read_file`; None if no server caused
+    it."""
+    cause = error if isinstance(error, ReadError) else error.__cause__
     if not isinstance(cause, ReadError):
         return None
     waiting = "check the server and the address; for a slow server, raise data.start_timeout_s"
@@ -110,23 +102,20 @@ def to_read_error(error: Exception, timeout_s: float) -> Exception:
         return error
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return error  # not an error of the shard
-    return _convert(error, timeout_s)
-
-
-def _convert(error: BaseException, timeout_s: float) -> ReadError:
+    cause: BaseException = error
     if isinstance(error, FileNotFoundError) and isinstance(error.__cause__, _library_errors()):
-        error = error.__cause__  # fsspec raises this for any file that it cannot stat
-    name = type(error).__name__
+        cause = error.__cause__  # fsspec raises this for any file that it cannot stat
+    name = type(cause).__name__
     # Checked before the status: aiohttp assigns a status to truncated bodies.
-    cut_off = isinstance(error, EOFError | IncompleteRead) or "Payload" in name or "Incomplete" in name
-    status, headers = (None, {}) if cut_off else _answer(error)
-    detail = without_secrets(f"{name if status is None else f'HTTP {status}'}: {error}")[:_DETAIL_LETTERS]
+    cut_off = isinstance(cause, EOFError | IncompleteRead) or "Payload" in name or "Incomplete" in name
+    status, headers = (None, {}) if cut_off else _answer(cause)
+    detail = without_secrets(f"{name if status is None else f'HTTP {status}'}: {cause}")[:_DETAIL_LETTERS]
     if status is not None:
         return ReadError(_reason_of_status(status), detail, pause_s=_pause_s(headers))
-    if isinstance(error, asyncio.TimeoutError | TimeoutError):
+    if isinstance(cause, asyncio.TimeoutError | TimeoutError):
         return ReadError("stalled or slow", f"no complete response within {timeout_s:g} s")
     by_class = {FileNotFoundError: "not found", PermissionError: "access refused"}
-    reason = next((reason for kind, reason in by_class.items() if isinstance(error, kind)), "connection lost")
+    reason = next((reason for kind, reason in by_class.items() if isinstance(cause, kind)), "connection lost")
     return ReadError("cut off" if cut_off else reason, detail)
 
 

@@ -100,8 +100,7 @@ def _sources(run: RunConfig) -> dict[str, Any]:
 
 
 def _first_shard(run: RunConfig, name: str, shards: str) -> dict[str, Any]:
-    from m3i_scale.data.remote.access import Access
-    from m3i_scale.data.remote.address import Url
+    from m3i_scale.data.remote.access import Access, Url
     from m3i_scale.data.remote.fetch import facts, read_range
     from m3i_scale.data.remote.read_errors import ReadError
     from m3i_scale.data.shards import expand_shards

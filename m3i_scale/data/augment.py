@@ -1,10 +1,12 @@
-"""Random and center crops, and the classes and objects in a crop."""
+"""Random and center crops, the classes and objects in a crop, and timm's RandAugment."""
 
 from __future__ import annotations
 
 import math
 import random
+import threading
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +18,8 @@ from m3i_scale.defaults import MASK_SIDE, NO_CLASS
 
 CROP_ATTEMPTS = 10
 _HALF = 128
+_TRANSLATED = 0.45
+"""Maximum translation of RandAugment as a fraction of the image size, as in timm's `create_transform`."""
 
 
 @dataclass(frozen=True)
@@ -158,3 +162,74 @@ def _mask_in(mask: Image.Image, box_4: NDArray[np.float64]) -> NDArray[np.uint8]
     soft = mask.resize((MASK_SIDE, MASK_SIDE), Image.Resampling.BILINEAR, box=(x1, y1, x2, y2))
     inside: NDArray[np.uint8] = (np.asarray(soft) >= _HALF).astype(np.uint8)
     return inside
+
+
+class _Random(threading.local):
+    """Replacement for the module `random` that draws from the thread's generator, if there is one.
+
+    With `data.num_workers: 0`, a thread of the training process creates the views. If both threads drew from the global
+    generators, as in timm, each would advance the generator of the other.
+    """
+
+    generator: random.Random | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(random if self.generator is None else self.generator, name)
+
+
+_random = _Random()
+
+
+def _timm() -> Any:
+    """Return timm's module of operations, with `_random` as their generator. Workers unpickle a `RandAugment`, so its
+    constructor cannot set it for them."""
+    from timm.data import auto_augment  # an optional dependency; tasks report if it is missing
+
+    auto_augment.random = _random
+    return auto_augment
+
+
+class RandAugment:
+    """timm's RandAugment with an explicit seed.
+
+    Args:
+        config: in timm's format, e.g. rand-m9-mstd0.5-inc1.
+        image_size: view size in pixels.
+        fill: fill color, from 0 to 255.
+    """
+
+    def __init__(self, config: str, image_size: int, fill: tuple[int, ...]) -> None:
+        settings = {
+            "translate_const": int(image_size * _TRANSLATED),
+            "img_mean": fill,
+            "interpolation": Image.Resampling.BICUBIC,
+        }
+        self._transform = _timm().rand_augment_transform(config, settings)
+        for operation in self._transform.ops:
+            if operation.name.startswith("Posterize"):
+                operation.aug_fn = _posterize
+
+    def __call__(self, image: Image.Image, seed: int) -> Image.Image:
+        """Return an augmented RGB image; the same seed gives the same image."""
+        _timm()
+        transform = self._transform
+        # Same as in timm's transform, which does not accept a generator.
+        operations = np.random.RandomState(seed % 2**32).choice(
+            transform.ops, transform.num_layers, replace=transform.choice_weights is None, p=transform.choice_weights
+        )
+        _random.generator = random.Random(seed)
+        try:
+            for operation in operations:
+                image = operation(image)
+        finally:
+            _random.generator = None
+        return image
+
+
+def _posterize(image: Image.Image, bits_to_keep: int, **settings: Any) -> Image.Image:
+    """Keep `bits_to_keep` bits per channel. At full strength timm keeps 0 bits, for which current Pillow raises an
+    error. The image is then black, as in published results."""
+    if bits_to_keep < 1:
+        return Image.new("RGB", image.size)
+    kept: Image.Image = _timm().posterize(image, bits_to_keep, **settings)
+    return kept
