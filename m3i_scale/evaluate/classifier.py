@@ -14,7 +14,7 @@ from transformers import AutoModelForImageClassification
 
 from m3i_scale.errors import ExportError, UserError
 from m3i_scale.evaluate import NotMeasuredError
-from m3i_scale.evaluate.features import Encoder, VisionModel, architectures, check_filled, loading
+from m3i_scale.evaluate.features import Encoder, VisionModel, architectures, load_stock
 from m3i_scale.evaluate.intervals import Clusters, mean_of
 from m3i_scale.evaluate.measures import Side
 from m3i_scale.evaluate.towers import Towers, has_head, load_objective, towers_of
@@ -45,11 +45,7 @@ def has_classifier(folder: Path) -> bool:
 def load_classifier(folder: Path, vision: VisionModel) -> Classifier:
     """Load the head of a standard image classifier. Raise NotMeasuredError if weights or class names are missing."""
     try:
-        with loading(folder, "classifier"):
-            model, info = AutoModelForImageClassification.from_pretrained(
-                folder, output_loading_info=True, local_files_only=True, trust_remote_code=False, dtype=torch.float32
-            )
-        check_filled(info, folder, "classifier")
+        model = load_stock(AutoModelForImageClassification, folder, "classifier")
     except ExportError as error:
         raise NotMeasuredError(error.what) from None
     names: dict[int, str] = model.config.id2label or {}

@@ -17,8 +17,8 @@ from m3i_scale.evaluate.towers import has_head
 LoaderT = TypeVar("LoaderT")
 
 MODELS = {
-    "segmenter": "m3i_scale.tasks.segmentation.measure_segmenter",
-    "detector": "m3i_scale.tasks.detection.measure_detector",
+    "segmenter": "m3i_scale.tasks.segmentation.segmenter",
+    "detector": "m3i_scale.tasks.detection.detector",
 }
 """Modules of trained models by metric, which excludes other metrics. Each has a function `find_model`."""
 
