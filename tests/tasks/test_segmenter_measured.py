@@ -22,11 +22,12 @@ from transformers import AutoImageProcessor, SegformerConfig, SegformerForSemant
 from m3i_scale.errors import ConfigError, DataError, ExportError
 from m3i_scale.evaluate.commands import MEASURES, evaluate
 from m3i_scale.evaluate.intervals import clusters_of
-from m3i_scale.evaluate.overlays import LEGEND, Overlays
 from m3i_scale.evaluate.report import render
 from m3i_scale.evaluate.samples import Sample, open_table
 from m3i_scale.tasks.segmentation import segmenter as module
 from m3i_scale.tasks.segmentation.segmenter import (
+    LEGEND,
+    Overlays,
     Segmenter,
     check_classes,
     classes_at,

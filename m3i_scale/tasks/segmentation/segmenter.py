@@ -25,10 +25,11 @@ from m3i_scale.evaluate.dense import iou_of_clusters
 from m3i_scale.evaluate.features import architectures, load_stock, loading
 from m3i_scale.evaluate.intervals import Clusters, clusters_of
 from m3i_scale.evaluate.job import document_of
-from m3i_scale.evaluate.overlays import Overlays
+from m3i_scale.evaluate.pictures.draw import PALETTE, SIDE, file_stem, make_folder, side_by_side, write_error
 from m3i_scale.evaluate.samples import Sample, Table, check_groups, open_table, read_samples
 from m3i_scale.evaluate.towers import load_objective
 from m3i_scale.evaluate.trained_model import Evaluation, EvaluationOptions, find_loader
+from m3i_scale.files import write_json
 from m3i_scale.objective.inputs import normalize
 from m3i_scale.tasks.segmentation.mask_queries import class_scores
 from m3i_scale.tasks.segmentation.pixel_heads import overlaps, resized, segment
@@ -44,6 +45,8 @@ RESIZED = 1 << 26
 """Maximum number of logits resized at a time (256 MiB), for any image size."""
 MAX_ASPECT = 20
 """Images with a larger aspect ratio are skipped: memory must hold logits of every class for that many windows."""
+LEGEND = "palette.json"
+"""File next to the pictures: number, name and color (red, green, blue) of every class."""
 
 
 @dataclass
@@ -282,3 +285,41 @@ def segmenter_metrics(
         "window": size,
         "stride": stride_of(size),
     }
+
+
+class Overlays:
+    """Writer of pictures (image | ground truth | prediction) of the first `count` samples with a mask, and of the class
+    colors. `folder` is created if missing; it must be empty."""
+
+    def __init__(self, folder: Path, count: int, classes: list[str]) -> None:
+        self._folder, self._count, self._classes, self._drawn = folder, count, classes, 0
+        make_folder(folder)
+
+    def __call__(self, sample: Sample, predicted_HW: NDArray[np.uint8]) -> None:
+        """Draw a sample with the predicted class of every pixel, unless it has no mask or `count` samples are drawn."""
+        if sample.mask is None or self._drawn == self._count:
+            return
+        self._drawn += 1
+        image = Image.fromarray(sample.pixels.transpose(1, 2, 0))
+        image.thumbnail((SIDE, SIDE))
+        picture = side_by_side([image, *(_coloured(image, classes_HW) for classes_HW in (sample.mask, predicted_HW))])
+        try:
+            if self._drawn == 1:
+                write_json(self._folder / LEGEND, self._legend())
+            picture.save(self._folder / f"{self._drawn:04d}-{file_stem(sample.key)}.png")
+        except OSError as error:
+            raise write_error(self._folder, error) from None
+
+    def _legend(self) -> list[dict[str, Any]]:
+        return [
+            {"class": number, "name": name, "rgb": PALETTE[number].tolist()}
+            for number, name in enumerate(self._classes)
+        ]
+
+
+def _coloured(image: Image.Image, classes_HW: NDArray[np.uint8]) -> Image.Image:
+    """Return the image with class colors blended over it; pixels without a class are unchanged."""
+    classes = np.asarray(Image.fromarray(classes_HW).resize(image.size, Image.Resampling.NEAREST))
+    pixels = np.asarray(image, dtype=np.float64)
+    mixed = 0.35 * pixels + 0.65 * PALETTE[classes]
+    return Image.fromarray(np.where((classes == NO_CLASS)[..., None], pixels, mixed).round().astype(np.uint8))
