@@ -12,14 +12,13 @@ import torch
 from m3i_scale.errors import ConfigError, DataError, did_you_mean
 from m3i_scale.evaluate.classifier import trained_heads
 from m3i_scale.evaluate.features import Encoder, Pool, load_vision, pixel_features
-from m3i_scale.evaluate.image_text import TEMPLATES
 from m3i_scale.evaluate.intervals import clusters_of
 from m3i_scale.evaluate.job import MEASURES, PROBES, WITH_TEXT, Job, Progress, measure_all, read_side
 from m3i_scale.evaluate.measures import measure_advantage
 from m3i_scale.evaluate.pictures.collect import check_samples, draw_pictures
 from m3i_scale.evaluate.pictures.draw import OVERLAY_COUNT, make_folder
 from m3i_scale.evaluate.samples import check_apart, check_groups, open_table
-from m3i_scale.evaluate.towers import why_no_towers
+from m3i_scale.evaluate.towers import TEMPLATES, why_no_towers
 from m3i_scale.evaluate.trained_model import MODELS, EvaluationOptions, load_trained_model
 
 Baseline = Literal["none", "pixels"]

@@ -17,11 +17,10 @@ from m3i_scale.evaluate import measures as measure
 from m3i_scale.evaluate.classifier import Classifier, measure_classifier
 from m3i_scale.evaluate.dense import FIT_PATCHES, PatchCollector
 from m3i_scale.evaluate.features import Encoder, VisionModel
-from m3i_scale.evaluate.image_text import TEMPLATES
 from m3i_scale.evaluate.intervals import LEVEL, RESAMPLES, SEED, Clusters
 from m3i_scale.evaluate.measures import Side, Statistics
 from m3i_scale.evaluate.samples import Table, read_samples
-from m3i_scale.evaluate.towers import Towers
+from m3i_scale.evaluate.towers import TEMPLATES, Towers
 from m3i_scale.files import read_json
 
 PROBES = {"knn": measure.measure_knn, "linear": measure.measure_linear, "dense": measure.measure_dense}
