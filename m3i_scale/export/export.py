@@ -17,9 +17,7 @@ from transformers.utils import logging as transformers_logging
 from m3i_scale import __version__
 from m3i_scale.checkpoint.layout import MANIFEST
 from m3i_scale.errors import CheckpointError, ExportError, did_you_mean
-from m3i_scale.export.as_onnx import check_onnx, write_onnx
 from m3i_scale.export.card import compute_of, curve_of, last_figures, render_card
-from m3i_scale.export.files import check_shard_size
 from m3i_scale.export.push import PROVENANCE, push
 from m3i_scale.export.reference import make_reference
 from m3i_scale.export.source import (
@@ -32,8 +30,8 @@ from m3i_scale.export.source import (
     source_tokenizer,
     with_best_head,
 )
-from m3i_scale.export.tensors import DTYPES
-from m3i_scale.export.verify import verify
+from m3i_scale.export.tensors import DTYPES, check_shard_size
+from m3i_scale.export.verify import check_onnx, verify, write_onnx
 from m3i_scale.export.write import FORMATS, TASKS, ExportContents, plan_parts, write_folder
 from m3i_scale.files import atomic_dir, read_json, sha256_of, write_json
 from m3i_scale.objective.targets.category import Category

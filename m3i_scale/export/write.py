@@ -23,10 +23,19 @@ from m3i_scale.backbones.build import backbone_config, model_files, portable_sec
 from m3i_scale.config import RunConfig
 from m3i_scale.errors import ExportError
 from m3i_scale.export.as_timm import timm_part
-from m3i_scale.export.files import DEFAULT_SHARD_SIZE, write_heads_file, write_part
 from m3i_scale.export.joint import backbone_part, choose_label_set, classifier_part, target_of, zero_shot_part
 from m3i_scale.export.source import Source
-from m3i_scale.export.tensors import TEXT, VISION, ExportedModule, Resize, copied, empty
+from m3i_scale.export.tensors import (
+    DEFAULT_SHARD_SIZE,
+    TEXT,
+    VISION,
+    ExportedModule,
+    Resize,
+    copied,
+    empty,
+    write_heads_file,
+    write_part,
+)
 from m3i_scale.files import read_json, write_json
 from m3i_scale.objective.build import inference_names
 from m3i_scale.objective.encoders import TextTower, text_config
