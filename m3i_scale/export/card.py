@@ -131,10 +131,7 @@ def cell(value: Any) -> str:
 
 def last_figures(source: Source) -> dict[str, Any]:
     """Return the last train record at or before the checkpoint's step; empty if there is none."""
-    last: dict[str, Any] = {}
-    for record in _trained(source):
-        last = record
-    return last
+    return [{}, *_trained(source)][-1]
 
 
 def compute_of(source: Source) -> dict[str, Any]:

@@ -10,7 +10,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
@@ -30,7 +29,7 @@ from m3i_scale.export.source import (
     source_tokenizer,
     with_best_head,
 )
-from m3i_scale.export.tensors import DTYPES, check_shard_size
+from m3i_scale.export.tensors import DTYPES, ExportedModule, check_shard_size
 from m3i_scale.export.verify import check_onnx, verify, write_onnx
 from m3i_scale.export.write import FORMATS, TASKS, ExportContents, plan_parts, write_folder
 from m3i_scale.files import atomic_dir, read_json, sha256_of, write_json
@@ -85,7 +84,7 @@ def export(
         if wanted.format == "onnx":
             proven["programs"] = {"onnx": write_onnx(folder, reference)}
         facts = (
-            _provenance(source, folder, weights, dtype)
+            _provenance(source, folder, parts, weights, dtype)
             | origin
             | {
                 "task": wanted.task,
@@ -118,11 +117,11 @@ def export_and_push(
     **options: Any,
 ) -> dict[str, Any]:
     """Run `export`, and with `push_to` also `push`."""
-    if push_to is None:
-        if public or dry_run:
-            raise ExportError(f"{'--public' if public else '--dry-run'} has no effect", fix="--push USER/NAME")
-        return export(run_dir_or_checkpoint, output, **options)
+    if push_to is None and (public or dry_run):
+        raise ExportError(f"{'--public' if public else '--dry-run'} has no effect", fix="--push USER/NAME")
     facts = export(run_dir_or_checkpoint, output, **options)
+    if push_to is None:
+        return facts
     return facts | {"push": push(Path(output).absolute(), push_to, public=public, dry_run=dry_run)}
 
 
@@ -154,7 +153,9 @@ def _origin(source: Source) -> dict[str, str]:
         ) from None
 
 
-def _provenance(source: Source, folder: Path, weights: Weights, dtype: Dtype) -> dict[str, Any]:
+def _provenance(
+    source: Source, folder: Path, parts: list[ExportedModule], weights: Weights, dtype: Dtype
+) -> dict[str, Any]:
     return {
         "name": source.run.name,
         "m3i_scale": __version__,
@@ -165,7 +166,7 @@ def _provenance(source: Source, folder: Path, weights: Weights, dtype: Dtype) ->
         "stages": source.meta.get("stages", []),
         "weights": weights,
         "dtype": dtype,
-        "parameters": _parameters(folder),
+        "parameters": sum(tensor.numel() for tensor in parts[0].model.state_dict().values()),
         "data": describe_data(source),
         "figures": last_figures(source),
         "compute": compute_of(source),
@@ -173,19 +174,6 @@ def _provenance(source: Source, folder: Path, weights: Weights, dtype: Dtype) ->
         "versions": {name: version(name) for name in ("torch", "transformers", "safetensors", "deepspeed")},
         "files": hash_folder(folder),
     }
-
-
-def _parameters(folder: Path) -> int:
-    """Return the number of elements in the vision model's files, from the file headers."""
-    from safetensors import safe_open
-
-    count = 0
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            names = file.keys()
-            for name in names:
-                count += torch.Size(file.get_slice(name).get_shape()).numel()
-    return count
 
 
 def _check_rounding(source: Source, wanted: ExportContents, dtype: Dtype) -> None:

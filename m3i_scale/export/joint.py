@@ -20,13 +20,24 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from m3i_scale.backbones.build import backbone_config, model_files, vision_class
+from m3i_scale.backbones.build import backbone_config, model_files
 from m3i_scale.backbones.families import VisionConfig, token_family
 from m3i_scale.backbones.internimage import InternImageConfig
 from m3i_scale.errors import ExportError, did_you_mean
 from m3i_scale.export.as_timm import timm_part, timm_vision
 from m3i_scale.export.source import Source
-from m3i_scale.export.tensors import TEXT, VISION, ExportedModule, TensorSource, Trained, copied, empty, label_maps
+from m3i_scale.export.tensors import (
+    TEXT,
+    VISION,
+    ExportedModule,
+    TensorSource,
+    Trained,
+    copied,
+    empty,
+    label_maps,
+    renamed,
+    vision_names,
+)
 from m3i_scale.objective.decoders import ClassTokenSpec, DecoderSpec
 from m3i_scale.objective.encoders import text_config
 from m3i_scale.objective.information import Objective
@@ -279,40 +290,17 @@ def _as_dinov2(config: ViTConfig) -> tuple[dict[str, TensorSource], Dinov2Config
     def more_columns(tensor: Tensor) -> Tensor:
         return torch.cat([tensor, tensor.new_zeros((tensor.shape[0], idle))], dim=1)
 
-    ours, theirs = token_family(config).parts, token_family(shape).parts
-    tensors: dict[str, TensorSource] = {}
-    for name in vision_names(config):
-        part, number, suffix = part_of(name, ours)
-        made = TensorSource((VISION + name,))
-        if idle and part == "fc1":
-            made = replace(made, make=more_rows)
-        elif idle and part == "fc2" and suffix == ".weight":
-            made = replace(made, make=more_columns)
-        tensors[theirs[part].format(number) + suffix] = made
-    for layer in range(config.num_hidden_layers):
-        for part in ("scale1", "scale2"):
-            tensors[theirs[part].format(layer)] = TensorSource((), lambda: torch.ones(width))
+    theirs = token_family(shape).parts
+    tensors = renamed(config, theirs)
+    for layer in range(config.num_hidden_layers) if idle else ():
+        first, second = (theirs[part].format(layer) for part in ("fc1", "fc2"))
+        for name, make in (
+            (f"{first}.weight", more_rows),
+            (f"{first}.bias", more_rows),
+            (f"{second}.weight", more_columns),
+        ):
+            tensors[name] = replace(tensors[name], make=make)
     return tensors, shape
-
-
-def part_of(name: str, ours: dict[str, str]) -> tuple[str, str, str]:
-    """Split a name: `layers.3.mlp.fc1.weight` → fc1, 3, .weight."""
-    for part, pattern in ours.items():
-        before, _, after = pattern.partition("{}")
-        for suffix in ("", ".weight", ".bias"):
-            stem = name.removesuffix(suffix)
-            if suffix and stem == name:
-                continue
-            number = stem[len(before) : len(stem) - len(after)] if "{}" in pattern else ""
-            if stem == pattern.format(number) and (number.isdigit() or "{}" not in pattern):
-                return part, number, suffix
-    raise ExportError(f"the converter knows no part '{name}' of the backbone", where=name)
-
-
-def vision_names(config: VisionConfig) -> list[str]:
-    """Return the names of a backbone's tensors."""
-    kind, options = vision_class(config)
-    return list(empty(lambda: kind(config, **options)).state_dict())
 
 
 def _internimage_classifier(

@@ -17,9 +17,11 @@ from accelerate import init_empty_weights
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import CLIPVisionModel, PreTrainedModel, RfDetrPreTrainedModel
+from transformers import CLIPVisionModel, Dinov2Config, PreTrainedModel, RfDetrPreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
+from m3i_scale.backbones.build import vision_class
+from m3i_scale.backbones.families import VisionConfig, token_family
 from m3i_scale.errors import ExportError
 from m3i_scale.export.fresh import fingerprint
 from m3i_scale.files import write_json
@@ -102,6 +104,37 @@ def label_maps(names: Iterable[str]) -> dict[str, Any]:
 def copied(names: Iterable[str], source_prefix: str, target_prefix: str = "") -> dict[str, TensorSource]:
     """Return tensors that are copied unchanged from names with one prefix to names with another."""
     return {target_prefix + name: TensorSource((source_prefix + name,)) for name in names}
+
+
+def renamed(config: VisionConfig, parts: Mapping[str, str], prefix: str = "") -> dict[str, TensorSource]:
+    """Return the tensors of a backbone under the names in `parts`, with layer scales of 1 for a ViT. The keys of
+    `parts` are those of `TokenFamily.parts`; tensors of other parts are left out."""
+    width, ours, tensors = config.hidden_size, token_family(config).parts, {}
+    for name in vision_names(config):
+        part, number, suffix = _part_of(name, ours)
+        if part in parts:
+            tensors[prefix + parts[part].format(number) + suffix] = TensorSource((VISION + name,))
+    if not isinstance(config, Dinov2Config):
+        for layer in range(config.num_hidden_layers):
+            for part in ("scale1", "scale2"):
+                tensors[prefix + parts[part].format(layer)] = TensorSource((), lambda: torch.ones(width))
+    return tensors
+
+
+def _part_of(name: str, ours: Mapping[str, str]) -> tuple[str, str, str]:
+    """Split a name: `layers.3.mlp.fc1.weight` → fc1, 3, .weight."""
+    for part, pattern in ours.items():
+        stem = re.escape(pattern).replace(r"\{\}", r"(?P<number>\d+)")
+        found = re.fullmatch(rf"{stem}(?P<suffix>\.weight|\.bias)?", name)
+        if found is not None:
+            return part, found.groupdict().get("number", ""), found["suffix"] or ""
+    raise ExportError(f"the converter knows no part '{name}' of the backbone", where=name)
+
+
+def vision_names(config: VisionConfig) -> list[str]:
+    """Return the names of a backbone's tensors."""
+    kind, options = vision_class(config)
+    return list(empty(lambda: kind(config, **options)).state_dict())
 
 
 def value_of(made: TensorSource, weights: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
@@ -198,7 +231,9 @@ def write_part(
                 tensors[name] = value_of(part.tensors[name], weights, dtype)
                 check_shape(part, name, tensors[name])
                 fingerprints[name] = fingerprint(tensors[name])
-            shard[key] = _as_stored(part.model, tensors, names[key])
+            if len(tensors) > 1:
+                tensors = {key: revert_weight_conversion(part.model, tensors)[names[key]].contiguous()}
+            (shard[key],) = tensors.values()
         save_file(shard, place / file, metadata={"format": "pt"})
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
@@ -206,15 +241,6 @@ def write_part(
     for path in part.files:
         shutil.copyfile(path, place / path.name)
     return fingerprints
-
-
-def write_heads_file(
-    path: Path, tensors: Mapping[str, TensorSource], weights: Mapping[str, Tensor], dtype: torch.dtype
-) -> dict[str, str]:
-    """Write the tensors of the heads to one file, and return their fingerprints."""
-    values = {name: value_of(made, weights, dtype) for name, made in tensors.items()}
-    save_file(values, path, metadata={"format": "pt"})
-    return {name: fingerprint(value) for name, value in values.items()}
 
 
 def _write_config(place: Path, part: ExportedModule, dtype: torch.dtype) -> None:
@@ -248,13 +274,6 @@ def _stored(model: PreTrainedModel) -> dict[str, tuple[torch.Size, tuple[str, ..
         packed = (name for name in state if name not in alone and name.startswith(beside) and name.endswith(f".{kind}"))
         stored[key] = (tensor.shape, tuple(packed))
     return stored
-
-
-def _as_stored(model: PreTrainedModel, tensors: dict[str, Tensor], key: str) -> Tensor:
-    if len(tensors) == 1:
-        return next(iter(tensors.values()))
-    packed: Tensor = revert_weight_conversion(model, tensors)[key].contiguous()
-    return packed
 
 
 def _file_name(part: ExportedModule, key: str) -> str:
