@@ -37,11 +37,6 @@ class Classifier:
         return self.logits(images_BCHW).topk(min(max(DEPTHS), len(self.classes)), dim=1).indices
 
 
-def has_classifier(folder: Path) -> bool:
-    """Return whether the folder contains an image classifier."""
-    return any(name.endswith("ForImageClassification") for name in architectures(folder))
-
-
 def load_classifier(folder: Path, vision: VisionModel) -> Classifier:
     """Load the head of a standard image classifier. Raise NotMeasuredError if weights or class names are missing."""
     try:
@@ -121,7 +116,7 @@ def trained_heads(
     no_classifier: str | None = None
     towers: Towers | None = None
     try:
-        if wants_classifier and has_classifier(folder):
+        if wants_classifier and any(name.endswith("ForImageClassification") for name in architectures(folder)):
             classifier = load_classifier(folder, vision)
         elif wants_text or (wants_classifier and has_head(folder, "category")):
             objective, run, label_sets = load_objective(folder, vision.device)

@@ -52,16 +52,6 @@ class VisionModel:
         first: nn.Parameter = next(self.model.parameters())
         return first.device
 
-    @torch.no_grad()
-    def __call__(self, images_BCHW: Tensor) -> Tensor:
-        """Return pooled features, fp32 (B, D), of uint8 (B, 3, H, W) at `size`."""
-        return pool_tokens(self.hidden(images_BCHW), self.patch_count(), self.pool)
-
-    @torch.no_grad()
-    def with_patches(self, images_BCHW: Tensor) -> tuple[Tensor, Tensor]:
-        """Call `encode` without gradients."""
-        return self.encode(images_BCHW)
-
     def encode(self, images_BCHW: Tensor) -> tuple[Tensor, Tensor]:
         """Return pooled features (B, D) and patch features (B, L, D), fp32, of uint8 (B, 3, H, W) at `size`."""
         hidden, patches = self.hidden(images_BCHW), self.patch_count()

@@ -34,6 +34,7 @@ Progress = Callable[[str, int], None]
 """Called with the data being read ("data", "train data") and the number of samples so far, or with the metric and 0."""
 
 
+@torch.no_grad()
 def read_side(
     table: Table,
     vision: VisionModel,
@@ -63,12 +64,10 @@ def read_side(
     done = 0
     while batch := list(itertools.islice(samples, batch_size or IMAGES)):
         images_BCHW = torch.from_numpy(np.stack([sample.pixels for sample in batch]))
+        model_BD, tokens_BLD = vision.encode(images_BCHW)
         if dense:
-            model_BD, tokens_BLD = vision.with_patches(images_BCHW)
             masks = [sample.mask for sample in batch]
             collector.add(done, masks, tokens_BLD, images_BCHW if "pixels" in encoders else None)
-        else:
-            model_BD = vision(images_BCHW)
         parts["model"].append(model_BD.cpu().numpy())
         for name, encode in encoders.items():
             parts[name].append(encode(images_BCHW).float().cpu().numpy())

@@ -91,9 +91,9 @@ class EvaluationPictures:
     def __call__(self) -> tuple[list[Picture], dict[str, str]]:
         """Return the pictures, and the reason for each picture that model or data do not support."""
         drawn: dict[str, Callable[[], Picture]] = {
-            "dense_pca": self._dense_pca,
+            "dense_pca": lambda: dense_pca(self.images, self.names, self.patch_features),
             "attention": self._attention,
-            "similarity": self._similarity,
+            "similarity": lambda: similarity(self.images, self.names, self.patch_features),
             "neighbours": self._neighbours,
             "text_to_image": self._text_to_image,
             "image_to_text": self._image_to_text,
@@ -125,17 +125,11 @@ class EvaluationPictures:
         )
         return tokens_NLD
 
-    def _dense_pca(self) -> Picture:
-        return dense_pca(self.images, self.names, self.patch_features)
-
     def _attention(self) -> Picture:
         vision = self._job.vision
         pixels_BCHW = vision.pixels(_stacked(self.images))
         shown = attention_of(vision.model, pixels_BCHW, self._hidden, vision.patch_count())
         return attention(self.images, self.names, shown)
-
-    def _similarity(self) -> Picture:
-        return similarity(self.images, self.names, self.patch_features)
 
     def _neighbours(self) -> Picture:
         if len(self._table) < 2:

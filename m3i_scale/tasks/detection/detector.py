@@ -131,11 +131,6 @@ def compressed(masks_NMM: Tensor, boxes_N4: Tensor, size: tuple[int, int]) -> li
     return found
 
 
-def is_detector(folder: Path) -> bool:
-    """Return whether the folder contains a stock detector that can be evaluated."""
-    return not _KINDS.keys().isdisjoint(architectures(folder))
-
-
 def load_detector(folder: Path, device: torch.device, batch_size: int) -> Detector:
     """Load a Mask R-CNN or RF-DETR in fp32. For Mask R-CNN, run the code of this package, not code in the folder."""
     kind, of_images = next(_KINDS[name] for name in architectures(folder) if name in _KINDS)
@@ -170,7 +165,7 @@ def head_of_features(folder: Path, device: torch.device, batch_size: int) -> Det
 
 def find_model(folder: Path, measures: tuple[str, ...] | None) -> Evaluation | None:
     """Return the function that evaluates the detector; see `find_loader`."""
-    stock = load_detector if is_detector(folder) else None
+    stock = load_detector if _KINDS.keys() & set(architectures(folder)) else None
     load = find_loader(folder, measures, DETECTOR, "detection", stock, head_of_features)
     if load is None:
         return None

@@ -104,7 +104,9 @@ def eomt_part(source: Source, spec: EomtSegmentation, target: str) -> ExportedMo
     parts = token_family(config).parts
     token, positions = VISION + parts["class"], VISION + parts["positions"]
     # EoMT adds position embeddings to patches only, so the class token's position embedding is added to the token.
-    tensors["embeddings.cls_token"] = TensorSource((token, positions), _with_position)
+    tensors["embeddings.cls_token"] = TensorSource(
+        (token, positions), lambda token_11D, positions_1LD: token_11D + positions_1LD[:, :1]
+    )
     tensors["embeddings.position_embeddings.weight"] = TensorSource((positions,), lambda table_1LD: table_1LD[0, 1:])
     for name in model.state_dict():
         if name.startswith(_EOMT_HEAD):
@@ -125,10 +127,6 @@ def eomt_part(source: Source, spec: EomtSegmentation, target: str) -> ExportedMo
 def _trained_eomt(objective: Objective, pixels_BCHW: Tensor) -> Mapping[str, Tensor]:
     queries = cast(MaskQueries, objective.reader)
     return {"masks_queries_logits": queries.encode_view(objective.student, pixels_BCHW, 1.0)[1][-1]}
-
-
-def _with_position(token_11D: Tensor, positions_1LD: Tensor) -> Tensor:
-    return token_11D + positions_1LD[:, :1]
 
 
 def _as_beit(config: VisionConfig, spec: UperNetSegmentation) -> BeitConfig:
