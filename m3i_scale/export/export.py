@@ -20,10 +20,10 @@ from m3i_scale.export.card import compute_of, curve_of, last_figures, render_car
 from m3i_scale.export.push import PROVENANCE, push
 from m3i_scale.export.reference import make_reference
 from m3i_scale.export.source import (
+    ExportedWeights,
     Source,
     describe_data,
     evaluation_of,
-    exported_weights,
     find_source,
     hash_folder,
     source_tokenizer,
@@ -75,9 +75,9 @@ def export(
     parts = plan_parts(source, wanted, tokenizer)
     _check_rounding(source, wanted, dtype)
     evaluation, other_evaluation = evaluation_of(source, weights, evaluation_file)
-    tensors = exported_weights(source, weights)
+    tensors = ExportedWeights(source, weights)
     origin = _origin(source)
-    with _takes_name(target) as folder, _without_progress_bars():
+    with _takes_name(target) as folder:
         fingerprints = write_folder(folder, source, parts, tensors, DTYPES[dtype], tokenizer, wanted)
         reference = make_reference(source, parts, fingerprints, tensors, DTYPES[dtype], tokenizer)
         proven = verify(folder, reference)
@@ -230,19 +230,11 @@ def _follow_umask(folder: Path) -> None:
 
 
 @contextmanager
-def _without_progress_bars() -> Iterator[None]:
+def _takes_name(target: Path) -> Iterator[Path]:
+    """Wrap `atomic_dir` for the export folder: without progress bars of `transformers`, and with an `ExportError` if
+    the folder cannot be written."""
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()
-
-
-@contextmanager
-def _takes_name(target: Path) -> Iterator[Path]:
-    """Wrap `atomic_dir` for the export folder, and convert write errors to `ExportError`."""
     try:
         with atomic_dir(target, replace=True) as folder:
             yield folder
@@ -252,3 +244,6 @@ def _takes_name(target: Path) -> Iterator[Path]:
             where=str(target),
             fix="check the disk's free space, or give another folder",
         ) from None
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import (
     BertModel,
@@ -284,22 +286,16 @@ def _as_dinov2(config: ViTConfig) -> tuple[dict[str, TensorSource], Dinov2Config
     )
     idle = ratio * width - hidden
 
-    def more_rows(tensor: Tensor) -> Tensor:
-        return torch.cat([tensor, tensor.new_zeros((idle, *tensor.shape[1:]))])
-
-    def more_columns(tensor: Tensor) -> Tensor:
-        return torch.cat([tensor, tensor.new_zeros((tensor.shape[0], idle))], dim=1)
-
     theirs = token_family(shape).parts
     tensors = renamed(config, theirs)
     for layer in range(config.num_hidden_layers) if idle else ():
         first, second = (theirs[part].format(layer) for part in ("fc1", "fc2"))
-        for name, make in (
-            (f"{first}.weight", more_rows),
-            (f"{first}.bias", more_rows),
-            (f"{second}.weight", more_columns),
+        for name, padding in (
+            (f"{first}.weight", (0, 0, 0, idle)),
+            (f"{first}.bias", (0, idle)),
+            (f"{second}.weight", (0, idle)),
         ):
-            tensors[name] = replace(tensors[name], make=make)
+            tensors[name] = replace(tensors[name], make=partial(F.pad, pad=padding))
     return tensors, shape
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from m3i_scale.backbones.build import backbone_config, stored_section
-from m3i_scale.backbones.families import TokenFamily, VisionConfig, family_of
+from m3i_scale.backbones.families import TokenFamily, family_of
 from m3i_scale.backbones.load_plan import fit_positions
 from m3i_scale.checkpoint.layout import MANIFEST
 from m3i_scale.checkpoint.load import Which, saved_weights
@@ -129,13 +129,15 @@ def training_records(source: Source) -> Iterator[dict[str, Any]]:
     return map(upgrade_line, read_json_lines(path)) if path.is_file() else iter(())
 
 
-class ResizedWeights(Mapping[str, Tensor]):
-    """Weights of a checkpoint with position embeddings resized to the image size of `config`, as the standard model
-    interpolates them in every forward pass."""
+class ExportedWeights(Mapping[str, Tensor]):
+    """Trained or EMA weights of a checkpoint, with position embeddings resized to the image size of its stage, as the
+    standard model interpolates them in every forward pass."""
 
-    def __init__(self, weights: Mapping[str, Tensor], config: VisionConfig) -> None:
+    def __init__(self, source: Source, which: Which) -> None:
+        config = backbone_config(source.run.backbone)
         family = family_of(config)
-        self._weights, self._name = weights, None if family.positions is None else VISION + family.positions
+        self._weights = saved_weights(source.checkpoint, which)
+        self._name = None if family.positions is None else VISION + family.positions
         self._antialias = isinstance(family, TokenFamily) and family.antialias
         self._class_row = family.has_class_token
         self._places = self._class_row + (config.image_size // config.patch_size) ** 2
@@ -152,11 +154,6 @@ class ResizedWeights(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._weights)
-
-
-def exported_weights(source: Source, which: Which) -> ResizedWeights:
-    """Return the trained or the EMA weights of a checkpoint, for the image size of its stage."""
-    return ResizedWeights(saved_weights(source.checkpoint, which), backbone_config(source.run.backbone))
 
 
 def source_tokenizer(source: Source) -> PreTrainedTokenizerBase:

@@ -158,7 +158,7 @@ def check_complete(part: ExportedModule) -> None:
         )
 
 
-def check_shape(part: ExportedModule, name: str, tensor: Tensor) -> None:
+def _check_shape(part: ExportedModule, name: str, tensor: Tensor) -> None:
     """Check that a tensor has the shape that the model expects."""
     wanted = part.model.state_dict()[name].shape
     if tensor.shape != wanted:
@@ -229,7 +229,7 @@ def write_part(
             tensors: dict[str, Tensor] = {}
             for name in stored[names[key]][1]:
                 tensors[name] = value_of(part.tensors[name], weights, dtype)
-                check_shape(part, name, tensors[name])
+                _check_shape(part, name, tensors[name])
                 fingerprints[name] = fingerprint(tensors[name])
             if len(tensors) > 1:
                 tensors = {key: revert_weight_conversion(part.model, tensors)[names[key]].contiguous()}
