@@ -104,7 +104,7 @@ def export(
         write_json(folder / PROVENANCE, facts)
         _follow_umask(folder)
     size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
-    return {"output": str(target), "bytes": size, "warning": _joined(_skip_reason(source), other_evaluation), **facts}
+    return {"output": str(target), "bytes": size, "warning": _warning(source, other_evaluation), **facts}
 
 
 def export_and_push(
@@ -125,17 +125,14 @@ def export_and_push(
     return facts | {"push": push(Path(output).absolute(), push_to, public=public, dry_run=dry_run)}
 
 
-def _joined(*warnings: str | None) -> str | None:
-    return "; ".join(text for text in warnings if text) or None
-
-
-def _skip_reason(source: Source) -> str | None:
-    if not source.passed_over:
-        return None
-    reasons = "; ".join(f"{path.name}: {reason}" for path, reason in source.passed_over)
-    return (
-        f"{len(source.passed_over)} newer checkpoints do not verify, so {source.checkpoint.name} was taken ({reasons})"
-    )
+def _warning(source: Source, other: str | None) -> str | None:
+    """Return which checkpoints were skipped, followed by the `other` warning; None if there is neither."""
+    skipped, warnings = source.passed_over, [] if other is None else [other]
+    if skipped:
+        reasons = "; ".join(f"{path.name}: {reason}" for path, reason in skipped)
+        taken = f"{len(skipped)} newer checkpoints do not verify, so {source.checkpoint.name} was taken ({reasons})"
+        warnings.insert(0, taken)
+    return "; ".join(warnings) or None
 
 
 def _origin(source: Source) -> dict[str, str]:

@@ -74,19 +74,15 @@ class TrainingPictures:
 
     def draw(self, encoded: EncodedSamples) -> list[Picture]:
         """Return all pictures that apply to the recipe and the samples."""
+        objective, seen = self._objective, self._seen
+        mixed = objective.recipe.mix is not None
         return [
-            self._views(),
+            draw_views(seen, objective.inputs_of(seen), self._grid, mixed=mixed, names=_names(seen)),
             *self._reconstruction(encoded),
             dense_pca(self._images, self._names, encoded.tokens_BND),
             attention(self._images, self._names, encoded.attention),
             similarity(self._images, self._names, encoded.tokens_BND),
         ]
-
-    def _views(self) -> Picture:
-        objective, seen = self._objective, self._seen
-        mixed = objective.recipe.mix is not None
-        names = _names(seen)
-        return draw_views(seen, objective.inputs_of(seen), self._grid, mixed=mixed, names=names)
 
     def _reconstruction(self, encoded: EncodedSamples) -> list[Picture]:
         if not encoded.reconstructed:

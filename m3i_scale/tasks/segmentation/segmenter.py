@@ -305,16 +305,12 @@ class Overlays:
         picture = side_by_side([image, *(_coloured(image, classes_HW) for classes_HW in (sample.mask, predicted_HW))])
         try:
             if self._drawn == 1:
-                write_json(self._folder / LEGEND, self._legend())
+                names = enumerate(self._classes)
+                legend = [{"class": number, "name": name, "rgb": PALETTE[number].tolist()} for number, name in names]
+                write_json(self._folder / LEGEND, legend)
             picture.save(self._folder / f"{self._drawn:04d}-{file_stem(sample.key)}.png")
         except OSError as error:
             raise write_error(self._folder, error) from None
-
-    def _legend(self) -> list[dict[str, Any]]:
-        return [
-            {"class": number, "name": name, "rgb": PALETTE[number].tolist()}
-            for number, name in enumerate(self._classes)
-        ]
 
 
 def _coloured(image: Image.Image, classes_HW: NDArray[np.uint8]) -> Image.Image:
