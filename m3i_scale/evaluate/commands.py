@@ -80,7 +80,8 @@ def evaluate(
     idle = [name for name, is_given in given.items() if is_given]
     drawing = None if pictures is None else (pictures, OVERLAY_COUNT if picture_count is None else picture_count)
     if (measured := load_trained_model(folder, measures, idle)) is not None:
-        return measured(EvaluationOptions(folder, data, where, batch_size, exclude_groups, drawing, progress))
+        advance = None if progress is None else partial(progress, "data")
+        return measured(EvaluationOptions(folder, data, where, batch_size, exclude_groups, drawing, advance))
     if picture_count is not None:
         raise ConfigError(
             "--picture-count has no effect: no predictions of a segmenter or detector are drawn",

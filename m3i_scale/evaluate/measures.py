@@ -26,7 +26,6 @@ from m3i_scale.evaluate.towers import (
 
 NEIGHBOURS = (10, 20)
 
-
 Statistics = dict[str, Statistic]
 """By metric, for comparisons on the same samples."""
 

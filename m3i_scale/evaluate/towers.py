@@ -53,15 +53,15 @@ class Towers:
 
     def texts(self, captions: list[str]) -> NDArray[np.float32]:
         """Encode captions as unit vectors (B, E)."""
-        parts = [self._texts(captions[start : start + _TEXT_BATCH]) for start in range(0, len(captions), _TEXT_BATCH)]
+        parts = []
+        for start in range(0, len(captions), _TEXT_BATCH):
+            batch = captions[start : start + _TEXT_BATCH]
+            tokens = self.tokenizer(
+                batch, padding=True, truncation=True, max_length=self.max_tokens, return_tensors="pt"
+            ).to(self.device)
+            embedded = self.objective.embed_text(tokens["input_ids"], tokens["attention_mask"].bool())
+            parts.append(np.asarray(embedded.cpu().numpy(), dtype=np.float32))
         return np.concatenate(parts)
-
-    def _texts(self, captions: list[str]) -> NDArray[np.float32]:
-        tokens = self.tokenizer(
-            captions, padding=True, truncation=True, max_length=self.max_tokens, return_tensors="pt"
-        ).to(self.device)
-        embedded = self.objective.embed_text(tokens["input_ids"], tokens["attention_mask"].bool())
-        return np.asarray(embedded.cpu().numpy(), dtype=np.float32)
 
 
 def why_no_towers(folder: Path) -> str | None:

@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 import torch
 
 from m3i_scale.errors import ConfigError
-from m3i_scale.evaluate.job import Progress
 from m3i_scale.evaluate.towers import has_head
 
 LoaderT = TypeVar("LoaderT")
@@ -35,7 +34,8 @@ class EvaluationOptions:
     exclude_groups: tuple[str, ...]
     pictures: tuple[Path, int] | None
     """New folder for pictures of predictions, and their number."""
-    progress: Progress | None
+    progress: Callable[[int], None] | None
+    """Called with the number of samples so far."""
 
 
 Evaluation = Callable[[EvaluationOptions], dict[str, Any]]

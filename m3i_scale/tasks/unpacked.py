@@ -124,19 +124,15 @@ def annotated_images(given: Path, *, skip_bad: bool) -> Unpacked:
     ]
     usable = [record for record in records if record.problem is None]
     trained = {record.key: "" for record in usable if record.split == TRAIN}
-    digest = digest_of(
-        [
-            *((path.name, path.stat().st_size) for path in files.values()),
-            *((f"{record.split}/{record.meta['path']}", record.size) for record in records),
-        ]
-    )
+    sizes = [(path.name, path.stat().st_size) for path in files.values()]
+    sizes += [(f"{record.split}/{record.meta['path']}", record.size) for record in records]
     counts = found.info()["annotations"]
     for file in files.values():
         of_file = counts["/".join(file.parts[-2:])]
         if of_file["annotations"] <= of_file["crowds"]:
             purpose = "training" if file == train else "evaluation"
             raise ConfigError(f"no object is annotated for {purpose}", where=f"--data {file}", fix=BOXES_FIX)
-    source = ListedInput(records, [], categories=found.categories, **found.info() | {DIGEST: digest})
+    source = ListedInput(records, [], categories=found.categories, **found.info() | {DIGEST: digest_of(sizes)})
     return Unpacked(source, list(files), trained, len(usable) - len(trained))
 
 

@@ -87,6 +87,7 @@ class EvaluationPictures:
         self.images = [image_of(samples[number].pixels) for number in self._numbers]
         """At the input size of the model."""
         self.names = [self._name(number) for number in self._numbers]
+        self._queries = [Cell(image, name) for image, name in zip(self.images, self.names, strict=True)]
 
     def __call__(self) -> tuple[list[Picture], dict[str, str]]:
         """Return the pictures, and the reason for each picture that model or data do not support."""
@@ -139,10 +140,7 @@ class EvaluationPictures:
         scores_QN[np.arange(len(self._numbers)), self._numbers] = -np.inf
         right = [None if labels_N[number] < 0 else labels_N == labels_N[number] for number in self._numbers]
         candidates = best_of(scores_QN, right)
-        return ranked(NEIGHBOURS, self._queries(), self.names, candidates, self._cells(candidates).__getitem__)
-
-    def _queries(self) -> list[Cell]:
-        return [Cell(image, name) for image, name in zip(self.images, self.names, strict=True)]
+        return ranked(NEIGHBOURS, self._queries, self.names, candidates, self._cells(candidates).__getitem__)
 
     def _cells(self, candidates: Sequence[Sequence[Candidate]]) -> dict[int, Cell]:
         samples = read_again(self._table, (one.number for row in candidates for one in row), self._job.vision.size)
@@ -172,10 +170,9 @@ class EvaluationPictures:
         numbers = [self._numbers[place] for place in asked]
         scores_QU = unit_rows(self._job.test.features["joint"][numbers]) @ towers.texts(captions).T
         right = [np.asarray([caption == self._table.captions[number] for caption in captions]) for number in numbers]
-        queries = self._queries()
         return ranked(
             IMAGE_TO_TEXT,
-            [queries[place] for place in asked],
+            [self._queries[place] for place in asked],
             [self.names[place] for place in asked],
             best_of(scores_QU, right),
             lambda number: Cell(text_cell(captions[number])),

@@ -182,8 +182,7 @@ def evaluate_detector(
     categories = check_categories(detector, options.data)
     drawing = None if options.pictures is None else DetectionOverlays(*options.pictures, categories)
     table = open_table(options.data, "--data")
-    progress = None if options.progress is None else partial(options.progress, "data")
-    images = find_objects(detector, table, categories, options.exclude_groups, progress, drawing)
+    images = find_objects(detector, table, categories, options.exclude_groups, options.progress, drawing)
     check_groups(options.exclude_groups, [table])
     if not images:
         raise DataError("no usable sample in the test data", where=options.data, why=str(dict(table.left_out)))

@@ -80,7 +80,6 @@ class MaskRcnnDetector(MaskRcnnHead, ObjectDetector):
         self.drawn_by = _drawn_by(spec, classes, image_counts)
 
     def backbone_layers(self) -> dict[str, int]:
-        """Return the backbone layer, from 0, of which each parameter of this module gets the learning rate."""
         if self.windows is None:
             return {}
         return {

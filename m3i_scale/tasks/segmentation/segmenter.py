@@ -178,8 +178,7 @@ def evaluate_segmenter(
     overlays = None if options.pictures is None else Overlays(*options.pictures, segmenter.classes)
     check_classes(segmenter, options.data)
     table = open_table(options.data, "--data")
-    progress = None if options.progress is None else partial(options.progress, "data")
-    counts_M3K, masked = count_overlaps(segmenter, table, options.exclude_groups, progress, overlays)
+    counts_M3K, masked = count_overlaps(segmenter, table, options.exclude_groups, options.progress, overlays)
     check_groups(options.exclude_groups, [table])
     if not len(masked):
         raise DataError("no pixel of the test data has a class", where=options.data, why=str(dict(table.bad_masks)))
