@@ -68,7 +68,10 @@ def find_source(path: Path) -> Source:
         meta = read_json(checkpoint / "meta.json")
         step = int(meta["step"])
         run = run.model_copy(update={"backbone": _without_source(run.backbone, meta)})
-        run = _at_last_size(run.in_stage(run.stage_at(step - 1)))
+        run = run.in_stage(run.stage_at(step - 1))
+        if run.stages and run.stages[0].image_size is not None:  # of the current stage: the size to export
+            config = run.backbone.config | {"image_size": run.stages[0].image_size}
+            run = run.model_copy(update={"backbone": run.backbone.model_copy(update={"config": config})})
     except ConfigError as error:
         raise CheckpointError(
             f"the checkpoint's run file does not hold together: {error.what}", where=error.where
@@ -85,14 +88,6 @@ def _without_source(backbone: BackboneConfig, meta: dict[str, Any]) -> BackboneC
     if backbone.from_pretrained is None or values is None:
         return backbone
     return backbone.model_copy(update={"from_pretrained": None, **stored_section(values)})
-
-
-def _at_last_size(run: RunConfig) -> RunConfig:
-    """Return the run with its backbone set to the image size of the current stage, which is the size to export."""
-    size, own = run.stages[0].image_size if run.stages else None, run.backbone
-    if size is None:
-        return run
-    return run.model_copy(update={"backbone": own.model_copy(update={"config": own.config | {"image_size": size}})})
 
 
 def with_best_head(source: Source) -> tuple[Source, dict[str, Any] | None]:
@@ -158,7 +153,7 @@ class ExportedWeights(Mapping[str, Tensor]):
 
 def source_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     """Load the tokenizer that the text tower was trained with."""
-    kept = source.checkpoint.parent.parent / "tokenizer"  # the run's copy outlives the shards
+    kept = source.run_dir / "tokenizer"  # the run's copy outlives the shards
     configured = str(kept) if kept.is_dir() else source.run.text.tokenizer or source.meta.get("tokenizer")
     try:
         tokenizer = find_tokenizer(source.run.data.datasets, configured)

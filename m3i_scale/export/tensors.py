@@ -279,8 +279,8 @@ def _stored(model: PreTrainedModel) -> dict[str, tuple[torch.Size, tuple[str, ..
 def _file_name(part: ExportedModule, key: str) -> str:
     """Return the name in the file. CLIP's vision tower is one level deeper in the file: every version of `transformers`
     can read that, and versions before 5 require it."""
-    towers = [
-        name + "." if name else "" for name, one in part.model.named_modules() if isinstance(one, CLIPVisionModel)
-    ]
-    tower = next((tower for tower in towers if key.startswith(tower)), None)
-    return key.removeprefix(part.strip) if tower is None else f"{tower}vision_model.{key.removeprefix(tower)}"
+    for name, one in part.model.named_modules():
+        tower = f"{name}." if name else ""
+        if isinstance(one, CLIPVisionModel) and key.startswith(tower):
+            return f"{tower}vision_model.{key.removeprefix(tower)}"
+    return key.removeprefix(part.strip)
