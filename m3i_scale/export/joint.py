@@ -25,9 +25,9 @@ from transformers import (
 from m3i_scale.backbones.build import backbone_config, model_files
 from m3i_scale.backbones.families import VisionConfig, token_family
 from m3i_scale.backbones.internimage import InternImageConfig
-from m3i_scale.errors import ExportError, did_you_mean
+from m3i_scale.errors import ExportError
 from m3i_scale.export.as_timm import timm_part, timm_vision
-from m3i_scale.export.source import Source
+from m3i_scale.export.source import Source, target_of
 from m3i_scale.export.tensors import (
     TEXT,
     VISION,
@@ -50,35 +50,6 @@ from m3i_scale.objective.targets.text import Text, TextHead
 TANH_SCALE = 2.0**-10
 """BERT's pooling layer ends with tanh, which training here does not have. For arguments scaled down this much, tanh is
 the identity: at 10 the error is 3·10⁻⁵. A power of two is exact in every dtype."""
-
-
-def target_of(source: Source, modality: str) -> Target:
-    """Return the recipe's first target of a modality."""
-    for target in source.recipe.targets:
-        if target.modality == modality:
-            return target
-    raise ExportError(
-        f"the recipe '{source.recipe.name}' has no {modality} target",
-        why=f"its targets are {', '.join(target.name for target in source.recipe.targets)}",
-        fix="--task features",
-    )
-
-
-def choose_label_set(source: Source, wanted: str | None) -> str:
-    """Return the label set of a classifier."""
-    target_of(source, "category")
-    names = list(source.label_sets)
-    if wanted is None and len(names) == 1:
-        return names[0]
-    if wanted is None:
-        raise ExportError(
-            f"the run has {len(names)} label sets, and a classifier one head",
-            where="--label-set",
-            fix=f"--label-set with one of {', '.join(names)}",
-        )
-    if wanted not in names:
-        raise ExportError(f"no label set '{wanted}'", where="--label-set", fix=did_you_mean(wanted, names))
-    return wanted
 
 
 def classifier_part(source: Source, label_set: str, *, timm: bool = False) -> ExportedModule:

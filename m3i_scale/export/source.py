@@ -22,10 +22,11 @@ from m3i_scale.config import BackboneConfig, RunConfig, parse_section, read_yaml
 from m3i_scale.data.remote.fetch import read_file
 from m3i_scale.data.shards import shard_folder
 from m3i_scale.data.tokenizer import find_tokenizer
-from m3i_scale.errors import CheckpointError, ConfigError, DataError, ExportError
+from m3i_scale.errors import CheckpointError, ConfigError, DataError, ExportError, did_you_mean
 from m3i_scale.export.tensors import VISION
 from m3i_scale.files import read_json, read_json_lines, sha256_of
 from m3i_scale.objective.recipe import Recipe, parse_recipe
+from m3i_scale.objective.targets.base import Target
 from m3i_scale.upgrade import upgrade_line, upgrade_weights
 
 
@@ -88,6 +89,35 @@ def _without_source(backbone: BackboneConfig, meta: dict[str, Any]) -> BackboneC
     if backbone.from_pretrained is None or values is None:
         return backbone
     return backbone.model_copy(update={"from_pretrained": None, **stored_section(values)})
+
+
+def target_of(source: Source, modality: str) -> Target:
+    """Return the recipe's first target of a modality."""
+    for target in source.recipe.targets:
+        if target.modality == modality:
+            return target
+    raise ExportError(
+        f"the recipe '{source.recipe.name}' has no {modality} target",
+        why=f"its targets are {', '.join(target.name for target in source.recipe.targets)}",
+        fix="--task features",
+    )
+
+
+def choose_label_set(source: Source, wanted: str | None) -> str:
+    """Return the label set of a classifier."""
+    target_of(source, "category")
+    names = list(source.label_sets)
+    if wanted is None and len(names) == 1:
+        return names[0]
+    if wanted is None:
+        raise ExportError(
+            f"the run has {len(names)} label sets, and a classifier one head",
+            where="--label-set",
+            fix=f"--label-set with one of {', '.join(names)}",
+        )
+    if wanted not in names:
+        raise ExportError(f"no label set '{wanted}'", where="--label-set", fix=did_you_mean(wanted, names))
+    return wanted
 
 
 def with_best_head(source: Source) -> tuple[Source, dict[str, Any] | None]:

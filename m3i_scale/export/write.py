@@ -25,8 +25,8 @@ from m3i_scale.config import RunConfig
 from m3i_scale.errors import ExportError
 from m3i_scale.export.as_timm import timm_part
 from m3i_scale.export.fresh import fingerprint
-from m3i_scale.export.joint import backbone_part, choose_label_set, classifier_part, target_of, zero_shot_part
-from m3i_scale.export.source import Source
+from m3i_scale.export.joint import backbone_part, classifier_part, zero_shot_part
+from m3i_scale.export.source import Source, choose_label_set, target_of
 from m3i_scale.export.tensors import (
     DEFAULT_SHARD_SIZE,
     TEXT,
