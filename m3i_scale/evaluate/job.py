@@ -143,18 +143,15 @@ def measure_all(
             if name in PROBES:
                 figures[name], statistics[name] = PROBES[name](encoder, job.train, job.test, job.clusters)
             elif name == "classifier":
-                figures[name] = _of_head(job)
+                if job.classifier is None:
+                    raise NotMeasuredError(job.no_classifier or "the model folder has no trained classifier")
+                ranked_NK = job.test.features["classifier"]
+                figures[name] = measure_classifier(job.classifier, ranked_NK, job.test, job.clusters)
             else:
                 figures[name], statistics[name] = _with_text(name, job)
         except NotMeasuredError as reason:
             absent[name] = str(reason)
     return figures, absent, statistics
-
-
-def _of_head(job: Job) -> dict[str, Any]:
-    if job.classifier is None:
-        raise NotMeasuredError(job.no_classifier or "the model folder has no trained classifier")
-    return measure_classifier(job.classifier, job.test.features["classifier"], job.test, job.clusters)
 
 
 def _with_text(name: str, job: Job) -> tuple[dict[str, Any], Statistics]:
