@@ -25,7 +25,7 @@ from m3i_scale.config import load_run
 from m3i_scale.data.batch import synthetic_batch
 from m3i_scale.engine.agree import max_over_ranks
 from m3i_scale.engine.deepspeed.resolve import load_ds_config, resolve
-from m3i_scale.engine.optimizer_step import take_step
+from m3i_scale.engine.engine import take_step
 from m3i_scale.engine.process_group import start_ranks, stop_ranks
 from m3i_scale.objective.recipe import parse_recipe
 from m3i_scale.run.setup import ResolvedRun, start_engine

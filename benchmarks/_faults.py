@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from _faults_rank import Job, Kill, slay, start, warm_up
+from torch.distributed.elastic.utils.distributed import get_free_port
 
 from m3i_scale.checkpoint.layout import checkpoints, read_meta, step_name, step_of
 from m3i_scale.checkpoint.load import saved_weights
 from m3i_scale.checkpoint.manifest import newest_good, verify
 from m3i_scale.config import load_run
-from m3i_scale.engine.process_group import free_port
 
 STEPS, SAVE_EVERY, GLOBAL, RANKS = 12, 2, 8, 2
 TOLERANCE = 1e-5
@@ -146,7 +146,7 @@ class Bench:
             f"output_dir={output}",
             f"optim.micro_batch_size={GLOBAL // ranks}",
         ]
-        return Job(arguments, ranks, free_port(), output.with_name(f"{output.name}-jobs") / name, kill)
+        return Job(arguments, ranks, get_free_port(), output.with_name(f"{output.name}-jobs") / name, kill)
 
     def _draw_kill(self, ranks: int, *, first: bool) -> Kill:
         draw = self.draw

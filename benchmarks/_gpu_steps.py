@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from m3i_scale.backbones.build import backbone_config
 from m3i_scale.config import RunConfig, load_run
 from m3i_scale.data.batch import Batch
-from m3i_scale.engine.collectives import ProcessGroupRanks
+from m3i_scale.objective.ranks import ProcessGroupRanks
 from m3i_scale.objective.recipe import parse_recipe
 from m3i_scale.run.flops import step_flop
 from m3i_scale.run.setup import ResolvedRun, resolve_engine, start_engine

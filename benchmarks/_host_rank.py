@@ -18,8 +18,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from m3i_scale.config import load_run
 from m3i_scale.data.batch import synthetic_batch
-from m3i_scale.engine.collectives import ProcessGroupRanks
 from m3i_scale.engine.deepspeed.resolve import load_ds_config
+from m3i_scale.objective.ranks import ProcessGroupRanks
 from m3i_scale.objective.recipe import parse_recipe
 from m3i_scale.run.setup import ResolvedRun, resolve_engine, start_engine
 

@@ -10,9 +10,10 @@ import sys
 from pathlib import Path
 
 from deepspeed.accelerator import get_accelerator
+from torch.distributed.elastic.utils.distributed import get_free_port
 
 from m3i_scale.config import load_run
-from m3i_scale.engine.process_group import free_port, start_ranks, stop_ranks
+from m3i_scale.engine.process_group import start_ranks, stop_ranks
 from m3i_scale.run.check import resolve_run
 from m3i_scale.run.hooks import Hook, TrainState
 from m3i_scale.run.start import start_trainer
@@ -60,7 +61,7 @@ def measure(run_file: Path, world: int) -> int:
     everything; elsewhere they start anew, since a device must not be shared with a parent."""
     on_host = get_accelerator().device_name() == "cpu"
     context = multiprocessing.get_context("fork" if on_host else "spawn")
-    port, out = free_port(), run_file.with_suffix("")
+    port, out = get_free_port(), run_file.with_suffix("")
     ranks = [context.Process(target=train, args=(rank, world, port, run_file, out)) for rank in range(world)]
     for process in ranks:
         process.start()

@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from _shards import TINY
+from torch.distributed.elastic.utils.distributed import get_free_port
 
 from m3i_scale.checkpoint.layout import checkpoints, read_meta
 from m3i_scale.config import load_run, resource_folder
-from m3i_scale.engine.process_group import free_port, start_ranks, stop_ranks
+from m3i_scale.engine.process_group import start_ranks, stop_ranks
 from m3i_scale.run.callbacks import Callback, StepRecord
 
 GLOBAL = 24
@@ -101,7 +102,7 @@ def _engine_file(folder: Path, shape: Shape) -> Path:
 
 
 def _segment(folder: Path, ranks: int, arguments: list[str]) -> None:
-    port = str(free_port())
+    port = str(get_free_port())
     common = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     common |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     logs = [folder / f"rank-{rank}.log" for rank in range(ranks)]

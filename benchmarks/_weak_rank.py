@@ -20,8 +20,8 @@ import torch.distributed as dist
 from m3i_scale.config import load_run
 from m3i_scale.data.batch import synthetic_batch
 from m3i_scale.engine.agree import max_over_ranks
-from m3i_scale.engine.collectives import ProcessGroupRanks
 from m3i_scale.engine.process_group import start_ranks, stop_ranks
+from m3i_scale.objective.ranks import ProcessGroupRanks
 from m3i_scale.objective.recipe import parse_recipe
 from m3i_scale.run.setup import ResolvedRun, resolve_engine, start_engine
 

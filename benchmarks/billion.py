@@ -24,10 +24,10 @@ import yaml
 from _common import emit, machine, say
 from deepspeed.accelerator import get_accelerator
 from PIL import Image, ImageDraw
+from torch.distributed.elastic.utils.distributed import get_free_port
 
 from m3i_scale.backbones.families import PRESETS
 from m3i_scale.backbones.sizes import describe_presets
-from m3i_scale.engine.process_group import free_port
 from m3i_scale.errors import EXIT_USER_ERROR, did_you_mean
 
 RANKS, MICRO_BATCH, STEPS, RESUMED_STEPS = 2, 2, 5, 6
@@ -147,7 +147,7 @@ def _planned(run_file: Path) -> dict[str, Any]:
 
 def _train(folder: Path, run_file: Path, steps: int) -> dict[str, Any]:
     command = [str(Path(sys.executable).parent / "deepspeed"), "--no_local_rank", "--num_accelerators", str(RANKS)]
-    command += ["--master_port", str(free_port()), "--module", "m3i_scale", "train", str(run_file)]
+    command += ["--master_port", str(get_free_port()), "--module", "m3i_scale", "train", str(run_file)]
     return _watched([*command, f"optim.steps={steps}"], folder / f"train-{steps}.log")
 
 

@@ -21,10 +21,10 @@ from typing import Any
 import psutil
 import typer
 from _common import emit, machine, say
+from torch.distributed.elastic.utils.distributed import get_free_port
 
 from m3i_scale.backbones.families import PRESETS
 from m3i_scale.backbones.sizes import describe_presets
-from m3i_scale.engine.process_group import free_port
 from m3i_scale.errors import EXIT_USER_ERROR, did_you_mean
 
 RANKS = 2
@@ -157,7 +157,7 @@ def _consolidate(folder: Path, checkpoint: Path, size: str) -> dict[str, Any]:
 
 
 def _ranks(folder: Path, mode: str, world: int) -> dict[str, Any]:
-    port, processes = str(free_port()), []
+    port, processes = str(get_free_port()), []
     common = {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     script = str(Path(__file__).with_name("_checkpoint_rank.py"))
     for rank in range(world):

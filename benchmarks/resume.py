@@ -22,11 +22,11 @@ from pathlib import Path
 import typer
 from _common import emit, machine, say
 from _shards import TINY, make_shards
+from torch.distributed.elastic.utils.distributed import get_free_port
 
 from m3i_scale.checkpoint.layout import step_name
 from m3i_scale.checkpoint.load import saved_weights
 from m3i_scale.checkpoint.manifest import newest_good
-from m3i_scale.engine.process_group import free_port
 
 STEPS = 24
 RUN = f"""
@@ -102,7 +102,7 @@ def _train_until_killed(folder: Path, shards: Path, output: Path, draw: random.R
 
 def _start(folder: Path, shards: Path, output: Path) -> subprocess.Popen[bytes]:
     command = [str(Path(sys.executable).parent / "deepspeed"), "--no_local_rank", "--num_accelerators", "2"]
-    command += ["--master_port", str(free_port()), "--module", "m3i_scale", "train", str(folder / "run.yaml")]
+    command += ["--master_port", str(get_free_port()), "--module", "m3i_scale", "train", str(folder / "run.yaml")]
     command += [f"data.datasets.shapes.path={shards}", f"output_dir={output}"]
     log = output.with_suffix(".log").open("ab")
     environment = {"OMP_NUM_THREADS": "1", **os.environ}

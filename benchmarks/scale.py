@@ -43,15 +43,15 @@ from m3i_scale.config import RunConfig, load_run
 from m3i_scale.data.batch import Batch, synthetic_batch
 from m3i_scale.data.stream import Account
 from m3i_scale.engine.agree import max_over_ranks
-from m3i_scale.engine.collectives import ProcessGroupRanks
 from m3i_scale.engine.deepspeed.resolve import load_ds_config, resolve
+from m3i_scale.engine.device import compute_dtype
 from m3i_scale.engine.parameter_groups import parameter_groups
 from m3i_scale.engine.partition import construct, full_shape, initialize_sharded
-from m3i_scale.engine.precision import compute_dtype
 from m3i_scale.engine.process_group import start_ranks, stop_ranks
-from m3i_scale.host.heartbeat import PHASES
+from m3i_scale.host.rank_record import PHASES
 from m3i_scale.objective.build import build_objective, initialize_module
 from m3i_scale.objective.information import Objective
+from m3i_scale.objective.ranks import ProcessGroupRanks
 from m3i_scale.objective.recipe import parse_recipe
 from m3i_scale.run.data_supply import Fetcher
 from m3i_scale.run.setup import ResolvedRun

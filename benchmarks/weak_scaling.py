@@ -33,11 +33,11 @@ import typer
 from _common import emit, machine, say
 from _links import Hosts, check_links, has_netem, hosts
 from _weak_rank import CLASSES
+from torch.distributed.elastic.utils.distributed import get_free_port
 
 from m3i_scale.config import RunConfig, load_run
 from m3i_scale.engine.deepspeed.resolve import load_ds_config
 from m3i_scale.engine.deepspeed.rules import precision
-from m3i_scale.engine.process_group import free_port
 from m3i_scale.errors import UserError
 from m3i_scale.plan.planning import Choice, Estimate, Model, Vocabulary, estimate, machine_of
 from m3i_scale.run.setup import run_yaml
@@ -56,7 +56,7 @@ class Ranks:
         receive, give = os.pipe()
         take, answer = os.pipe()
         self.processes = []
-        port = free_port()
+        port = get_free_port()
         for rank in range(self.count):
             pipes = [receive, answer] if rank == 0 else [0, 0]
             own = [sys.executable, str(Path(__file__).with_name("_weak_rank.py")), str(run_file), *map(str, pipes)]

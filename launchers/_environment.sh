@@ -1,20 +1,20 @@
-# Sourced by the launchers: find Python, make .venv, install into it, and say at once what is missing and how to mend it.
+# Sourced by the launchers: find Python, make .venv, install into it, and say at once what is missing and how to fix it.
 
-faults=()
+errors=()
 
 # Extensions belong to one environment: two that share a folder would build each other's anew, in turn.
 export TORCH_EXTENSIONS_DIR="${TORCH_EXTENSIONS_DIR:-$PWD/.venv/torch_extensions}"
 
-# need COMMAND "why" "mending command"
+# need COMMAND "why" "command that installs it"
 need() {
-  command -v "$1" >/dev/null 2>&1 || faults+=("$1 is missing ($2)"$'\n'"  mend: $3")
+  command -v "$1" >/dev/null 2>&1 || errors+=("$1 is missing ($2)"$'\n'"  fix: $3")
 }
 
-# Prints all faults found so far and ends with exit code 2, which is that of every mistake a user can mend.
-report_faults() {
-  [ ${#faults[@]} -eq 0 ] && return 0
+# Prints all errors found so far and exits with code 2, which is that of every error a user can fix.
+report_errors() {
+  [ ${#errors[@]} -eq 0 ] && return 0
   printf 'error: this machine is not ready\n' >&2
-  printf -- '- %s\n' "${faults[@]}" >&2
+  printf -- '- %s\n' "${errors[@]}" >&2
   exit 2
 }
 
@@ -29,7 +29,7 @@ find_python() {
   for name in ${PYTHON:-python3 python python3.13 python3.12 python3.11 python3.10}; do
     if fits_python "$name"; then python="$name"; return 0; fi
   done
-  faults+=("no Python 3.10 or newer${PYTHON:+ at PYTHON=$PYTHON}"$'\n'"  mend: apt-get install python3 python3-dev python3-venv, or PYTHON=/path/to/python3 bash $0")
+  errors+=("no Python 3.10 or newer${PYTHON:+ at PYTHON=$PYTHON}"$'\n'"  fix: apt-get install python3 python3-dev python3-venv, or PYTHON=/path/to/python3 bash $0")
 }
 
 # Compilers and headers for DeepSpeed's extensions, which are built at their first use.
@@ -37,7 +37,7 @@ check_compiler() {
   need "${CXX:-g++}" "DeepSpeed builds extensions at first use" "apt-get install g++"
   [ -z "$python" ] && return 0
   if ! "$python" -c 'import os, sysconfig; open(os.path.join(sysconfig.get_paths()["include"], "Python.h")).close()' 2>/dev/null; then
-    faults+=("Python.h is missing (DeepSpeed's extensions include it)"$'\n'"  mend: apt-get install python3-dev")
+    errors+=("Python.h is missing (DeepSpeed's extensions include it)"$'\n'"  fix: apt-get install python3-dev")
   fi
 }
 
@@ -46,16 +46,16 @@ check_disk() {
   local free_kb
   free_kb=$(df -Pk . | awk 'NR == 2 { print $4 }')
   if [ "$free_kb" -lt $(($1 * 1000 * 1000)) ]; then
-    faults+=("$((free_kb / 1000000)) GB of disk are free below $PWD, $1 GB are needed"$'\n'"  mend: free some space, or clone to a larger disk")
+    errors+=("$((free_kb / 1000000)) GB of disk are free below $PWD, $1 GB are needed"$'\n'"  fix: free some space, or clone to a larger disk")
   fi
 }
 
 # The modules behind `python -m venv`; Debian packs them apart from Python.
 check_venv() {
   if [ -x .venv/bin/python ]; then
-    .venv/bin/python -m pip --version >/dev/null 2>&1 || faults+=("$PWD/.venv is broken"$'\n'"  mend: rm -rf $PWD/.venv, and start again")
+    .venv/bin/python -m pip --version >/dev/null 2>&1 || errors+=("$PWD/.venv is broken"$'\n'"  fix: rm -rf $PWD/.venv, and start again")
   elif [ -n "$python" ] && ! "$python" -c 'import venv, ensurepip' 2>/dev/null; then
-    faults+=("'$python -m venv' does not work here"$'\n'"  mend: apt-get install python3-venv")
+    errors+=("'$python -m venv' does not work here"$'\n'"  fix: apt-get install python3-venv")
   fi
 }
 

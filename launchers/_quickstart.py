@@ -109,7 +109,7 @@ def tool(*arguments: str) -> dict[str, Any]:
         raise UserError(
             f"`m3i-scale {' '.join(arguments[:2])}` ended with exit code {done.returncode}",
             why="see above",
-            fix="mend it and run the same command again; finished stages are kept",
+            fix="fix the cause and run the same command again; finished stages are kept",
         )
     document: dict[str, Any] = json.loads(done.stdout)
     return document

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from torch.distributed.elastic.utils.distributed import get_free_port
 
 from m3i_scale.checkpoint.layout import MANIFEST, read_meta
 from m3i_scale.config import RunConfig
-from m3i_scale.engine.process_group import free_port
 from m3i_scale.errors import UserError
 
 POLL_S = 0.05
@@ -127,7 +127,7 @@ class Training:
         """A training in a process group of its own; whatever happens, nothing of it is left afterwards."""
         threads = max((os.cpu_count() or 1) // self.plan.ranks, 1)
         environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-        process = subprocess.Popen(self.plan.command(free_port()), env=environment, start_new_session=True)
+        process = subprocess.Popen(self.plan.command(get_free_port()), env=environment, start_new_session=True)
         try:
             yield process
         finally:

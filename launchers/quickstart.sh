@@ -19,7 +19,7 @@ check_packages() {
   [ -f "$M3I_EMOJI_FOLDER/train/manifest.json" ] && return 0
   need npm "fetches three of the four emoji styles" "apt-get install npm"
   if [ -n "${M3I_NOTO_FONT:-}" ]; then
-    [ -f "$M3I_NOTO_FONT" ] || faults+=("no file M3I_NOTO_FONT=$M3I_NOTO_FONT"$'\n'"  mend: give the path of a NotoColorEmoji.ttf")
+    [ -f "$M3I_NOTO_FONT" ] || errors+=("no file M3I_NOTO_FONT=$M3I_NOTO_FONT"$'\n'"  fix: give the path of a NotoColorEmoji.ttf")
     return 0
   fi
   local other="M3I_NOTO_FONT=/path/to/NotoColorEmoji.ttf bash $0"
@@ -28,7 +28,7 @@ check_packages() {
   command -v apt-cache >/dev/null 2>&1 || return 0
   if ! apt-cache show "$font_package" >/dev/null 2>&1; then
     [ "$(id -u)" = 0 ] && apt-get update -qq >&2 && apt-cache show "$font_package" >/dev/null 2>&1 && return 0
-    faults+=("apt does not know the package $font_package"$'\n'"  mend: sudo apt-get update, or $other")
+    errors+=("apt does not know the package $font_package"$'\n'"  fix: sudo apt-get update, or $other")
   fi
 }
 
@@ -37,11 +37,11 @@ check_venv
 check_compiler
 check_packages
 if [ -x .venv/bin/deepspeed ]; then check_disk 2; else check_disk 6; fi
-report_faults
+report_errors
 
 install_into_venv quickstart -r requirements.txt
 export PATH="$PWD/.venv/bin:$PATH" # ninja, for DeepSpeed's build
 need ninja "DeepSpeed builds with it" ".venv/bin/python -m pip install ninja"
-report_faults
+report_errors
 build_extensions
 exec .venv/bin/python launchers/_quickstart.py "$@"

@@ -32,7 +32,7 @@ find_python
 check_venv
 check_compiler
 if [ -x .venv/bin/pytest ]; then check_disk 1; else check_disk 6; fi
-report_faults
+report_errors
 install_into_venv test -e '.[emoji,report,tensorboard,test]'
 
 export PATH="$PWD/.venv/bin:$PATH" # ninja, for DeepSpeed's build

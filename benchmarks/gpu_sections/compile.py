@@ -11,7 +11,7 @@ from deepspeed.accelerator import get_accelerator
 from tiny import random_batch, tiny_objective
 
 from m3i_scale.engine.compilation import check_compile, compile_layers
-from m3i_scale.engine.precision import allow_tf32
+from m3i_scale.engine.device import allow_tf32
 from m3i_scale.objective.information import Objective
 
 RECIPES = ("m3i", "clip")

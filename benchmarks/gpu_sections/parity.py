@@ -12,7 +12,7 @@ from deepspeed.accelerator import get_accelerator
 from tiny import DINOV2, MAPS, RECIPES, first_weights, random_batch, tiny_objective
 from torch import Tensor
 
-from m3i_scale.engine.precision import allow_tf32
+from m3i_scale.engine.device import allow_tf32
 from m3i_scale.objective.information import Objective
 from m3i_scale.objective.masks import BlockMask, RandomMask
 

@@ -23,7 +23,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.cpp_extension import library_paths
 from traffic_cases import Sizes
 
-from m3i_scale.engine.collectives import ProcessGroupRanks
+from m3i_scale.objective.ranks import ProcessGroupRanks
 
 BOUND = 2
 """Under ZeRO-1: the vote of all ranks, and DeepSpeed's look at the norm of the gradients."""

@@ -21,7 +21,7 @@ from torch import Tensor
 from m3i_scale.checkpoint.layout import TENSORS
 from m3i_scale.checkpoint.manifest import Digest
 from m3i_scale.checkpoint.tensors import NAMES, Index, Piece, even_piece, file_name
-from m3i_scale.engine.precision import join
+from m3i_scale.engine.averages import join
 from m3i_scale.files import sync
 
 FILE_BYTES = 2 * 2**30

@@ -29,9 +29,8 @@ from m3i_scale import __version__
 from m3i_scale.elastic.wire import AGENT_SILENCE, BEAT_S, Message, Writer, decode
 from m3i_scale.errors import EXIT_PREEMPTED
 from m3i_scale.host.failures import LAST_LINES, Failure, explain_exit_code
-from m3i_scale.host.heartbeat import RECORDS, RankState, heartbeat_file, read_heartbeat
 from m3i_scale.host.processes import MARK, end_marked, marked, oom_kills, process_tag
-from m3i_scale.host.rank_record import read_record, record_file
+from m3i_scale.host.rank_record import RECORDS, RankState, heartbeat_file, read_heartbeat, read_record, record_file
 from m3i_scale.run.software import code
 
 _TICK_S = 0.1

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable
 
 from m3i_scale.config import TimeoutsConfig
 from m3i_scale.elastic.wire import Message
-from m3i_scale.host.heartbeat import PHASES
+from m3i_scale.host.rank_record import PHASES
 
 _SLACK_S = 30.0
 """The process group's timeout fires first, because it leaves a trace on every rank."""

@@ -1,36 +1,38 @@
-"""Start the DeepSpeed engine on a (partitioned) module, and load weights into its parameters."""
+"""The DeepSpeed engine: start it on a (partitioned) module, load weights into its parameters, and take steps.
+
+Steps may be skipped, and are clipped without a host-device synchronization. Two helpers of DeepSpeed
+(`deepspeed/runtime/utils.py`) synchronize in every step: one copies a constant from pageable memory, the other reads
+back whether the norm is above the bound. The replacements below compute bit-identical values on the device.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 from unittest import mock
 
 import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
-from deepspeed.runtime import bf16_optimizer
+from deepspeed.runtime import bf16_optimizer, utils
+from deepspeed.runtime.zero import stage3, stage_1_and_2
 from deepspeed.utils import set_z3_leaf_module
 from torch import Tensor, nn
 
 from m3i_scale.backbones.load_plan import LoadPlan
 from m3i_scale.engine.activations import stacks
-from m3i_scale.engine.agree import from_rank_0
+from m3i_scale.engine.agree import from_rank_0, raise_together
 from m3i_scale.engine.deepspeed.rules import optimizer_class
 from m3i_scale.engine.engine_state import count_micro_batches
 from m3i_scale.engine.extensions import awaited_build
 from m3i_scale.engine.parameter_groups import parameter_groups
-from m3i_scale.engine.partition import construct, full_shape, gathered, gradients_by_parameter
+from m3i_scale.engine.partition import construct, full_shape, gathered, gradients_by_parameter, order_gathers
+from m3i_scale.errors import UserError
 
-
-def quiet_deepspeed() -> None:
-    """Limit DeepSpeed's logging to warnings and errors; the toolkit prints its summary of the configuration."""
-    deepspeed.utils.logger.setLevel(logging.WARNING)
-    # DeepSpeed calls collectives by names that newer torch versions rename. A user cannot fix that.
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+_AT_MINIMUM = "loss scale already at minimum"
 
 
 def set_leaves(module: nn.Module) -> None:
@@ -65,19 +67,16 @@ def set_micro_batch_size(engine: Any, micro_batch_size: int) -> None:
     count_micro_batches(engine)
 
 
-@contextlib.contextmanager
-def free_memory_of_torch() -> Iterator[None]:
-    """Make DeepSpeed ask torch for the free GPU memory when it starts an engine.
+def free_memory_of_torch() -> contextlib.AbstractContextManager[Any]:
+    """Return a context in which DeepSpeed asks torch for the free GPU memory when it starts an engine.
 
     If pynvml is installed, DeepSpeed asks the driver. That fails on names of GPUs and MIG slices in
     `CUDA_VISIBLE_DEVICES` (`_get_nvml_gpu_id` of its CUDA accelerator).
     """
     accelerator = get_accelerator()
     if accelerator.device_name() != "cuda":
-        yield
-        return
-    with mock.patch.object(accelerator, "available_memory", lambda device=None: torch.cuda.mem_get_info(device)[0]):
-        yield
+        return contextlib.nullcontext()
+    return mock.patch.object(accelerator, "available_memory", lambda device=None: torch.cuda.mem_get_info(device)[0])
 
 
 def build_engine(
@@ -97,7 +96,9 @@ def build_engine(
         weight_decay: applied to matrices only.
         lr_scales: learning rate multipliers by parameter name; the default is 1.
     """
-    quiet_deepspeed()
+    deepspeed.utils.logger.setLevel(logging.WARNING)  # the toolkit prints its summary of the configuration
+    # DeepSpeed calls collectives by names that newer torch versions rename. A user cannot fix that.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     module = construct(build, ds_config)
     initialize(module)
     set_leaves(module)
@@ -142,7 +143,7 @@ def stream_into(module: nn.Module, prefix: str, open_stream: Callable[[], LoadPl
     for name in names:
         # The other ranks take part in the same gathers, so an error is raised only after all of them.
         error = _write(parameters[prefix + name], tensors if error is None else None) or error
-    from_rank_0(lambda: _raise(error))
+    raise_together(error, names_rank=False)
 
 
 @torch.no_grad()
@@ -153,6 +154,8 @@ def _write(parameter: nn.Parameter, tensors: Iterator[Tensor] | None) -> Excepti
     failed: Exception | None = None
     try:
         value = None if tensors is None else next(tensors)
+    except StopIteration:
+        failed = RuntimeError("a stream of weights has fewer values than names")
     except Exception as error:
         failed = error
     with gathered([parameter], write=True):
@@ -164,8 +167,83 @@ def _write(parameter: nn.Parameter, tensors: Iterator[Tensor] | None) -> Excepti
     return failed
 
 
-def _raise(error: Exception | None) -> None:
-    if isinstance(error, StopIteration):
-        raise RuntimeError("a stream of weights has fewer values than names") from error
-    if error is not None:
-        raise error
+def loss_scale(engine: Any) -> float | None:
+    """Return the loss scale; None unless the engine computes in fp16."""
+    return float(engine.optimizer.cur_scale) if engine.fp16_enabled() else None
+
+
+def take_step(engine: Any) -> None:
+    """Call `engine.step()` and order later weight gathers after it. An fp16 overflow skips the optimizer and halves the
+    loss scale."""
+    try:
+        with _clipping_on_device():
+            engine.step()
+    except Exception as error:  # DeepSpeed raises nothing narrower
+        if _AT_MINIMUM not in str(error):
+            raise
+        raise UserError(
+            f"gradients are not finite even at the smallest loss scale, {loss_scale(engine):g}",
+            where="fp16.min_loss_scale",
+            why="the run diverges, or its activations are too large for fp16",
+            fix="start again from an earlier checkpoint with a lower optim.lr, or take a GPU with bf16",
+        ) from None
+    order_gathers(engine)
+
+
+@contextlib.contextmanager
+def undone_if_skipped(engine: Any, module: nn.Module) -> Iterator[None]:
+    """Restore the buffers of `module` if the step taken inside is skipped, so that they keep no statistics of a bad
+    batch. The gradient may be non-finite far below the encoder output even if the monitored values are finite."""
+    before = [buffer.clone() for buffer in module.buffers()]
+    yield
+    if not engine.was_step_applied():
+        with torch.no_grad():
+            for buffer, value in zip(module.buffers(), before, strict=True):
+                buffer.copy_(value)
+
+
+def spread_nonfinite(loss: Tensor) -> Tensor:
+    """Return the bit-identical loss with the same gradient; if the loss is not finite, its full gradient becomes NaN.
+
+    A loss may be NaN although its gradients are finite. Each ZeRO stage skips a step with a non-finite global gradient
+    norm, so all ranks skip such steps. This needs no device synchronization.
+    """
+    return loss * (1 + 0 * loss.detach())  # 0 times inf or NaN is NaN
+
+
+def mark_invalid_norm(norm: Tensor, device: Any = None, val: float = -1.0) -> None:
+    """Replace a NaN or infinite norm by `val` in place, as DeepSpeed's `mask_nan_or_inf_with_val_inplace`."""
+    norm.masked_fill_(~norm.isfinite(), val)
+
+
+def clip_by_norm(
+    input_tensors: Iterable[Tensor],
+    max_norm: float = 1.0,
+    global_norm: Any = None,
+    mpu: Any = None,
+    eps: float = 1e-6,
+) -> Any:
+    """Scale tensors in place to a global norm of at most `max_norm`, as DeepSpeed's `clip_tensors_by_global_norm`;
+    return the norm before clipping. Below the bound DeepSpeed skips the multiplication; this multiplies by 1, which
+    changes no bit."""
+    tensors = [tensor.detach() for tensor in input_tensors]
+    if global_norm is None:
+        global_norm = utils.get_global_norm_of_tensors(tensors, mpu=mpu)
+    factor = torch.as_tensor(max_norm / (global_norm + eps))
+    torch._foreach_mul_(tensors, factor.masked_fill(~(factor < 1), 1.0))
+    return global_norm
+
+
+_REPLACEMENTS = {"mask_nan_or_inf_with_val_inplace": mark_invalid_norm, "clip_tensors_by_global_norm": clip_by_norm}
+
+
+@contextlib.contextmanager
+def _clipping_on_device() -> Iterator[None]:
+    """Make DeepSpeed optimizers that step inside use the replacements. A helper that the DeepSpeed version lacks is not
+    replaced."""
+    with contextlib.ExitStack() as stack:
+        for module in (utils, bf16_optimizer, stage_1_and_2, stage3):
+            for name, replacement in _REPLACEMENTS.items():
+                if hasattr(module, name):
+                    stack.enter_context(mock.patch.object(module, name, replacement))
+        yield

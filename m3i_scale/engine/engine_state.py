@@ -34,27 +34,18 @@ class Piece:
     """Live flat views by kind: the master weights, and the moments once the optimizer has taken a step."""
 
 
-@dataclass(frozen=True)
-class _Slice:
-    """Position of a piece in the optimizer's flat tensors."""
-
-    flat: Tensor
-    offset: int
-    start: int
-    numel: int
-
-
 def pieces(engine: Any) -> Iterator[Piece]:
     """Yield this rank's shards of all trained parameters without padding, in module order."""
     states = engine.optimizer.optimizer.state
     for name, parameter in trained(engine.module):
         place = _place(engine.optimizer, parameter)
-        if place is None or not place.numel:
+        if place is None:
             continue
-        moments = states.get(place.flat, {})
-        held = {MASTER: place.flat.data, **{kind: moments[kind].data for kind in MOMENTS if kind in moments}}
-        views = {kind: tensor.view(-1).narrow(0, place.offset, place.numel) for kind, tensor in held.items()}
-        yield Piece(name, place.start, place.numel, views)
+        flat, offset, start, numel = place
+        moments = states.get(flat, {})
+        held = {MASTER: flat.data, **{kind: moments[kind].data for kind in MOMENTS if kind in moments}}
+        views = {kind: tensor.view(-1).narrow(0, offset, numel) for kind, tensor in held.items()}
+        yield Piece(name, start, numel, views)
 
 
 def trained(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -206,15 +197,16 @@ def _flat_tensors(optimizer: Any) -> list[Tensor]:
     raise TypeError(f"no master weights are known in {type(optimizer).__name__}")
 
 
-def _place(optimizer: Any, parameter: nn.Parameter) -> _Slice | None:
+def _place(optimizer: Any, parameter: nn.Parameter) -> tuple[Tensor, int, int, int] | None:
+    """Return (flat tensor of the optimizer, offset in it, first element of the parameter, elements) of a piece; None if
+    this rank has none."""
     if is_partitioned(parameter):
         group, offset, numel = optimizer.grad_position[optimizer.get_param_id(parameter)]
         start = numel * optimizer._get_param_partition_rank(parameter)
         held = max(0, min(numel, full_shape(parameter).numel() - start))
-        return _Slice(optimizer.fp32_partitioned_groups_flat[group], offset, start, held)
+        return (optimizer.fp32_partitioned_groups_flat[group], offset, start, held) if held else None
     mapping = getattr(parameter, "_hp_mapping", None)
-    if mapping is None:
+    if mapping is None or not mapping.hp_fragment_address.numel:
         return None
-    flat = _flat_tensors(optimizer)[mapping.param_group_index]
     low, high = mapping.lp_fragment_address, mapping.hp_fragment_address
-    return _Slice(flat, high.start, low.start, high.numel)
+    return _flat_tensors(optimizer)[mapping.param_group_index], high.start, low.start, high.numel

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from m3i_scale.backbones.first_values import Initialize, draw_first_values
-from m3i_scale.engine.precision import compute_dtype
+from m3i_scale.engine.device import compute_dtype
 from m3i_scale.errors import ConfigError
 
 

@@ -19,11 +19,11 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
 from m3i_scale.engine.agree import from_rank_0, gather_objects, join_host_group
-from m3i_scale.engine.collectives import ProcessGroupRanks
+from m3i_scale.engine.device import keep_host_memory
 from m3i_scale.engine.extensions import awaited_build, find_ninja, keep_to_environment, sweep_stale_locks
-from m3i_scale.engine.host_memory import keep_host_memory
 from m3i_scale.errors import CheckpointError, UserError
 from m3i_scale.host.store import await_ranks, choose_interface, open_alone
+from m3i_scale.objective.ranks import ProcessGroupRanks
 from m3i_scale.rank_variables import adopt_rank_variables
 from m3i_scale.text import listed
 
@@ -168,10 +168,3 @@ def stop_ranks(*, wait: bool) -> None:
         if wait:
             dist.barrier()
         dist.destroy_process_group()
-
-
-def free_port() -> int:
-    """Return a port that is currently free."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -24,7 +24,7 @@ from m3i_scale.evaluate.pictures.dense import dense_pca_side_by_side
 from m3i_scale.evaluate.samples import Table, check_apart, open_table, shared_shards
 from m3i_scale.evaluate.towers import Towers, why_no_towers
 from m3i_scale.evaluate.trained_model import load_trained_model
-from m3i_scale.host.picture_files import Picture
+from m3i_scale.run.callbacks import Picture
 
 COMPARED = (*PROBES, *WITH_TEXT)
 BEFORE, AFTER = "before", "after"

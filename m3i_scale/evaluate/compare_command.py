@@ -20,7 +20,7 @@ from m3i_scale.output import print_json, wide_console
 from m3i_scale.text import without_secrets
 
 if TYPE_CHECKING:
-    from m3i_scale.host.picture_files import Picture
+    from m3i_scale.run.callbacks import Picture
 
 _COLUMNS = ("measure", "before", "after", "difference", "interval", "change")
 
@@ -88,7 +88,7 @@ def comparison_table(document: dict[str, Any]) -> RenderableType:
 
 def write_comparison(document: dict[str, Any], pictures: Mapping[str, Picture], page: Path) -> None:
     """Write a page with the tables of a comparison and its pictures by dataset."""
-    from m3i_scale.host.picture_files import jpeg
+    from m3i_scale.evaluate.pictures.draw import jpeg
     from m3i_scale.report.html_file import rendered, write_page
 
     sets = [

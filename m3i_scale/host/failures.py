@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import signal
+from collections import Counter
 from collections.abc import Iterable, Iterator, MutableMapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -112,16 +113,15 @@ def failure_text(cause: Failure, others: Sequence[Failure], output_dir: Path) ->
         lines += [f"    {line}" for line in cause.lines[-LAST_LINES:]]
     if others:
         lines.append(f"  after it: {_counted(others)}")
-    if (collectives := recorded_text(output_dir / RANK_RECORDS)) is not None:
-        lines.append(f"  {collectives}")
+    folder = output_dir / RANK_RECORDS
+    if count := len(list(folder.glob(f"{COLLECTIVES}*"))):
+        who = "1 rank wrote down its" if count == 1 else f"{count} ranks wrote down their"
+        lines.append(f"  {who} last collectives: torchfrtrace {folder} -p {COLLECTIVES}")
     return "\n".join(lines)
 
 
 def _counted(others: Sequence[Failure]) -> str:
-    words: dict[str, int] = {}
-    for other in others:
-        message = other.message.splitlines()[0][:100] if other.message else other.kind
-        words[message] = words.get(message, 0) + 1
+    words = Counter(other.message.splitlines()[0][:100] if other.message else other.kind for other in others)
     texts = [f"{count} × {message}" for message, count in list(words.items())[:3]]
     return "; ".join(texts) + (" …" if len(words) > 3 else "")
 
@@ -130,8 +130,7 @@ def write_failure(output_dir: Path, cause: Failure, others: Sequence[Failure], *
     """Write OUTPUT/failure.json atomically; `more` are further fields, such as the attempt."""
     output_dir.mkdir(parents=True, exist_ok=True)
     path = output_dir / FAILURE
-    content = {"cause": asdict(cause), "others": [asdict(other) for other in others], **more}
-    write_json(path, content)
+    write_json(path, {"cause": asdict(cause), "others": [asdict(other) for other in others], **more})
     return path
 
 
@@ -219,12 +218,3 @@ def record_collectives(folder: Path, environment: MutableMapping[str, str]) -> I
     yield
     with contextlib.suppress(OSError):  # not after an error, because other ranks may still write
         folder.rmdir()
-
-
-def recorded_text(folder: Path) -> str | None:
-    """Return a line about the recorded collectives; None if there are none."""
-    count = len(list(folder.glob(f"{COLLECTIVES}*")))
-    if not count:
-        return None
-    who = "1 rank wrote down its" if count == 1 else f"{count} ranks wrote down their"
-    return f"{who} last collectives: torchfrtrace {folder} -p {COLLECTIVES}"

@@ -1,34 +1,111 @@
-"""Error reports: a failing rank records when, where and why it failed, for its launcher.
+"""Heartbeats and error reports of ranks, for their launcher.
 
-Agents detect ranks killed by a signal. Other launchers do not, so without an agent a rank also records its start and
-its end.
+Heartbeats are small files that ranks map into memory and their host's agent reads, even after a kill. A beat needs no
+system call and no thread that could starve: the kernel keeps the page of a killed process.
+
+A failing rank records when, where and why it failed. Agents detect ranks killed by a signal. Other launchers do not, so
+without an agent a rank also records its start and its end.
 """
 
 from __future__ import annotations
 
 import contextlib
 import faulthandler
+import mmap
 import os
 import socket
+import struct
 import time
 import traceback
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from m3i_scale.errors import EXIT_PREEMPTED, EXIT_USER_ERROR, MissingRanksError, UserError
 from m3i_scale.files import json_line, read_json, read_json_lines, write_json
 from m3i_scale.host.failures import COLLECTIVES, Failure, Kind
-from m3i_scale.host.heartbeat import RECORDS, Heartbeat, heartbeat_file
 from m3i_scale.host.output_dir import RANK_RECORDS
 from m3i_scale.output import print_line
 from m3i_scale.rank_variables import adopt_rank_variables
+
+PHASES = ("data", "forward", "teacher", "heads", "backward", "reduce", "optimizer", "ema", "other")
+"""In the order of a step; `other` is the remaining time."""
+
+RECORDS = "M3I_SCALE_RECORDS"
+"""Environment variable: this host's folder for heartbeats and error files of its ranks."""
+
+_LAYOUT = struct.Struct("<qqdd16s")
 
 RECORD_FILES = ("rank-*.json", "host-*.jsonl", f"{COLLECTIVES}*")
 """Errors of failed ranks, starts and ends of a host's ranks, and recorded collectives."""
 _TRACE = 30
 _SILENT = "the rank ended without an error report: killed (for want of memory, most often), or its host is gone"
+
+
+@dataclass(frozen=True)
+class RankState:
+    """State of a rank, as read by an agent."""
+
+    step: int
+    """Completed optimizer steps; −1 before the loop."""
+    began: int
+    """Step at which the loop began; −1 before."""
+    phase: str
+    """A phase of the step, or the activity outside of steps (start, open, resume, save, evaluate …)."""
+    changed: float
+    """Unix time of the last change."""
+    timeout_s: float
+    """Collective timeout of this phase; 0 before the training loop sets one."""
+
+
+def heartbeat_file(folder: Path, rank: int) -> Path:
+    """Return the heartbeat file of a rank in its host's folder for records."""
+    return folder / f"rank-{rank:05d}.heartbeat"
+
+
+class Heartbeat:
+    """Heartbeat of this rank. If `path` is None, step and phase are tracked for its error record, but not written."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.step, self.phase = -1, "start"
+        self.timeout_s = 0.0
+        """Written with the next beat."""
+        self._began = -1
+        self._map: mmap.mmap | None = None
+        if path is not None:
+            path.write_bytes(bytes(_LAYOUT.size))  # a sparse file would cause SIGBUS on a full disk
+            with path.open("r+b") as file:
+                self._map = mmap.mmap(file.fileno(), _LAYOUT.size)
+        self._write()
+
+    def at(self, phase: str, step: int | None = None) -> None:
+        """Record that the rank begins `phase` (at most 16 letters); `step`: completed steps, if they have changed
+        too."""
+        self.phase = phase
+        if step is not None:
+            self.step = step
+            self._began = step if self._began < 0 else self._began
+        self._write()
+
+    def _write(self) -> None:
+        if self._map is not None:
+            name = self.phase.encode()[:16]
+            self._map[:] = _LAYOUT.pack(self.step, self._began, time.time(), self.timeout_s, name)
+
+
+def read_heartbeat(path: Path) -> RankState | None:
+    """Read a rank's heartbeat; None before its first beat."""
+    try:
+        raw = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    if len(raw) != _LAYOUT.size:
+        return None
+    step, began, changed, timeout_s, name = _LAYOUT.unpack(raw)
+    if not changed:
+        return None
+    return RankState(step, began, name.rstrip(b"\0").decode(errors="replace"), changed, timeout_s)
 
 
 @contextlib.contextmanager
@@ -41,8 +118,8 @@ def recorded(output_dir: Path) -> Iterator[Heartbeat]:
     adopt_rank_variables(os.environ)
     rank = int(os.environ.get("RANK", "0"))
     agent_folder = os.environ.get(RECORDS)
-    heartbeat = Heartbeat(heartbeat_file(Path(agent_folder), rank) if agent_folder else None)
     folder = Path(agent_folder) if agent_folder else None
+    heartbeat = Heartbeat(heartbeat_file(folder, rank) if folder is not None else None)
     if folder is None and "WORLD_SIZE" in os.environ:
         folder = output_dir / RANK_RECORDS
     if folder is not None:
@@ -53,7 +130,8 @@ def recorded(output_dir: Path) -> Iterator[Heartbeat]:
     try:
         yield heartbeat
     except BaseException as error:
-        if folder is not None and not _is_normal_end(error):
+        is_normal_end = isinstance(error, SystemExit) and error.code in (None, 0, EXIT_PREEMPTED)
+        if folder is not None and not is_normal_end:
             failure = _failure(error, rank, heartbeat)
             try:
                 write_record(folder, failure)
@@ -64,10 +142,6 @@ def recorded(output_dir: Path) -> Iterator[Heartbeat]:
         raise
     if folder is not None:
         _end(folder, rank)
-
-
-def _is_normal_end(error: BaseException) -> bool:
-    return isinstance(error, SystemExit) and error.code in (None, 0, EXIT_PREEMPTED)
 
 
 def _failure(error: BaseException, rank: int, heartbeat: Heartbeat) -> Failure:

@@ -58,9 +58,10 @@ def await_ranks(timeout_s: float) -> None:
         if answer:
             time.sleep(_LINGER_S)  # the store ends with this process, and the others must read it first
     else:
+        answer = "rank 0 had joined, and has ended"
         with contextlib.suppress(RuntimeError):  # rank 0 has ended, or the network failed
             store.wait([_ANSWER], timedelta(seconds=timeout_s + _ANSWER_S))
-        answer = store.get(_ANSWER).decode() if _has(store, _ANSWER) else "rank 0 had joined, and has ended"
+            answer = store.get(_ANSWER).decode()
     if answer:
         raise MissingRanksError(
             answer,
@@ -78,9 +79,9 @@ def open_alone() -> int:
 def choose_interface(timeout_s: float) -> None:
     """Set gloo's network interface on several hosts, if it is not set; see `set_interface`. Every rank calls it, after
     `await_ranks`."""
-    if not _several_hosts():
-        return
     rank, world, address = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), os.environ["MASTER_ADDR"]
+    if (ranks_on_host(os.environ) or world) >= world:  # on one host, or the number of local ranks is unknown
+        return
     if _of_agent():
         store = TCPStore(address, int(os.environ["MASTER_PORT"]), world, is_master=False, wait_for_workers=False)
     else:
@@ -131,13 +132,6 @@ def local_address(host: str) -> str:
 def is_loopback(address: str) -> bool:
     """Return whether the address is reachable from this host only."""
     return ipaddress.ip_address(address.partition("%")[0]).is_loopback
-
-
-def _has(store: TCPStore, key: str) -> bool:
-    try:
-        return bool(store.check([key]))
-    except RuntimeError:  # the store is gone
-        return False
 
 
 def _store(rank: int, timeout_s: float) -> TCPStore:
@@ -200,9 +194,3 @@ def _hosts_of_deepspeed() -> dict[int, str]:
         return dict(enumerate(host for host, slots in world.items() for _ in slots))
     except (psutil.Error, AttributeError, IndexError, ValueError, TypeError):
         return {}
-
-
-def _several_hosts() -> bool:
-    """Return whether ranks run on other hosts; False if the number of local ranks is unknown."""
-    world = int(os.environ["WORLD_SIZE"])
-    return (ranks_on_host(os.environ) or world) < world

@@ -37,7 +37,7 @@ SNAPSHOT = "snapshot"
 ACTIVATIONS, COLLECTIVES, WORKSPACE = "activations", "collectives", "temporaries"
 _OF_ROLE: dict[Role, str] = {"trained": PARAMETERS, "momentum": MOMENTUM, "teacher": TEACHER, "frozen": PARAMETERS}
 HOLES = 0.36
-"""Heap fragmentation of a rank on a CPU, as a fraction of the peak; glibc keeps freed memory (`engine/host_memory.py`).
+"""Heap fragmentation of a rank on a CPU, as a fraction of the peak; glibc keeps freed memory (`engine/device.py`).
 It depends on all allocations of a process and is therefore measured (docs/plan.md)."""
 _NORM_BYTES = 8
 """Gradient norms are computed in fp64."""

@@ -21,8 +21,8 @@ from m3i_scale.data.tokenizer import find_tokenizer
 from m3i_scale.defaults import NO_CLASS
 from m3i_scale.engine.activations import apply_activation_checkpointing
 from m3i_scale.engine.deepspeed.resolve import ResolvedConfig
+from m3i_scale.engine.device import keeps_host_memory
 from m3i_scale.engine.engine import set_leaves
-from m3i_scale.engine.host_memory import keeps_host_memory
 from m3i_scale.engine.parameter_groups import is_matrix
 from m3i_scale.errors import ConfigError
 from m3i_scale.objective.build import build_on_meta, ema_pairs, scales_of

@@ -14,7 +14,7 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
 from m3i_scale.engine.agree import max_over_ranks, mean_over_ranks
-from m3i_scale.host.heartbeat import PHASES
+from m3i_scale.host.rank_record import PHASES
 from m3i_scale.objective.information import Objective
 from m3i_scale.run.callbacks import StepRecord
 from m3i_scale.run.flops import Work

@@ -19,18 +19,17 @@ from m3i_scale.data.tokenizer import tokenizer_identity
 from m3i_scale.engine.activations import apply_activation_checkpointing, policy_of_switches
 from m3i_scale.engine.agree import from_rank_0, open_together
 from m3i_scale.engine.averages import ShardedEma
-from m3i_scale.engine.collectives import ProcessGroupRanks
 from m3i_scale.engine.compilation import compile_layers
 from m3i_scale.engine.deepspeed.effective import check_effective
 from m3i_scale.engine.deepspeed.resolve import ResolvedConfig, load_ds_config, resolve
+from m3i_scale.engine.device import allow_tf32, compute_dtype, pinning
 from m3i_scale.engine.engine import build_engine, stream_into
-from m3i_scale.engine.host_memory import pinning
 from m3i_scale.engine.partition import initialize_sharded, keep_in_checkpoints, order_gathers
-from m3i_scale.engine.precision import allow_tf32, compute_dtype
 from m3i_scale.errors import ConfigError
 from m3i_scale.files import sha256_of_json
 from m3i_scale.objective.build import build_objective, ema_pairs, initialize_module, scales_of
 from m3i_scale.objective.information import EMA_PREFIX, TEACHERS_PREFIX, Objective
+from m3i_scale.objective.ranks import ProcessGroupRanks
 from m3i_scale.objective.recipe import without_folders
 from m3i_scale.objective.teacher import Teacher, teachers_sha256
 from m3i_scale.run.with_data import RunWithData, open_stream

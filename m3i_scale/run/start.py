@@ -15,10 +15,10 @@ from m3i_scale.checkpoint.commit import explain
 from m3i_scale.config import RunConfig
 from m3i_scale.data.loader import TrainStream
 from m3i_scale.engine.activations import describe_activations
-from m3i_scale.engine.collectives import ProcessGroupRanks
 from m3i_scale.engine.engine import set_micro_batch_size
 from m3i_scale.files import write_json
-from m3i_scale.host.heartbeat import Heartbeat
+from m3i_scale.host.rank_record import Heartbeat
+from m3i_scale.objective.ranks import ProcessGroupRanks
 from m3i_scale.output import wide_console
 from m3i_scale.run.callbacks import Callback, CallbackList
 from m3i_scale.run.data_supply import check_sources_last

@@ -17,18 +17,17 @@ from m3i_scale.checkpoint.layout import stopped_words
 from m3i_scale.config import RunConfig
 from m3i_scale.data.parts import PartWorkers, started_workers
 from m3i_scale.engine.agree import from_rank_0, together
-from m3i_scale.engine.collectives import ProcessGroupRanks
 from m3i_scale.engine.deepspeed.resolve import explain_table
 from m3i_scale.engine.deepspeed.rules import precision
+from m3i_scale.engine.device import compute_deterministically, nondeterminism_explained
 from m3i_scale.engine.engine import awaited_optimizer
-from m3i_scale.engine.precision import compute_deterministically, nondeterminism_explained
 from m3i_scale.engine.process_group import check_shared, start_ranks, stop_ranks
 from m3i_scale.errors import UserError
 from m3i_scale.files import atomic_write, write_json
 from m3i_scale.host.failures import record_collectives
-from m3i_scale.host.heartbeat import Heartbeat
 from m3i_scale.host.output_dir import RANK_RECORDS, launch_of, lock_directory
-from m3i_scale.host.rank_record import recorded
+from m3i_scale.host.rank_record import Heartbeat, recorded
+from m3i_scale.objective.ranks import ProcessGroupRanks
 from m3i_scale.output import wide_console
 from m3i_scale.rank_variables import ranks_on_host
 from m3i_scale.run.callbacks import Callback

@@ -13,8 +13,7 @@ import time
 from pathlib import Path
 
 from m3i_scale.errors import DataError
-from m3i_scale.host.heartbeat import Heartbeat
-from m3i_scale.host.rank_record import recorded
+from m3i_scale.host.rank_record import Heartbeat, recorded
 
 RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 OUTPUT = Path(sys.argv[1])

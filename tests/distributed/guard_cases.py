@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from m3i_scale.config import GuardConfig
 from m3i_scale.data.stream import Account
-from m3i_scale.engine.optimizer_step import spread_nonfinite, take_step, undone_if_skipped
+from m3i_scale.engine.engine import spread_nonfinite, take_step, undone_if_skipped
 from m3i_scale.errors import UserError
 from m3i_scale.run.data_supply import Fetcher
 from m3i_scale.run.hooks import MicroBatchResult

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from m3i_scale.checkpoint.load import load_checkpoint
 from m3i_scale.checkpoint.saver import Saver
-from m3i_scale.engine.optimizer_step import loss_scale, take_step, undone_if_skipped
+from m3i_scale.engine.engine import loss_scale, take_step, undone_if_skipped
 from m3i_scale.objective.build import build_objective
 from m3i_scale.run.meter import Meter
 from m3i_scale.run.setup import start_engine

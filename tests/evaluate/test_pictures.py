@@ -29,9 +29,9 @@ from m3i_scale.evaluate.pictures.dense import (
     pca_colours,
     similarity,
 )
-from m3i_scale.evaluate.pictures.draw import RIGHT, Cell, drawable, framed, grid, heat_over
+from m3i_scale.evaluate.pictures.draw import RIGHT, Cell, drawable, framed, grid, heat_over, write_pictures
 from m3i_scale.evaluate.pictures.ranked import best_of
-from m3i_scale.host.picture_files import Picture, write_pictures
+from m3i_scale.run.callbacks import Picture
 
 GREY = Image.new("RGB", (64, 64), (128, 128, 128))
 

@@ -30,7 +30,7 @@ from m3i_scale.checkpoint.saver import BackgroundCall
 from m3i_scale.checkpoint.tensors import Index
 from m3i_scale.data.batch import Batch
 from m3i_scale.engine import agree
-from m3i_scale.engine.precision import compute_dtype
+from m3i_scale.engine.device import compute_dtype
 from m3i_scale.run import setup
 from m3i_scale.run.hooks import checkpointing, metrics
 from m3i_scale.run.setup import ResolvedRun

@@ -18,9 +18,9 @@ from m3i_scale.backbones.build import backbone_config
 from m3i_scale.config import RunConfig
 from m3i_scale.data.batch import Batch
 from m3i_scale.data.stream import Account
-from m3i_scale.engine.collectives import ProcessGroupRanks
 from m3i_scale.engine.deepspeed.resolve import resolve
-from m3i_scale.engine.host_memory import pinning
+from m3i_scale.engine.device import pinning
+from m3i_scale.objective.ranks import ProcessGroupRanks
 from m3i_scale.objective.recipe import parse_recipe
 from m3i_scale.run import flops
 from m3i_scale.run.setup import ResolvedRun

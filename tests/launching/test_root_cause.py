@@ -9,10 +9,13 @@ import pytest
 
 from m3i_scale.errors import MissingRanksError, UserError
 from m3i_scale.host.failures import Failure, failure_text, record_collectives, root_cause, write_failure
-from m3i_scale.host.heartbeat import RECORDS, Heartbeat, heartbeat_file, read_heartbeat
 from m3i_scale.host.output_dir import RANK_RECORDS, launch_lock, lock_directory
 from m3i_scale.host.rank_record import (
+    RECORDS,
+    Heartbeat,
     forget_records,
+    heartbeat_file,
+    read_heartbeat,
     read_record,
     read_records,
     record_file,

@@ -9,8 +9,7 @@ from typing import Any
 
 from PIL import Image
 
-from m3i_scale.host.picture_files import Picture
-from m3i_scale.run.callbacks import Rewind, RunInfo, StepRecord
+from m3i_scale.run.callbacks import Picture, Rewind, RunInfo, StepRecord
 
 CONFIG = {"name": "demo", "data": {"datasets": {"a": {"path": "https://me:hunter2@host/x.tar?signature=abc"}}}}
 

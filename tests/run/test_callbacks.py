@@ -23,9 +23,8 @@ from PIL import Image
 
 import m3i_scale
 from m3i_scale.errors import ConfigError, UserError
-from m3i_scale.host.heartbeat import PHASES
-from m3i_scale.host.picture_files import Picture
-from m3i_scale.run.callbacks import Callback, CallbackList, RunInfo, StepRecord, flatten
+from m3i_scale.host.rank_record import PHASES
+from m3i_scale.run.callbacks import Callback, CallbackList, Picture, RunInfo, StepRecord, flatten
 from m3i_scale.run.callbacks.metrics import MetricsWriter
 from m3i_scale.run.callbacks.trackers import TensorBoardWriter, WandbWriter
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from m3i_scale.engine import host_memory
-from m3i_scale.engine.host_memory import pinning
+from m3i_scale.engine import device
+from m3i_scale.engine.device import pinning
 from m3i_scale.run import data_supply
 from m3i_scale.run.data_supply import DeviceCopies
 
@@ -62,7 +62,7 @@ class Copies(TorchDispatchMode):
 
 def test_a_copy_is_made_beside_the_work_that_waits_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     accelerator = Accelerator()
-    for module in (data_supply, host_memory):
+    for module in (data_supply, device):
         monkeypatch.setattr(module, "get_accelerator", lambda: accelerator)
     monkeypatch.setattr(Tensor, "record_stream", lambda tensor, stream: accelerator.done.append(("keep", stream)))
     batch = random_batch(2)

@@ -25,8 +25,8 @@ from shapes import metrics, train, write_run
 
 from m3i_scale.checkpoint.load import saved_weights
 from m3i_scale.checkpoint.manifest import verify
-from m3i_scale.host.heartbeat import PHASES
 from m3i_scale.host.output_dir import launch_lock
+from m3i_scale.host.rank_record import PHASES
 from m3i_scale.run.stop import stop
 
 STEPS = 8

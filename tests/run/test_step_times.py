@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from m3i_scale.config import TimeoutsConfig
-from m3i_scale.host.heartbeat import PHASES, Heartbeat, read_heartbeat
+from m3i_scale.host.rank_record import PHASES, Heartbeat, read_heartbeat
 from m3i_scale.run import meter
 from m3i_scale.run.hooks import Timeouts
 from m3i_scale.run.meter import StepTimes

@@ -18,8 +18,8 @@ import torch.distributed as dist
 from plain_engine import GLOBAL_BATCH, Small, config_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from m3i_scale.engine.engine import take_step
 from m3i_scale.engine.engine_state import pieces
-from m3i_scale.engine.optimizer_step import take_step
 
 BOUNDS = (1e-3, 1e3)
 """All of the steps are clipped, or none is."""

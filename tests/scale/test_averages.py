@@ -9,11 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from m3i_scale.engine.averages import ShardedEma
+from m3i_scale.engine.averages import ShardedEma, join
+from m3i_scale.engine.engine import take_step
 from m3i_scale.engine.engine_state import publish
-from m3i_scale.engine.optimizer_step import take_step
 from m3i_scale.engine.partition import order_gathers
-from m3i_scale.engine.precision import join
 from m3i_scale.errors import ConfigError
 
 PAIRS = [("online.weight", "target.weight"), ("online.bias", "target.bias")]

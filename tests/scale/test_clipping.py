@@ -13,7 +13,7 @@ from deepspeed.runtime import utils
 from launch import TESTS, start_ranks
 from torch import Tensor
 
-from m3i_scale.engine.optimizer_step import clip_by_norm, mark_invalid_norm
+from m3i_scale.engine.engine import clip_by_norm, mark_invalid_norm
 
 pytestmark = pytest.mark.slow
 

@@ -10,7 +10,7 @@ import torch
 import torch._inductor.config
 import torch.utils.deterministic
 
-from m3i_scale.engine.precision import (
+from m3i_scale.engine.device import (
     allow_tf32,
     check_deterministic,
     compute_deterministically,

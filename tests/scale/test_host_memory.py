@@ -11,7 +11,7 @@ import pytest
 SCRIPT = """
 import resource
 import torch
-from m3i_scale.engine.host_memory import keep_host_memory
+from m3i_scale.engine.device import keep_host_memory
 
 keep_host_memory()
 

@@ -9,9 +9,9 @@ import torch
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from torch import nn
 
-from m3i_scale.engine import optimizer_step as under_test
+from m3i_scale.engine import engine as under_test
+from m3i_scale.engine.engine import loss_scale, spread_nonfinite, take_step, undone_if_skipped
 from m3i_scale.engine.engine_state import restore_counters
-from m3i_scale.engine.optimizer_step import loss_scale, spread_nonfinite, take_step, undone_if_skipped
 from m3i_scale.errors import UserError
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import Tensor
@@ -16,7 +18,9 @@ def test_what_the_host_knows_goes_to_the_device_in_one_copy(monkeypatch: pytest.
         copied.append(values)
         return values
 
-    monkeypatch.setattr("m3i_scale.engine.agree.pinning", lambda: pin_memory)
+    accelerator = SimpleNamespace(Stream=object, current_device_name=lambda: "cpu")
+    monkeypatch.setattr("m3i_scale.engine.agree.get_accelerator", lambda: accelerator)
+    monkeypatch.setattr(Tensor, "pin_memory", pin_memory)
     flags, mean, counts = agree_and_average(
         torch.tensor(True), False, True, value=torch.tensor(2.5, dtype=torch.bfloat16), counts=(7, 0, 9)
     )

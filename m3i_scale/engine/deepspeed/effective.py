@@ -12,7 +12,7 @@ from m3i_scale.engine.deepspeed.rules import (
     precision,
     takes_bf16_optimizer,
 )
-from m3i_scale.engine.precision import dtype_name
+from m3i_scale.engine.device import dtype_name
 from m3i_scale.errors import ConfigError
 
 _STAGE3_SIZES = {

@@ -8,7 +8,10 @@ from m3i_scale.engine.deepspeed.rules import no_effect
 from m3i_scale.engine.deepspeed.schema import AUTO, fields_at, known_paths
 from m3i_scale.errors import ConfigError, did_you_mean
 
+_BF16 = 'write "bf16": {"enabled": true}'
 _NO_SECTION = "in its place: without a section bf16 or fp16 the run computes in fp32"
+_EITHER = f"{_BF16}, or the same of fp16, {_NO_SECTION}"
+_ONE_COPY = "the EMA teacher is updated on the primary shard in memory; another copy would become stale"
 _LOGGER = "it is one of DeepSpeed's loggers; runs have their own"
 _OBJECT = "it concerns an optimizer object passed to DeepSpeed; here the optimizer is built from this file"
 _EXPORT = ("it concerns save_16bit_model, which is never called", "remove it; `m3i-scale export` writes the weights")
@@ -26,16 +29,10 @@ UNSUPPORTED: dict[str, tuple[str, str | None]] = {
         "set backbone.activation_checkpointing in the config file, and remove it",
     ),
     "gradient_accumulation_dtype": ("DeepSpeed does not read it", "write data_types.grad_accum_dtype in its place"),
-    "data_types.param_dtype": (
-        "the sections bf16 and fp16 decide the dtype of parameters",
-        f'write "bf16": {{"enabled": true}}, or the same of fp16, {_NO_SECTION}',
-    ),
-    "bfloat16": ("it is the old spelling of bf16", f'write "bf16": {{"enabled": true}} {_NO_SECTION}'),
-    "amp": ("it was removed from DeepSpeed", f'write "bf16": {{"enabled": true}}, or the same of fp16, {_NO_SECTION}'),
-    "torch_autocast": (
-        "precision is bf16, fp16 or fp32 for the full model; autocast is not supported",
-        f'write "bf16": {{"enabled": true}}, or the same of fp16, {_NO_SECTION}',
-    ),
+    "data_types.param_dtype": ("the sections bf16 and fp16 decide the dtype of parameters", _EITHER),
+    "bfloat16": ("it is the old spelling of bf16", f"{_BF16} {_NO_SECTION}"),
+    "amp": ("it was removed from DeepSpeed", _EITHER),
+    "torch_autocast": ("precision is bf16, fp16 or fp32 for the full model; autocast is not supported", _EITHER),
     "compile": (
         "it takes effect only through engine.compile(), which is never called",
         "set backbone.compile in the config file, and remove it",
@@ -76,14 +73,8 @@ UNSUPPORTED: dict[str, tuple[str, str | None]] = {
         "it is deprecated",
         "write zero_optimization.offload_optimizer.pin_memory, or the same of offload_param, in its place",
     ),
-    "zero_optimization.zenflow": (
-        "the EMA teacher is updated on the primary shard in memory; another copy would become stale",
-        "remove it: zero_optimization.offload_optimizer offloads the states",
-    ),
-    "zero_optimization.offload_optimizer.super_offload": (
-        "the EMA teacher is updated on the primary shard in memory; another copy would become stale",
-        "remove it: the states are still offloaded",
-    ),
+    "zero_optimization.zenflow": (_ONE_COPY, "remove it: zero_optimization.offload_optimizer offloads the states"),
+    "zero_optimization.offload_optimizer.super_offload": (_ONE_COPY, "remove it: the states are still offloaded"),
     "optimizer.params.max_grad_norm": ("DeepSpeed raises an error for it", "use gradient_clipping"),
 }
 """Keys that DeepSpeed files of other projects often have: why they have no effect here, and a replacement if removing

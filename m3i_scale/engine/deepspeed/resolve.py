@@ -34,14 +34,8 @@ class ResolvedConfig:
     where: str
 
 
-@dataclass(frozen=True)
-class _RunSettings:
-    """Value implied by the config file, and its origin."""
-
-    value: Any
-    why: str
-    binding: bool = True
-    """An explicit value in the JSON must equal it; if False, the JSON may use another value."""
+_Settings = dict[str, tuple[Any, str]]
+"""By key: the value that the config file implies, and its origin."""
 
 
 def known_ds_configs() -> dict[str, Path]:
@@ -111,20 +105,23 @@ def resolve(
         hidden_size: width of the widest Transformer of the model; bucket sizes follow from it.
         where: name of the file in messages.
     """
-    wanted = _batch(world_size, batch_size, micro_batch_size) | _sizes(hidden_size)
-    wanted["gradient_clipping"] = _RunSettings(clip_grad_norm, "optim.clip_grad_norm")
-    wanted["optimizer.params.lr"] = _RunSettings(lr, "optim.lr; the trainer sets the learning rate at every step")
-    wanted["optimizer.params.betas"] = _RunSettings(list(betas), "optim.betas")
-    wanted["optimizer.params.eps"] = _RunSettings(eps, "optim.eps")
-    wanted["optimizer.params.weight_decay"] = _RunSettings(weight_decay, "optim.weight_decay; vectors have none")
+    batch, sizes = _batch(world_size, batch_size, micro_batch_size), _sizes(hidden_size)
+    optim: _Settings = {
+        "gradient_clipping": (clip_grad_norm, "optim.clip_grad_norm"),
+        "optimizer.params.lr": (lr, "optim.lr; the trainer sets the learning rate at every step"),
+        "optimizer.params.betas": (list(betas), "optim.betas"),
+        "optimizer.params.eps": (eps, "optim.eps"),
+        "optimizer.params.weight_decay": (weight_decay, "optim.weight_decay; vectors have none"),
+    }
     config = copy.deepcopy(raw)
-    filled = [(path, want.value, want.why) for path, want in wanted.items() if _fill(config, path, want.value)]
+    settings = batch | sizes | optim
+    filled = [(path, value, why) for path, (value, why) in settings.items() if _fill(config, path, value)]
     if "timers" not in config:
         config["timers"] = {"throughput": {"enabled": False}}
         why = "left out in the file: for a line of DeepSpeed's log, it waits for the device twice a micro-batch"
         filled.append(("timers.throughput.enabled", False, why))
     _check(config, world_size, where)
-    return ResolvedConfig(config, filled + _complete(config, wanted, where), where)
+    return ResolvedConfig(config, filled + _complete(config, batch | optim, where), where)
 
 
 def _check(config: dict[str, Any], world_size: int | None, where: str) -> None:
@@ -155,14 +152,14 @@ def check_batch(world_size: int | None, batch_size: int, micro_batch_size: int) 
     return accumulation
 
 
-def _batch(world_size: int | None, batch_size: int, micro_batch_size: int) -> dict[str, _RunSettings]:
+def _batch(world_size: int | None, batch_size: int, micro_batch_size: int) -> _Settings:
     accumulation = check_batch(world_size, batch_size, micro_batch_size)  # if one rank cannot, no number of ranks can
     why = f"optim.batch_size {batch_size} = micro_batch_size {micro_batch_size} × {accumulation} × {world_size} ranks"
-    unknown = _RunSettings(AUTO, "the number of ranks is not known", binding=False)
+    unknown = (AUTO, "the number of ranks is not known")
     return {
-        "train_batch_size": _RunSettings(batch_size, "optim.batch_size"),
-        "train_micro_batch_size_per_gpu": _RunSettings(micro_batch_size, "optim.micro_batch_size"),
-        "gradient_accumulation_steps": unknown if world_size is None else _RunSettings(accumulation, why),
+        "train_batch_size": (batch_size, "optim.batch_size"),
+        "train_micro_batch_size_per_gpu": (micro_batch_size, "optim.micro_batch_size"),
+        "gradient_accumulation_steps": unknown if world_size is None else (accumulation, why),
     }
 
 
@@ -182,10 +179,10 @@ def _batch_advice(world_size: int, batch_size: int, micro_batch_size: int) -> st
 MEBI = 2**20
 
 
-def _sizes(hidden_size: int) -> dict[str, _RunSettings]:
-    """Return sizes in elements. A Transformer layer has about 12 · hidden² weights. The floors are for small models:
-    calls for one small matrix cost more than the transfer, and gathering a few MiB costs nothing
-    (docs/performance.md)."""
+def _sizes(hidden_size: int) -> _Settings:
+    """Return sizes in elements. The JSON may have others. A Transformer layer has about 12 · hidden² weights. The
+    floors are for small models: calls for one small matrix cost more than the transfer, and gathering a few MiB costs
+    nothing (docs/performance.md)."""
     square = hidden_size * hidden_size
     formulas: dict[str, tuple[int, int, str]] = {
         "reduce_bucket_size": (square, 4 * MEBI, "hidden²"),
@@ -195,14 +192,13 @@ def _sizes(hidden_size: int) -> dict[str, _RunSettings]:
         "stage3_max_reuse_distance": (16 * square, 8 * MEBI, "16 · hidden²: one layer and a part of the next"),
         "sub_group_size": (24 * square, 16 * MEBI, "24 · hidden²: two layers are updated at a time"),
     }
-    values = {
-        key: (
+    return {
+        f"zero_optimization.{key}": (
             max(value, floor),
             f"{why}, hidden = {hidden_size}" + (f"; at least {floor // MEBI} Mi elements" if floor > value else ""),
         )
         for key, (value, floor, why) in formulas.items()
     }
-    return {f"zero_optimization.{key}": _RunSettings(value, why, binding=False) for key, (value, why) in values.items()}
 
 
 def _fill(config: dict[str, Any], path: str, value: Any) -> bool:
@@ -216,24 +212,25 @@ def _fill(config: dict[str, Any], path: str, value: Any) -> bool:
     return True
 
 
-def _complete(config: dict[str, Any], wanted: dict[str, _RunSettings], where: str) -> list[tuple[str, Any, str]]:
-    """Add settings that the file lacks; return (key, value, reason) of each."""
+def _complete(config: dict[str, Any], settings: _Settings, where: str) -> list[tuple[str, Any, str]]:
+    """Add settings that the file lacks; return (key, value, reason) of each. Raise ConfigError if the file contradicts
+    one."""
     added = []
-    for path, want in wanted.items():
+    for path, (value, why) in settings.items():
+        if value == AUTO:
+            continue
         *parents, key = path.split(".")
         section = config
         for parent in parents:
             section = section[parent]
-        if not want.binding:
-            continue
         if key not in section:
-            section[key] = want.value
-            added.append((path, want.value, f"left out in the file: {want.why}"))
-        elif not _same(section[key], want.value):
+            section[key] = value
+            added.append((path, value, f"left out in the file: {why}"))
+        elif not _same(section[key], value):
             raise ConfigError(
-                f"'{path}' is {section[key]!r}, but the config file says {want.value!r}",
+                f"'{path}' is {section[key]!r}, but the config file says {value!r}",
                 where=where,
-                why=want.why,
+                why=why,
                 fix='write "auto", or change the config file',
             )
     return added

@@ -83,8 +83,7 @@ def check_rules(config: dict[str, Any], *, world_size: int | None, where: str) -
     """Raise ConfigError for ineffective or contradictory values of a file validated as `DeepSpeedFile`."""
     _check_switches(config, where)
     _check_precision(config, where)
-    _check_zero(config, where)
-    _check_groups(config["zero_optimization"].get("zero_hpz_partition_size", 1), world_size, where)
+    _check_zero(config, world_size, where)
     _check_optimizer(config, where)
 
 
@@ -128,7 +127,7 @@ def _check_precision(config: dict[str, Any], where: str) -> None:
         raise no_effect(f"fp16.{idle}", why, where)
 
 
-def _check_zero(config: dict[str, Any], where: str) -> None:
+def _check_zero(config: dict[str, Any], world_size: int | None, where: str) -> None:
     zero = config["zero_optimization"]
     idle = _first(zero.keys() - _BF16_OPTIMIZER_KEYS)
     if idle and takes_bf16_optimizer(config):
@@ -140,10 +139,7 @@ def _check_zero(config: dict[str, Any], where: str) -> None:
         if idle and block["device"] == "none":
             fix = f"set '{path}.device' to cpu, or remove '{path}'"
             raise no_effect(f"{path}.{idle}", "the device is none", where, fix)
-
-
-def _check_groups(size: int, world_size: int | None, where: str) -> None:
-    """Raise ConfigError if the size of groups with second parameter copies does not divide the number of ranks."""
+    size = zero.get("zero_hpz_partition_size", 1)
     if world_size is not None and world_size % size:
         raise ConfigError(
             f"'zero_optimization.zero_hpz_partition_size' is {size}, with {world_size} ranks",

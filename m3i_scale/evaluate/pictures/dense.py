@@ -18,7 +18,7 @@ from m3i_scale.evaluate import NotMeasuredError
 from m3i_scale.evaluate.dense import grid_side
 from m3i_scale.evaluate.features import patch_tokens
 from m3i_scale.evaluate.pictures.draw import Cell, framed, grid, heat_over
-from m3i_scale.host.picture_files import Picture
+from m3i_scale.run.callbacks import Picture
 
 CLASS_TOKEN = "Attention of the class token to the patches, last layer"
 _COLUMNS = 8

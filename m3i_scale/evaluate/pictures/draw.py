@@ -1,7 +1,9 @@
-"""Drawing of image grids with captions, heat maps over images, frames, and panels of prediction overlays."""
+"""Drawing of image grids with captions, heat maps over images, frames, and panels of prediction overlays; picture
+files."""
 
 from __future__ import annotations
 
+import io
 import re
 import textwrap
 import unicodedata
@@ -9,12 +11,16 @@ from collections.abc import Sequence
 from colorsys import hsv_to_rgb
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from m3i_scale.errors import ConfigError
+from m3i_scale.files import replacing, write_json
+from m3i_scale.host.output_dir import PICTURE_LIST
+from m3i_scale.run.callbacks import Picture
 
 Colour = tuple[int, int, int]
 """Red, green, blue from 0 to 255."""
@@ -33,6 +39,9 @@ _LETTER_SIZE, _LINE = 13, 16
 _LETTER_WIDTH = 7
 """Average in pixels, rounded up, so that a line of the estimated length fits."""
 _LINES_BELOW = 2
+_MOST_BYTES = 250_000
+_QUALITIES = (90, 75, 55, 35)
+"""JPEG qualities; the first small enough one is used."""
 _TYPED = str.maketrans("‘’“”–—", "''\"\"--")
 """Typographic quotes and dashes, and their ASCII equivalents."""
 OVERLAY_COUNT = 20
@@ -183,3 +192,27 @@ def _write(draw: ImageDraw.ImageDraw, text: str, place: tuple[int, int], width: 
     font = ImageFont.load_default(_LETTER_SIZE)
     for number, line in enumerate(_wrapped(text, width, lines)):
         draw.text((place[0], place[1] + number * _LINE), line, fill=INK, font=font)
+
+
+def write_pictures(folder: Path, pictures: Sequence[Picture], step: int | None = None) -> list[dict[str, Any]]:
+    """Write pictures as JPEG into an existing folder, and `pictures.json` with the step of the weights and with name,
+    file, title and alternative text of each; return these entries. A file has at most 250 kB, if quality 35 is enough
+    for that."""
+    entries = []
+    for picture in pictures:
+        file = f"{picture.name}.jpg"
+        with replacing(folder / file, durable=False) as stream:
+            stream.write(jpeg(picture.image))
+        entries.append({"name": picture.name, "file": file, "title": picture.title, "alt": picture.alt})
+    write_json(folder / PICTURE_LIST, {"step": step, "pictures": entries})
+    return entries
+
+
+def jpeg(image: Image.Image) -> bytes:
+    """Encode an image as JPEG, with the highest quality that is small enough, else the lowest."""
+    for quality in _QUALITIES:
+        stream = io.BytesIO()
+        image.save(stream, "JPEG", quality=quality, optimize=True)
+        if stream.tell() <= _MOST_BYTES:
+            break
+    return stream.getvalue()

@@ -17,9 +17,9 @@ from m3i_scale.data.loader import TrainStream
 from m3i_scale.engine.agree import from_rank_0, together
 from m3i_scale.engine.partition import end_recorded_step
 from m3i_scale.evaluate import NotMeasuredError
+from m3i_scale.evaluate.pictures.draw import write_pictures
 from m3i_scale.files import atomic_dir
 from m3i_scale.host.output_dir import PICTURES
-from m3i_scale.host.picture_files import write_pictures
 from m3i_scale.run.callbacks import write_errors
 from m3i_scale.run.hooks import Hook, TrainState
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from m3i_scale.evaluate.pictures.draw import RIGHT, Cell, grid
-from m3i_scale.host.picture_files import Picture
+from m3i_scale.run.callbacks import Picture
 
 SHOWN = 6
 """Number of candidates to draw."""

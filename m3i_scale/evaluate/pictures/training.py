@@ -22,10 +22,10 @@ from m3i_scale.evaluate.pictures.dense import (
     similarity_to_mean,
 )
 from m3i_scale.evaluate.pictures.draw import Cell, Colour, framed, grid, image_of
-from m3i_scale.host.picture_files import Picture
 from m3i_scale.objective.information import Objective
 from m3i_scale.objective.inputs import EncodedInput
 from m3i_scale.objective.targets.dense import Pixels
+from m3i_scale.run.callbacks import Picture
 from m3i_scale.run.setup import ResolvedRun
 
 Floats = NDArray[np.float64]

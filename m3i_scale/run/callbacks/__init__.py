@@ -9,8 +9,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec
 
+from PIL import Image
+
 from m3i_scale.errors import UserError
-from m3i_scale.host.picture_files import Picture
 
 P = ParamSpec("P")
 
@@ -95,7 +96,7 @@ class StepRecord:
     skipped_nonfinite: int = 0
     """Number of steps skipped so far because of a non-finite loss or, except in fp16, a non-finite gradient."""
     times_s: dict[str, float] = field(default_factory=dict)
-    """Seconds of a step per profiler section (`heartbeat.PHASES`): mean fraction over the ranks × `step_s`."""
+    """Seconds of a step per profiler section (`rank_record.PHASES`): mean fraction over the ranks × `step_s`."""
     flop_per_s: float | None = None
     """Model FLOPs per second over all ranks, without recomputation."""
     mfu: float | None = None
@@ -192,6 +193,18 @@ class StageInfo:
     """Per-device batch size of a forward pass."""
     flop_per_step: float
     """FLOPs per step over all ranks, without recomputation."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """Picture with its description."""
+
+    name: str
+    """dense_pca, attention, …: the same at every step."""
+    title: str
+    alt: str
+    """Alternative text."""
+    image: Image.Image
 
 
 class Callback:

@@ -16,8 +16,7 @@ import yaml
 from m3i_scale.config import LogConfig
 from m3i_scale.errors import ConfigError
 from m3i_scale.files import atomic_write
-from m3i_scale.host.picture_files import Picture
-from m3i_scale.run.callbacks import Callback, Rewind, RunInfo, StepRecord, flatten
+from m3i_scale.run.callbacks import Callback, Picture, Rewind, RunInfo, StepRecord, flatten
 from m3i_scale.text import redact
 
 if TYPE_CHECKING:

@@ -15,9 +15,9 @@ from m3i_scale.config import TimeoutsConfig
 from m3i_scale.data.batch import Batch
 from m3i_scale.data.loader import TrainStream
 from m3i_scale.engine.averages import ShardedEma
-from m3i_scale.engine.collectives import ProcessGroupRanks
 from m3i_scale.engine.process_group import set_timeout
-from m3i_scale.host.heartbeat import Heartbeat
+from m3i_scale.host.rank_record import Heartbeat
+from m3i_scale.objective.ranks import ProcessGroupRanks
 from m3i_scale.run.callbacks import CallbackList
 from m3i_scale.run.meter import StepTimes
 from m3i_scale.run.setup import ResolvedRun

@@ -14,7 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 
 from m3i_scale.data.batch import Batch
-from m3i_scale.engine.optimizer_step import loss_scale
+from m3i_scale.engine.engine import loss_scale
 from m3i_scale.run.callbacks import StepRecord
 from m3i_scale.run.data_supply import Shares
 from m3i_scale.run.hooks import Hook, MicroBatchResult, TrainState

@@ -15,7 +15,7 @@ from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 
 from m3i_scale.data.batch import Batch, MixedBatch
-from m3i_scale.engine.host_memory import pinning
+from m3i_scale.engine.device import pinning
 from m3i_scale.objective.inputs import PixelNorm
 
 
