@@ -352,8 +352,8 @@ def evaluate(
     often a trained head is right (top-1, top-5, mIoU of a segmenter, AP of a detector). Intervals are by concept."""
     from m3i_scale.config.kinds import import_given
     from m3i_scale.evaluate.commands import evaluate as run_evaluation
-    from m3i_scale.evaluate.image_text import TEMPLATES
     from m3i_scale.evaluate.report import render
+    from m3i_scale.evaluate.towers import TEMPLATES
 
     import_given(imports)
     with reading_bar() as progress:

@@ -14,7 +14,7 @@ from transformers import AutoModelForImageClassification
 
 from m3i_scale.errors import ExportError, UserError
 from m3i_scale.evaluate import NotMeasuredError
-from m3i_scale.evaluate.features import Encoder, VisionModel, architectures, check_filled, loading
+from m3i_scale.evaluate.features import Encoder, VisionModel, architectures, load_stock
 from m3i_scale.evaluate.intervals import Clusters, mean_of
 from m3i_scale.evaluate.measures import Side
 from m3i_scale.evaluate.towers import Towers, has_head, load_objective, towers_of
@@ -37,19 +37,10 @@ class Classifier:
         return self.logits(images_BCHW).topk(min(max(DEPTHS), len(self.classes)), dim=1).indices
 
 
-def has_classifier(folder: Path) -> bool:
-    """Return whether the folder contains an image classifier."""
-    return any(name.endswith("ForImageClassification") for name in architectures(folder))
-
-
 def load_classifier(folder: Path, vision: VisionModel) -> Classifier:
     """Load the head of a standard image classifier. Raise NotMeasuredError if weights or class names are missing."""
     try:
-        with loading(folder, "classifier"):
-            model, info = AutoModelForImageClassification.from_pretrained(
-                folder, output_loading_info=True, local_files_only=True, trust_remote_code=False, dtype=torch.float32
-            )
-        check_filled(info, folder, "classifier")
+        model = load_stock(AutoModelForImageClassification, folder, "classifier")
     except ExportError as error:
         raise NotMeasuredError(error.what) from None
     names: dict[int, str] = model.config.id2label or {}
@@ -125,7 +116,7 @@ def trained_heads(
     no_classifier: str | None = None
     towers: Towers | None = None
     try:
-        if wants_classifier and has_classifier(folder):
+        if wants_classifier and any(name.endswith("ForImageClassification") for name in architectures(folder)):
             classifier = load_classifier(folder, vision)
         elif wants_text or (wants_classifier and has_head(folder, "category")):
             objective, run, label_sets = load_objective(folder, vision.device)

@@ -12,14 +12,13 @@ import torch
 from m3i_scale.errors import ConfigError, DataError, did_you_mean
 from m3i_scale.evaluate.classifier import trained_heads
 from m3i_scale.evaluate.features import Encoder, Pool, load_vision, pixel_features
-from m3i_scale.evaluate.image_text import TEMPLATES
 from m3i_scale.evaluate.intervals import clusters_of
 from m3i_scale.evaluate.job import MEASURES, PROBES, WITH_TEXT, Job, Progress, measure_all, read_side
 from m3i_scale.evaluate.measures import measure_advantage
-from m3i_scale.evaluate.overlays import OVERLAY_COUNT, make_folder
 from m3i_scale.evaluate.pictures.collect import check_samples, draw_pictures
+from m3i_scale.evaluate.pictures.draw import OVERLAY_COUNT, make_folder
 from m3i_scale.evaluate.samples import check_apart, check_groups, open_table
-from m3i_scale.evaluate.towers import why_no_towers
+from m3i_scale.evaluate.towers import TEMPLATES, why_no_towers
 from m3i_scale.evaluate.trained_model import MODELS, EvaluationOptions, load_trained_model
 
 Baseline = Literal["none", "pixels"]
@@ -81,7 +80,8 @@ def evaluate(
     idle = [name for name, is_given in given.items() if is_given]
     drawing = None if pictures is None else (pictures, OVERLAY_COUNT if picture_count is None else picture_count)
     if (measured := load_trained_model(folder, measures, idle)) is not None:
-        return measured(EvaluationOptions(folder, data, where, batch_size, exclude_groups, drawing, progress))
+        advance = None if progress is None else partial(progress, "data")
+        return measured(EvaluationOptions(folder, data, where, batch_size, exclude_groups, drawing, advance))
     if picture_count is not None:
         raise ConfigError(
             "--picture-count has no effect: no predictions of a segmenter or detector are drawn",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,16 +51,6 @@ class VisionModel:
         """Return the device of the model."""
         first: nn.Parameter = next(self.model.parameters())
         return first.device
-
-    @torch.no_grad()
-    def __call__(self, images_BCHW: Tensor) -> Tensor:
-        """Return pooled features, fp32 (B, D), of uint8 (B, 3, H, W) at `size`."""
-        return pool_tokens(self.hidden(images_BCHW), self.patch_count(), self.pool)
-
-    @torch.no_grad()
-    def with_patches(self, images_BCHW: Tensor) -> tuple[Tensor, Tensor]:
-        """Call `encode` without gradients."""
-        return self.encode(images_BCHW)
 
     def encode(self, images_BCHW: Tensor) -> tuple[Tensor, Tensor]:
         """Return pooled features (B, D) and patch features (B, L, D), fp32, of uint8 (B, 3, H, W) at `size`."""
@@ -164,11 +154,16 @@ def loading(folder: Path, name: str) -> Iterator[None]:
         raise ExportError(f"the {name} does not load: {first_line}", where=str(folder)) from None
 
 
-def check_filled(info: Mapping[str, Any], folder: Path, name: str) -> None:
-    """Check that the weights of a stock model were complete; `info` is the loading info of `from_pretrained`."""
+def load_stock(kind: Any, folder: Path, name: str) -> Any:
+    """Load a stock model in fp32, and check that its weights are complete. `name` is the model's name in errors."""
+    with loading(folder, name):
+        model, info = kind.from_pretrained(
+            folder, output_loading_info=True, local_files_only=True, trust_remote_code=False, dtype=torch.float32
+        )
     faulty = sorted([*info["missing_keys"], *info["mismatched_keys"]], key=str)
     if faulty:
         raise ExportError(f"{len(faulty)} tensors do not fill the {name}, e.g. {faulty[0]}", where=str(folder))
+    return model
 
 
 def architectures(folder: Path) -> list[str]:

@@ -112,7 +112,6 @@ def bootstrap(
     clusters: Clusters,
     *,
     samples: int,
-    level: float = LEVEL,
     resamples: int = RESAMPLES,
     seed: int = SEED,
 ) -> Estimate:
@@ -123,6 +122,6 @@ def bootstrap(
     values = np.empty(resamples)
     for number in range(resamples):  # one at a time, because all at once would allocate resamples × clusters numbers
         values[number] = statistic(generator.integers(0, count, count))
-    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     value = statistic(np.arange(count, dtype=np.int64))
-    return Estimate(value, float(low), float(high), level, clusters.unit, count, samples)
+    return Estimate(value, float(low), float(high), LEVEL, clusters.unit, count, samples)

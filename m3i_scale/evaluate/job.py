@@ -17,11 +17,10 @@ from m3i_scale.evaluate import measures as measure
 from m3i_scale.evaluate.classifier import Classifier, measure_classifier
 from m3i_scale.evaluate.dense import FIT_PATCHES, PatchCollector
 from m3i_scale.evaluate.features import Encoder, VisionModel
-from m3i_scale.evaluate.image_text import TEMPLATES
 from m3i_scale.evaluate.intervals import LEVEL, RESAMPLES, SEED, Clusters
 from m3i_scale.evaluate.measures import Side, Statistics
 from m3i_scale.evaluate.samples import Table, read_samples
-from m3i_scale.evaluate.towers import Towers
+from m3i_scale.evaluate.towers import TEMPLATES, Towers
 from m3i_scale.files import read_json
 
 PROBES = {"knn": measure.measure_knn, "linear": measure.measure_linear, "dense": measure.measure_dense}
@@ -35,6 +34,7 @@ Progress = Callable[[str, int], None]
 """Called with the data being read ("data", "train data") and the number of samples so far, or with the metric and 0."""
 
 
+@torch.no_grad()
 def read_side(
     table: Table,
     vision: VisionModel,
@@ -64,12 +64,10 @@ def read_side(
     done = 0
     while batch := list(itertools.islice(samples, batch_size or IMAGES)):
         images_BCHW = torch.from_numpy(np.stack([sample.pixels for sample in batch]))
+        model_BD, tokens_BLD = vision.encode(images_BCHW)
         if dense:
-            model_BD, tokens_BLD = vision.with_patches(images_BCHW)
             masks = [sample.mask for sample in batch]
             collector.add(done, masks, tokens_BLD, images_BCHW if "pixels" in encoders else None)
-        else:
-            model_BD = vision(images_BCHW)
         parts["model"].append(model_BD.cpu().numpy())
         for name, encode in encoders.items():
             parts[name].append(encode(images_BCHW).float().cpu().numpy())
@@ -145,18 +143,15 @@ def measure_all(
             if name in PROBES:
                 figures[name], statistics[name] = PROBES[name](encoder, job.train, job.test, job.clusters)
             elif name == "classifier":
-                figures[name] = _of_head(job)
+                if job.classifier is None:
+                    raise NotMeasuredError(job.no_classifier or "the model folder has no trained classifier")
+                ranked_NK = job.test.features["classifier"]
+                figures[name] = measure_classifier(job.classifier, ranked_NK, job.test, job.clusters)
             else:
                 figures[name], statistics[name] = _with_text(name, job)
         except NotMeasuredError as reason:
             absent[name] = str(reason)
     return figures, absent, statistics
-
-
-def _of_head(job: Job) -> dict[str, Any]:
-    if job.classifier is None:
-        raise NotMeasuredError(job.no_classifier or "the model folder has no trained classifier")
-    return measure_classifier(job.classifier, job.test.features["classifier"], job.test, job.clusters)
 
 
 def _with_text(name: str, job: Job) -> tuple[dict[str, Any], Statistics]:

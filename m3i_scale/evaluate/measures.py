@@ -12,7 +12,10 @@ from m3i_scale.data.images import MASK
 from m3i_scale.evaluate import NotMeasuredError
 from m3i_scale.evaluate.dense import Patches, mean_iou
 from m3i_scale.evaluate.features import unit_rows
-from m3i_scale.evaluate.image_text import (
+from m3i_scale.evaluate.intervals import Clusters, Statistic, clusters_of, mean_of
+from m3i_scale.evaluate.probes import LinearProbe, knn_predict, linear_probe
+from m3i_scale.evaluate.samples import Table
+from m3i_scale.evaluate.towers import (
     DEPTHS,
     TextEncoder,
     class_embeddings,
@@ -20,12 +23,8 @@ from m3i_scale.evaluate.image_text import (
     rank,
     zero_shot_predict,
 )
-from m3i_scale.evaluate.intervals import Clusters, Statistic, clusters_of, mean_of
-from m3i_scale.evaluate.probes import LinearProbe, knn_predict, linear_probe
-from m3i_scale.evaluate.samples import Table
 
 NEIGHBOURS = (10, 20)
-
 
 Statistics = dict[str, Statistic]
 """By metric, for comparisons on the same samples."""

@@ -24,8 +24,7 @@ def render(result: dict[str, Any]) -> RenderableType:
         table.add_column(name, justify="right")
     for row in rows(result):
         table.add_row(*row)
-    lines = [Text(line) for line in _lines(result)]
-    return Group(table, *lines)
+    return Group(table, *map(Text, _lines(result)))
 
 
 def rows(result: dict[str, Any]) -> Iterator[tuple[str, str, str, str]]:

@@ -11,14 +11,13 @@ from typing import Any, TypeVar
 import torch
 
 from m3i_scale.errors import ConfigError
-from m3i_scale.evaluate.job import Progress
 from m3i_scale.evaluate.towers import has_head
 
 LoaderT = TypeVar("LoaderT")
 
 MODELS = {
-    "segmenter": "m3i_scale.tasks.segmentation.measure_segmenter",
-    "detector": "m3i_scale.tasks.detection.measure_detector",
+    "segmenter": "m3i_scale.tasks.segmentation.segmenter",
+    "detector": "m3i_scale.tasks.detection.detector",
 }
 """Modules of trained models by metric, which excludes other metrics. Each has a function `find_model`."""
 
@@ -35,7 +34,8 @@ class EvaluationOptions:
     exclude_groups: tuple[str, ...]
     pictures: tuple[Path, int] | None
     """New folder for pictures of predictions, and their number."""
-    progress: Progress | None
+    progress: Callable[[int], None] | None
+    """Called with the number of samples so far."""
 
 
 Evaluation = Callable[[EvaluationOptions], dict[str, Any]]

@@ -56,6 +56,17 @@ def timm_part(
         wrapped.id2label = dict(enumerate(labels))
     classes = TimmWrapperForImageClassification if head is not None else TimmWrapperModel
     model = empty(lambda: classes(wrapped))
+    document = {  # that both timm and `transformers` can read
+        "architecture": architecture,
+        "architectures": [type(model).__name__],
+        "model_type": TimmWrapperConfig.model_type,
+        "num_classes": len(labels),
+        "num_features": config.hidden_size,
+        "global_pool": arguments["global_pool"],
+        "model_args": arguments,
+        "pretrained_cfg": _pretrained_cfg(config, augment) | {"num_classes": len(labels)},
+        "label_names": list(labels),
+    }
     return ExportedModule(
         "classifier" if head is not None else "tokens",
         model,
@@ -65,7 +76,7 @@ def timm_part(
         output="logits" if head is not None else "last_hidden_state",
         native="timm",
         strip="timm_model.",
-        config=_document(config, architecture, arguments, labels, augment, type(model).__name__),
+        config=document,
     )
 
 
@@ -227,28 +238,6 @@ def _check_eps(config: VisionConfig, only: float, where: str = "") -> None:
             f"the norms have ε = {config.layer_norm_eps:g}, and those of timm's model {only:g}{where}; its"
             " configuration has no field for it"
         )
-
-
-def _document(
-    config: VisionConfig,
-    architecture: str,
-    arguments: dict[str, Any],
-    labels: Sequence[str],
-    augment: AugmentConfig,
-    wrapper: str,
-) -> dict[str, Any]:
-    """Return a config.json that both timm and `transformers` can read."""
-    return {
-        "architecture": architecture,
-        "architectures": [wrapper],
-        "model_type": TimmWrapperConfig.model_type,
-        "num_classes": len(labels),
-        "num_features": config.hidden_size,
-        "global_pool": arguments["global_pool"],
-        "model_args": arguments,
-        "pretrained_cfg": _pretrained_cfg(config, augment) | {"num_classes": len(labels)},
-        "label_names": list(labels),
-    }
 
 
 def _pretrained_cfg(config: VisionConfig, augment: AugmentConfig) -> dict[str, Any]:

@@ -15,19 +15,6 @@ from m3i_scale.backbones.families import family_of
 from m3i_scale.export.source import Source, training_records
 from m3i_scale.text import estimates
 
-_TAKEN_OVER = (
-    "data",
-    "files",
-    "weights",
-    "step",
-    "samples",
-    "dtype",
-    "parameters",
-    "compute",
-    "versions",
-    "label_set",
-    "stages",
-)
 _PIPELINES = {
     "features": "image-feature-extraction",
     "segmentation": "image-segmentation",
@@ -56,22 +43,21 @@ def render_card(source: Source, provenance: dict[str, Any], config: dict[str, An
         autoescape=False,
     )
     environment.filters["cell"] = cell
-    evaluation, heads = provenance["evaluation"], provenance["heads"]
+    evaluation, task = provenance["evaluation"], provenance["task"]
     shape = backbone_config(source.run.backbone)
     return environment.get_template("card.md.j2").render(
+        provenance,
         name=source.run.name,
         version=__version__,
-        oldest_transformers=OLDEST_OF_DETECTOR if provenance["task"] == "detection" else OLDEST_TRANSFORMERS,
-        license=provenance["license"],
+        oldest_transformers=OLDEST_OF_DETECTOR if task == "detection" else OLDEST_TRANSFORMERS,
         architecture=config["architectures"][0],
         model_type=config["model_type"],
-        task=provenance["task"],
         timm=config["model_type"] == "timm_wrapper",
-        pipeline=_PIPELINES[provenance["task"]],
+        pipeline=_PIPELINES[task],
         tuned=source.run.task is not None and not source.run.task.freeze,
         image_size=shape.image_size,
         patches=(shape.image_size // shape.patch_size) ** 2,
-        pooling=provenance["task"] == "features" and config["model_type"] == "vit",
+        pooling=task == "features" and config["model_type"] == "vit",
         remote_code=bool(model_files(shape)[0]),
         tokens=shape.model_type != "internimage",
         class_token=family_of(shape).has_class_token,
@@ -87,17 +73,14 @@ def render_card(source: Source, provenance: dict[str, Any], config: dict[str, An
         masks=source.recipe.reads == "boxes_and_masks",
         queries=config["model_type"] == "eomt",
         queried=config["model_type"] == "rf_detr",
-        text=source.recipe.uses_text_tower and provenance["task"] == "features" and provenance["format"] != "timm",
+        text=source.recipe.uses_text_tower and task == "features" and provenance["format"] != "timm",
         max_tokens=source.run.text.max_tokens,
         vocab_size=source.vocab_size,
         recipe=source.recipe.summary(),
         optim=source.run.optim.model_dump(mode="json"),
         curve=_table(provenance["curve"]),
-        evaluation=evaluation,
-        heads=heads,
         evaluation_rows=list(evaluation_rows(evaluation["measures"])) if evaluation else [],
         difference=max(provenance["verified"]["largest_output_difference"].values()),
-        **{key: provenance[key] for key in _TAKEN_OVER},
     )
 
 
@@ -131,10 +114,7 @@ def cell(value: Any) -> str:
 
 def last_figures(source: Source) -> dict[str, Any]:
     """Return the last train record at or before the checkpoint's step; empty if there is none."""
-    last: dict[str, Any] = {}
-    for record in _trained(source):
-        last = record
-    return last
+    return [{}, *_trained(source)][-1]
 
 
 def compute_of(source: Source) -> dict[str, Any]:

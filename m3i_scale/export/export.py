@@ -10,30 +10,27 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
 from m3i_scale import __version__
 from m3i_scale.checkpoint.layout import MANIFEST
 from m3i_scale.errors import CheckpointError, ExportError, did_you_mean
-from m3i_scale.export.as_onnx import check_onnx, write_onnx
 from m3i_scale.export.card import compute_of, curve_of, last_figures, render_card
-from m3i_scale.export.files import check_shard_size
 from m3i_scale.export.push import PROVENANCE, push
 from m3i_scale.export.reference import make_reference
 from m3i_scale.export.source import (
+    ExportedWeights,
     Source,
     describe_data,
     evaluation_of,
-    exported_weights,
     find_source,
     hash_folder,
     source_tokenizer,
     with_best_head,
 )
-from m3i_scale.export.tensors import DTYPES
-from m3i_scale.export.verify import verify
+from m3i_scale.export.tensors import DTYPES, ExportedModule, check_shard_size
+from m3i_scale.export.verify import check_onnx, verify, write_onnx
 from m3i_scale.export.write import FORMATS, TASKS, ExportContents, plan_parts, write_folder
 from m3i_scale.files import atomic_dir, read_json, sha256_of, write_json
 from m3i_scale.objective.targets.category import Category
@@ -78,16 +75,16 @@ def export(
     parts = plan_parts(source, wanted, tokenizer)
     _check_rounding(source, wanted, dtype)
     evaluation, other_evaluation = evaluation_of(source, weights, evaluation_file)
-    tensors = exported_weights(source, weights)
+    tensors = ExportedWeights(source, weights)
     origin = _origin(source)
-    with _takes_name(target) as folder, _without_progress_bars():
+    with _takes_name(target) as folder:
         fingerprints = write_folder(folder, source, parts, tensors, DTYPES[dtype], tokenizer, wanted)
         reference = make_reference(source, parts, fingerprints, tensors, DTYPES[dtype], tokenizer)
         proven = verify(folder, reference)
         if wanted.format == "onnx":
             proven["programs"] = {"onnx": write_onnx(folder, reference)}
         facts = (
-            _provenance(source, folder, weights, dtype)
+            _provenance(source, folder, parts, weights, dtype)
             | origin
             | {
                 "task": wanted.task,
@@ -107,7 +104,7 @@ def export(
         write_json(folder / PROVENANCE, facts)
         _follow_umask(folder)
     size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
-    return {"output": str(target), "bytes": size, "warning": _joined(_skip_reason(source), other_evaluation), **facts}
+    return {"output": str(target), "bytes": size, "warning": _warning(source, other_evaluation), **facts}
 
 
 def export_and_push(
@@ -120,25 +117,22 @@ def export_and_push(
     **options: Any,
 ) -> dict[str, Any]:
     """Run `export`, and with `push_to` also `push`."""
-    if push_to is None:
-        if public or dry_run:
-            raise ExportError(f"{'--public' if public else '--dry-run'} has no effect", fix="--push USER/NAME")
-        return export(run_dir_or_checkpoint, output, **options)
+    if push_to is None and (public or dry_run):
+        raise ExportError(f"{'--public' if public else '--dry-run'} has no effect", fix="--push USER/NAME")
     facts = export(run_dir_or_checkpoint, output, **options)
+    if push_to is None:
+        return facts
     return facts | {"push": push(Path(output).absolute(), push_to, public=public, dry_run=dry_run)}
 
 
-def _joined(*warnings: str | None) -> str | None:
-    return "; ".join(text for text in warnings if text) or None
-
-
-def _skip_reason(source: Source) -> str | None:
-    if not source.passed_over:
-        return None
-    reasons = "; ".join(f"{path.name}: {reason}" for path, reason in source.passed_over)
-    return (
-        f"{len(source.passed_over)} newer checkpoints do not verify, so {source.checkpoint.name} was taken ({reasons})"
-    )
+def _warning(source: Source, other: str | None) -> str | None:
+    """Return which checkpoints were skipped, followed by the `other` warning; None if there is neither."""
+    skipped, warnings = source.passed_over, [] if other is None else [other]
+    if skipped:
+        reasons = "; ".join(f"{path.name}: {reason}" for path, reason in skipped)
+        taken = f"{len(skipped)} newer checkpoints do not verify, so {source.checkpoint.name} was taken ({reasons})"
+        warnings.insert(0, taken)
+    return "; ".join(warnings) or None
 
 
 def _origin(source: Source) -> dict[str, str]:
@@ -156,7 +150,9 @@ def _origin(source: Source) -> dict[str, str]:
         ) from None
 
 
-def _provenance(source: Source, folder: Path, weights: Weights, dtype: Dtype) -> dict[str, Any]:
+def _provenance(
+    source: Source, folder: Path, parts: list[ExportedModule], weights: Weights, dtype: Dtype
+) -> dict[str, Any]:
     return {
         "name": source.run.name,
         "m3i_scale": __version__,
@@ -167,7 +163,7 @@ def _provenance(source: Source, folder: Path, weights: Weights, dtype: Dtype) ->
         "stages": source.meta.get("stages", []),
         "weights": weights,
         "dtype": dtype,
-        "parameters": _parameters(folder),
+        "parameters": sum(tensor.numel() for tensor in parts[0].model.state_dict().values()),
         "data": describe_data(source),
         "figures": last_figures(source),
         "compute": compute_of(source),
@@ -175,19 +171,6 @@ def _provenance(source: Source, folder: Path, weights: Weights, dtype: Dtype) ->
         "versions": {name: version(name) for name in ("torch", "transformers", "safetensors", "deepspeed")},
         "files": hash_folder(folder),
     }
-
-
-def _parameters(folder: Path) -> int:
-    """Return the number of elements in the vision model's files, from the file headers."""
-    from safetensors import safe_open
-
-    count = 0
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            names = file.keys()
-            for name in names:
-                count += torch.Size(file.get_slice(name).get_shape()).numel()
-    return count
 
 
 def _check_rounding(source: Source, wanted: ExportContents, dtype: Dtype) -> None:
@@ -244,19 +227,11 @@ def _follow_umask(folder: Path) -> None:
 
 
 @contextmanager
-def _without_progress_bars() -> Iterator[None]:
+def _takes_name(target: Path) -> Iterator[Path]:
+    """Wrap `atomic_dir` for the export folder: without progress bars of `transformers`, and with an `ExportError` if
+    the folder cannot be written."""
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()
-
-
-@contextmanager
-def _takes_name(target: Path) -> Iterator[Path]:
-    """Wrap `atomic_dir` for the export folder, and convert write errors to `ExportError`."""
     try:
         with atomic_dir(target, replace=True) as folder:
             yield folder
@@ -266,3 +241,6 @@ def _takes_name(target: Path) -> Iterator[Path]:
             where=str(target),
             fix="check the disk's free space, or give another folder",
         ) from None
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()

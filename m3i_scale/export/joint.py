@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import (
     BertModel,
@@ -20,13 +22,24 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from m3i_scale.backbones.build import backbone_config, model_files, vision_class
+from m3i_scale.backbones.build import backbone_config, model_files
 from m3i_scale.backbones.families import VisionConfig, token_family
 from m3i_scale.backbones.internimage import InternImageConfig
-from m3i_scale.errors import ExportError, did_you_mean
+from m3i_scale.errors import ExportError
 from m3i_scale.export.as_timm import timm_part, timm_vision
-from m3i_scale.export.source import Source
-from m3i_scale.export.tensors import TEXT, VISION, ExportedModule, TensorSource, Trained, copied, empty, label_maps
+from m3i_scale.export.source import Source, target_of
+from m3i_scale.export.tensors import (
+    TEXT,
+    VISION,
+    ExportedModule,
+    TensorSource,
+    Trained,
+    copied,
+    empty,
+    label_maps,
+    renamed,
+    vision_names,
+)
 from m3i_scale.objective.decoders import ClassTokenSpec, DecoderSpec
 from m3i_scale.objective.encoders import text_config
 from m3i_scale.objective.information import Objective
@@ -37,35 +50,6 @@ from m3i_scale.objective.targets.text import Text, TextHead
 TANH_SCALE = 2.0**-10
 """BERT's pooling layer ends with tanh, which training here does not have. For arguments scaled down this much, tanh is
 the identity: at 10 the error is 3·10⁻⁵. A power of two is exact in every dtype."""
-
-
-def target_of(source: Source, modality: str) -> Target:
-    """Return the recipe's first target of a modality."""
-    for target in source.recipe.targets:
-        if target.modality == modality:
-            return target
-    raise ExportError(
-        f"the recipe '{source.recipe.name}' has no {modality} target",
-        why=f"its targets are {', '.join(target.name for target in source.recipe.targets)}",
-        fix="--task features",
-    )
-
-
-def choose_label_set(source: Source, wanted: str | None) -> str:
-    """Return the label set of a classifier."""
-    target_of(source, "category")
-    names = list(source.label_sets)
-    if wanted is None and len(names) == 1:
-        return names[0]
-    if wanted is None:
-        raise ExportError(
-            f"the run has {len(names)} label sets, and a classifier one head",
-            where="--label-set",
-            fix=f"--label-set with one of {', '.join(names)}",
-        )
-    if wanted not in names:
-        raise ExportError(f"no label set '{wanted}'", where="--label-set", fix=did_you_mean(wanted, names))
-    return wanted
 
 
 def classifier_part(source: Source, label_set: str, *, timm: bool = False) -> ExportedModule:
@@ -273,46 +257,17 @@ def _as_dinov2(config: ViTConfig) -> tuple[dict[str, TensorSource], Dinov2Config
     )
     idle = ratio * width - hidden
 
-    def more_rows(tensor: Tensor) -> Tensor:
-        return torch.cat([tensor, tensor.new_zeros((idle, *tensor.shape[1:]))])
-
-    def more_columns(tensor: Tensor) -> Tensor:
-        return torch.cat([tensor, tensor.new_zeros((tensor.shape[0], idle))], dim=1)
-
-    ours, theirs = token_family(config).parts, token_family(shape).parts
-    tensors: dict[str, TensorSource] = {}
-    for name in vision_names(config):
-        part, number, suffix = part_of(name, ours)
-        made = TensorSource((VISION + name,))
-        if idle and part == "fc1":
-            made = replace(made, make=more_rows)
-        elif idle and part == "fc2" and suffix == ".weight":
-            made = replace(made, make=more_columns)
-        tensors[theirs[part].format(number) + suffix] = made
-    for layer in range(config.num_hidden_layers):
-        for part in ("scale1", "scale2"):
-            tensors[theirs[part].format(layer)] = TensorSource((), lambda: torch.ones(width))
+    theirs = token_family(shape).parts
+    tensors = renamed(config, theirs)
+    for layer in range(config.num_hidden_layers) if idle else ():
+        first, second = (theirs[part].format(layer) for part in ("fc1", "fc2"))
+        for name, padding in (
+            (f"{first}.weight", (0, 0, 0, idle)),
+            (f"{first}.bias", (0, idle)),
+            (f"{second}.weight", (0, idle)),
+        ):
+            tensors[name] = replace(tensors[name], make=partial(F.pad, pad=padding))
     return tensors, shape
-
-
-def part_of(name: str, ours: dict[str, str]) -> tuple[str, str, str]:
-    """Split a name: `layers.3.mlp.fc1.weight` → fc1, 3, .weight."""
-    for part, pattern in ours.items():
-        before, _, after = pattern.partition("{}")
-        for suffix in ("", ".weight", ".bias"):
-            stem = name.removesuffix(suffix)
-            if suffix and stem == name:
-                continue
-            number = stem[len(before) : len(stem) - len(after)] if "{}" in pattern else ""
-            if stem == pattern.format(number) and (number.isdigit() or "{}" not in pattern):
-                return part, number, suffix
-    raise ExportError(f"the converter knows no part '{name}' of the backbone", where=name)
-
-
-def vision_names(config: VisionConfig) -> list[str]:
-    """Return the names of a backbone's tensors."""
-    kind, options = vision_class(config)
-    return list(empty(lambda: kind(config, **options)).state_dict())
 
 
 def _internimage_classifier(

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from m3i_scale.backbones.build import backbone_config, stored_section
-from m3i_scale.backbones.families import TokenFamily, VisionConfig, family_of
+from m3i_scale.backbones.families import TokenFamily, family_of
 from m3i_scale.backbones.load_plan import fit_positions
 from m3i_scale.checkpoint.layout import MANIFEST
 from m3i_scale.checkpoint.load import Which, saved_weights
@@ -22,10 +22,11 @@ from m3i_scale.config import BackboneConfig, RunConfig, parse_section, read_yaml
 from m3i_scale.data.remote.fetch import read_file
 from m3i_scale.data.shards import shard_folder
 from m3i_scale.data.tokenizer import find_tokenizer
-from m3i_scale.errors import CheckpointError, ConfigError, DataError, ExportError
+from m3i_scale.errors import CheckpointError, ConfigError, DataError, ExportError, did_you_mean
 from m3i_scale.export.tensors import VISION
 from m3i_scale.files import read_json, read_json_lines, sha256_of
 from m3i_scale.objective.recipe import Recipe, parse_recipe
+from m3i_scale.objective.targets.base import Target
 from m3i_scale.upgrade import upgrade_line, upgrade_weights
 
 
@@ -68,7 +69,10 @@ def find_source(path: Path) -> Source:
         meta = read_json(checkpoint / "meta.json")
         step = int(meta["step"])
         run = run.model_copy(update={"backbone": _without_source(run.backbone, meta)})
-        run = _at_last_size(run.in_stage(run.stage_at(step - 1)))
+        run = run.in_stage(run.stage_at(step - 1))
+        if run.stages and run.stages[0].image_size is not None:  # of the current stage: the size to export
+            config = run.backbone.config | {"image_size": run.stages[0].image_size}
+            run = run.model_copy(update={"backbone": run.backbone.model_copy(update={"config": config})})
     except ConfigError as error:
         raise CheckpointError(
             f"the checkpoint's run file does not hold together: {error.what}", where=error.where
@@ -87,12 +91,33 @@ def _without_source(backbone: BackboneConfig, meta: dict[str, Any]) -> BackboneC
     return backbone.model_copy(update={"from_pretrained": None, **stored_section(values)})
 
 
-def _at_last_size(run: RunConfig) -> RunConfig:
-    """Return the run with its backbone set to the image size of the current stage, which is the size to export."""
-    size, own = run.stages[0].image_size if run.stages else None, run.backbone
-    if size is None:
-        return run
-    return run.model_copy(update={"backbone": own.model_copy(update={"config": own.config | {"image_size": size}})})
+def target_of(source: Source, modality: str) -> Target:
+    """Return the recipe's first target of a modality."""
+    for target in source.recipe.targets:
+        if target.modality == modality:
+            return target
+    raise ExportError(
+        f"the recipe '{source.recipe.name}' has no {modality} target",
+        why=f"its targets are {', '.join(target.name for target in source.recipe.targets)}",
+        fix="--task features",
+    )
+
+
+def choose_label_set(source: Source, wanted: str | None) -> str:
+    """Return the label set of a classifier."""
+    target_of(source, "category")
+    names = list(source.label_sets)
+    if wanted is None and len(names) == 1:
+        return names[0]
+    if wanted is None:
+        raise ExportError(
+            f"the run has {len(names)} label sets, and a classifier one head",
+            where="--label-set",
+            fix=f"--label-set with one of {', '.join(names)}",
+        )
+    if wanted not in names:
+        raise ExportError(f"no label set '{wanted}'", where="--label-set", fix=did_you_mean(wanted, names))
+    return wanted
 
 
 def with_best_head(source: Source) -> tuple[Source, dict[str, Any] | None]:
@@ -129,13 +154,15 @@ def training_records(source: Source) -> Iterator[dict[str, Any]]:
     return map(upgrade_line, read_json_lines(path)) if path.is_file() else iter(())
 
 
-class ResizedWeights(Mapping[str, Tensor]):
-    """Weights of a checkpoint with position embeddings resized to the image size of `config`, as the standard model
-    interpolates them in every forward pass."""
+class ExportedWeights(Mapping[str, Tensor]):
+    """Trained or EMA weights of a checkpoint, with position embeddings resized to the image size of its stage, as the
+    standard model interpolates them in every forward pass."""
 
-    def __init__(self, weights: Mapping[str, Tensor], config: VisionConfig) -> None:
+    def __init__(self, source: Source, which: Which) -> None:
+        config = backbone_config(source.run.backbone)
         family = family_of(config)
-        self._weights, self._name = weights, None if family.positions is None else VISION + family.positions
+        self._weights = saved_weights(source.checkpoint, which)
+        self._name = None if family.positions is None else VISION + family.positions
         self._antialias = isinstance(family, TokenFamily) and family.antialias
         self._class_row = family.has_class_token
         self._places = self._class_row + (config.image_size // config.patch_size) ** 2
@@ -154,14 +181,9 @@ class ResizedWeights(Mapping[str, Tensor]):
         return len(self._weights)
 
 
-def exported_weights(source: Source, which: Which) -> ResizedWeights:
-    """Return the trained or the EMA weights of a checkpoint, for the image size of its stage."""
-    return ResizedWeights(saved_weights(source.checkpoint, which), backbone_config(source.run.backbone))
-
-
 def source_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     """Load the tokenizer that the text tower was trained with."""
-    kept = source.checkpoint.parent.parent / "tokenizer"  # the run's copy outlives the shards
+    kept = source.run_dir / "tokenizer"  # the run's copy outlives the shards
     configured = str(kept) if kept.is_dir() else source.run.text.tokenizer or source.meta.get("tokenizer")
     try:
         tokenizer = find_tokenizer(source.run.data.datasets, configured)

@@ -1,7 +1,12 @@
-"""Tensors of an export: their sources in the checkpoint, and validation of their values."""
+"""Tensors of an export: their sources in the checkpoint, validation of their values, and safetensors files.
+
+Files are written shard by shard: memory contains one shard, never the full model.
+"""
 
 from __future__ import annotations
 
+import re
+import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,10 +14,17 @@ from typing import Any, Literal
 
 import torch
 from accelerate import init_empty_weights
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors.torch import save_file
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import CLIPVisionModel, Dinov2Config, PreTrainedModel, RfDetrPreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 
+from m3i_scale.backbones.build import vision_class
+from m3i_scale.backbones.families import VisionConfig, token_family
 from m3i_scale.errors import ExportError
+from m3i_scale.export.fresh import fingerprint
+from m3i_scale.files import write_json
 
 Resize = Literal["centre", "whole", "windows", "padded", "stretched"]
 """Image processors: center crop, full image resized to a square (whole, stretched) or padded, square windows along the
@@ -20,6 +32,8 @@ longer side."""
 VISION, TEXT = "student.model.", "text.model."
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DEFAULT_SHARD_SIZE = "5GB"
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?B)", re.IGNORECASE)
 
 Trained = Callable[..., Mapping[str, Tensor]]
 """Outputs by name, as training computes them, from the objective and the part's `inputs` in their order; pixels are
@@ -92,6 +106,37 @@ def copied(names: Iterable[str], source_prefix: str, target_prefix: str = "") ->
     return {target_prefix + name: TensorSource((source_prefix + name,)) for name in names}
 
 
+def renamed(config: VisionConfig, parts: Mapping[str, str], prefix: str = "") -> dict[str, TensorSource]:
+    """Return the tensors of a backbone under the names in `parts`, with layer scales of 1 for a ViT. The keys of
+    `parts` are those of `TokenFamily.parts`; tensors of other parts are left out."""
+    width, ours, tensors = config.hidden_size, token_family(config).parts, {}
+    for name in vision_names(config):
+        part, number, suffix = _part_of(name, ours)
+        if part in parts:
+            tensors[prefix + parts[part].format(number) + suffix] = TensorSource((VISION + name,))
+    if not isinstance(config, Dinov2Config):
+        for layer in range(config.num_hidden_layers):
+            for part in ("scale1", "scale2"):
+                tensors[prefix + parts[part].format(layer)] = TensorSource((), lambda: torch.ones(width))
+    return tensors
+
+
+def _part_of(name: str, ours: Mapping[str, str]) -> tuple[str, str, str]:
+    """Split a name: `layers.3.mlp.fc1.weight` → fc1, 3, .weight."""
+    for part, pattern in ours.items():
+        stem = re.escape(pattern).replace(r"\{\}", r"(?P<number>\d+)")
+        found = re.fullmatch(rf"{stem}(?P<suffix>\.weight|\.bias)?", name)
+        if found is not None:
+            return part, found.groupdict().get("number", ""), found["suffix"] or ""
+    raise ExportError(f"the converter knows no part '{name}' of the backbone", where=name)
+
+
+def vision_names(config: VisionConfig) -> list[str]:
+    """Return the names of a backbone's tensors."""
+    kind, options = vision_class(config)
+    return list(empty(lambda: kind(config, **options)).state_dict())
+
+
 def value_of(made: TensorSource, weights: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
     """Create one tensor of an export, with separate storage. Only the required weights are read; they are rounded to
     `dtype` before any computation."""
@@ -113,7 +158,7 @@ def check_complete(part: ExportedModule) -> None:
         )
 
 
-def check_shape(part: ExportedModule, name: str, tensor: Tensor) -> None:
+def _check_shape(part: ExportedModule, name: str, tensor: Tensor) -> None:
     """Check that a tensor has the shape that the model expects."""
     wanted = part.model.state_dict()[name].shape
     if tensor.shape != wanted:
@@ -150,3 +195,92 @@ def _without_view(tensor: Tensor) -> Tensor:
     tensor = tensor.detach().contiguous()
     whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
     return tensor if whole else tensor.clone()
+
+
+def check_shard_size(size: str) -> None:
+    """Validate a value of `--max-shard-size`."""
+    match = _SIZE.fullmatch(size)
+    if match is None or float(match[1]) <= 0:
+        raise ExportError(f"no size '{size}'", where="--max-shard-size", fix="a number and KB, MB, GB or TB, e.g. 2GB")
+
+
+def write_part(
+    folder: Path, part: ExportedModule, weights: Mapping[str, Tensor], dtype: torch.dtype, max_shard_size: str
+) -> dict[str, str]:
+    """Write config.json, safetensors (with an index if there are several files) and source files of one model into its
+    subfolder of `folder`. Weights are read tensor by tensor. Return the fingerprint of every tensor by its name in the
+    model, for comparison after loading."""
+    place = folder / part.folder
+    place.mkdir(exist_ok=True)
+    check_complete(part)
+    _write_config(place, part, dtype)
+    fingerprints: dict[str, str] = {}
+    stored = _stored(part.model)
+    names = {_file_name(part, key): key for key in stored}
+    shapes = {name: stored[key][0] for name, key in names.items()}
+    plan = split_torch_state_dict_into_shards(
+        {key: torch.empty(shape, dtype=dtype, device="meta") for key, shape in shapes.items()},
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max_shard_size,
+    )
+    for file, keys in plan.filename_to_tensors.items():
+        shard: dict[str, Tensor] = {}
+        for key in keys:
+            tensors: dict[str, Tensor] = {}
+            for name in stored[names[key]][1]:
+                tensors[name] = value_of(part.tensors[name], weights, dtype)
+                _check_shape(part, name, tensors[name])
+                fingerprints[name] = fingerprint(tensors[name])
+            if len(tensors) > 1:
+                tensors = {key: revert_weight_conversion(part.model, tensors)[names[key]].contiguous()}
+            (shard[key],) = tensors.values()
+        save_file(shard, place / file, metadata={"format": "pt"})
+    if plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        write_json(place / "model.safetensors.index.json", index)
+    for path in part.files:
+        shutil.copyfile(path, place / path.name)
+    return fingerprints
+
+
+def _write_config(place: Path, part: ExportedModule, dtype: torch.dtype) -> None:
+    name = str(dtype).removeprefix("torch.")
+    if part.config is not None:
+        write_json(place / "config.json", part.config | {"dtype": name})
+        return
+    config = part.model.config
+    config.dtype, config.architectures = name, [type(part.model).__name__]
+    config.save_pretrained(place)
+
+
+def _stored(model: PreTrainedModel) -> dict[str, tuple[torch.Size, tuple[str, ...]]]:
+    """Return the shape and the model's tensor names for each name in the file.
+
+    `transformers` saves with the names and packing of the published files, so every version can load the folder.
+    """
+    state = dict(model.state_dict())
+    name_of = {id(tensor): name for name, tensor in state.items()}
+    # RF-DETR also loads by the model's names; the published names pack tensors that are not siblings.
+    reverted = state if isinstance(model, RfDetrPreTrainedModel) else revert_weight_conversion(model, state)
+    alone = {name_of[id(tensor)] for tensor in reverted.values() if id(tensor) in name_of}
+    stored: dict[str, tuple[torch.Size, tuple[str, ...]]] = {}
+    for key, tensor in reverted.items():
+        if id(tensor) in name_of:
+            stored[key] = (tensor.shape, (name_of[id(tensor)],))
+            continue
+        # Packed from several siblings with the same suffix: `mlp.gate_proj.weight`, … in `mlp.weights_in.weight`.
+        stem, _, kind = key.rpartition(".")
+        beside = stem.rpartition(".")[0] + "."
+        packed = (name for name in state if name not in alone and name.startswith(beside) and name.endswith(f".{kind}"))
+        stored[key] = (tensor.shape, tuple(packed))
+    return stored
+
+
+def _file_name(part: ExportedModule, key: str) -> str:
+    """Return the name in the file. CLIP's vision tower is one level deeper in the file: every version of `transformers`
+    can read that, and versions before 5 require it."""
+    for name, one in part.model.named_modules():
+        tower = f"{name}." if name else ""
+        if isinstance(one, CLIPVisionModel) and key.startswith(tower):
+            return f"{tower}vision_model.{key.removeprefix(tower)}"
+    return key.removeprefix(part.strip)

@@ -1,7 +1,11 @@
-"""Verification of an export: load it with standard classes in a fresh process, and compare it with training modules."""
+"""Verification of an export: load it with standard classes in a fresh process, and compare it with training modules.
+
+An ONNX file is written and compared in the same way.
+"""
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -29,6 +33,7 @@ LEVELS_TOLERANCE = {"exact": 0.01, "pixels": 8.0}
 none. The default filter, torchvision's bicubic, differs slightly."""
 
 TIMEOUT_S = 3_600.0
+_NEEDED_FOR_ONNX = ("onnx", "onnxscript", "onnxruntime")
 _OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 _NOT_PASSED_ON = ("PYTHONPATH", "PYTHONHOME", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 
@@ -186,3 +191,50 @@ def run_fresh(program: str, folder: Path, work: Path) -> None:
         raise ExportError(
             f"a fresh process cannot load the export: {lines[-1]}", where=str(folder), why="\n".join(lines[-12:-1])
         )
+
+
+def check_onnx() -> None:
+    """Raise an error if packages for ONNX files are missing."""
+    missing = [name for name in _NEEDED_FOR_ONNX if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ExportError(
+            f"{' and '.join(missing)} not installed", where="--format onnx", fix="pip install 'm3i-scale[onnx]'"
+        )
+
+
+def write_onnx(folder: Path, reference: Reference) -> float:
+    """Write the first model of a verified folder as `model.onnx`; return the largest difference from training's
+    outputs.
+
+    One fresh process converts the model as loaded from the folder. Another one, without the model's class or
+    `transformers`, runs the ONNX file on the reference images: in one batch, then a single one.
+    """
+    part = reference.parts[0]
+    if part.name == "detector":
+        raise ExportError(
+            "how many objects are found depends on the image, and an ONNX file has a fixed number",
+            where="--format onnx",
+            fix="leave it out",
+        )
+    if part.inputs != ("pixel_values",):
+        raise ExportError(
+            f"a {part.name} model reads {', '.join(part.inputs)}, and ONNX files are made of models that read images",
+            where="--format onnx",
+        )
+    with tempfile.TemporaryDirectory() as name:
+        work = Path(name)
+        save_file({"pixel_values": reference.pixels.contiguous()}, work / "inputs.safetensors")
+        job = {"auto": part.auto, "options": part.options, "output": part.output}
+        write_json(work / "job.json", job)
+        for program in ("write_onnx", "run_onnx"):
+            run_fresh(program, folder, work)
+        outputs = load_file(work / "outputs.safetensors")
+    largest = 0.0
+    for count, output in ((len(reference.pixels), outputs["all"]), (1, outputs["one"])):
+        expected = reference.outputs[part.name][:count]
+        largest = max(largest, difference(output, expected))
+        if not close(output, expected):
+            raise ExportError(
+                f"the ONNX file differs by {largest:.3g} from training on {count} images", where="--format onnx"
+            )
+    return largest

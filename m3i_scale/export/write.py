@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import (
     BeitImageProcessor,
@@ -23,10 +24,21 @@ from m3i_scale.backbones.build import backbone_config, model_files, portable_sec
 from m3i_scale.config import RunConfig
 from m3i_scale.errors import ExportError
 from m3i_scale.export.as_timm import timm_part
-from m3i_scale.export.files import DEFAULT_SHARD_SIZE, write_heads_file, write_part
-from m3i_scale.export.joint import backbone_part, choose_label_set, classifier_part, target_of, zero_shot_part
-from m3i_scale.export.source import Source
-from m3i_scale.export.tensors import TEXT, VISION, ExportedModule, Resize, copied, empty
+from m3i_scale.export.fresh import fingerprint
+from m3i_scale.export.joint import backbone_part, classifier_part, zero_shot_part
+from m3i_scale.export.source import Source, choose_label_set, target_of
+from m3i_scale.export.tensors import (
+    DEFAULT_SHARD_SIZE,
+    TEXT,
+    VISION,
+    ExportedModule,
+    Resize,
+    TensorSource,
+    copied,
+    empty,
+    value_of,
+    write_part,
+)
 from m3i_scale.files import read_json, write_json
 from m3i_scale.objective.build import inference_names
 from m3i_scale.objective.encoders import TextTower, text_config
@@ -210,7 +222,9 @@ def write_heads(folder: Path, source: Source, weights: Mapping[str, Tensor], dty
     write_json(folder / "objective.json", objective)
     kept = inference_names(source.run, source.label_sets, source.vocab_size)
     names = [name for name in weights if name in kept and not name.startswith((VISION, TEXT))]
-    return write_heads_file(folder / "heads.safetensors", copied(names, ""), weights, dtype)
+    values = {name: value_of(TensorSource((name,)), weights, dtype) for name in names}
+    save_file(values, folder / "heads.safetensors", metadata={"format": "pt"})
+    return {name: fingerprint(value) for name, value in values.items()}
 
 
 def portable_run(run: RunConfig) -> dict[str, Any]:

@@ -1,7 +1,8 @@
-"""Setup of a task on a backbone: checks, freezing, learning-rate scales and drop path."""
+"""Setup of a task on a backbone: checks, freezing, learning-rate scales and drop path (stochastic depth)."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from m3i_scale.config import RunConfig
@@ -10,10 +11,15 @@ from m3i_scale.errors import ConfigError
 from m3i_scale.tasks.base import Task
 
 if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from m3i_scale.backbones.base import Backbone
     from m3i_scale.backbones.families import VisionConfig
     from m3i_scale.objective.information import Objective
 
 _FAMILIES = {"transformer": "a plain Transformer (ViT, DINOv2, CLIP, SigLIP)", "internimage": "InternImage"}
+_BRANCHES = ("attention", "self_attn", "mlp")
+"""Names of the residual branch modules in layers of ViT, DINOv2 and CLIP."""
 
 
 class BackboneTask(Task):
@@ -49,8 +55,6 @@ class BackboneTask(Task):
 
     def prepare(self, objective: Objective, classes: int, erasing: float = 0.0) -> None:
         if self.drop_path:
-            from m3i_scale.tasks.drop_path import apply_drop_path
-
             apply_drop_path(objective.student, self.drop_path)
         if self.freeze:
             objective.train()  # everything except the backbone
@@ -132,3 +136,39 @@ def _check_frozen(run: RunConfig) -> None:
             where="backbone.activation_checkpointing",
             fix="leave it out",
         )
+
+
+def drop_path_rates(rate: float, depth: int) -> list[float]:
+    """Return the drop rate of every layer: a linear ramp from 0 to `rate`, as in all published recipes."""
+    return [rate * layer / max(depth - 1, 1) for layer in range(depth)]
+
+
+def apply_drop_path(backbone: Backbone, rate: float) -> None:
+    """Add drop path to every layer of a backbone, with a rate that increases with depth: residual branches are dropped
+    at random during training.
+
+    The output of a branch is dropped before its layer scale, if any; the order does not matter, because both are
+    factors. `transformers` has no drop path for ViT and CLIP, and only one rate for all layers of DINOv2.
+    """
+    from m3i_scale.backbones.internimage.modeling_internimage import InternImageLayer
+
+    layers = backbone.layers
+    for layer, layer_rate in zip(layers, drop_path_rates(rate, len(layers)), strict=True):
+        if isinstance(layer, InternImageLayer):
+            layer.drop_path = layer_rate
+        elif layer_rate > 0:
+            for name in _BRANCHES:
+                if hasattr(layer, name):
+                    getattr(layer, name).register_forward_hook(partial(_drop_branch, layer_rate))
+
+
+def _drop_branch(rate: float, module: nn.Module, inputs: Any, output: Any) -> Any:
+    """Forward hook that multiplies a branch's output by 0 or 1/(1 − rate) per sample. Inactive in evaluation mode."""
+    import torch
+
+    if not module.training:
+        return output
+    branch_BLD: Tensor = output[0] if isinstance(output, tuple) else output
+    kept_B = torch.rand(len(branch_BLD), device=branch_BLD.device) >= rate
+    dropped_BLD = branch_BLD * (kept_B / (1 - rate)).to(branch_BLD.dtype)[:, None, None]
+    return (dropped_BLD, *output[1:]) if isinstance(output, tuple) else dropped_BLD

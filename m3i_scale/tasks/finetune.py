@@ -7,6 +7,7 @@ import json
 import math
 import os
 import shutil
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import cast
@@ -25,12 +26,15 @@ from m3i_scale.export.source import Source, find_source
 from m3i_scale.export.write import ExportContents, plan_parts
 from m3i_scale.export.write import Task as ExportTask
 from m3i_scale.files import atomic_dir, read_json, sha256_of, sha256_of_json
-from m3i_scale.host.output_dir import check_output_dir, is_run_folder
+from m3i_scale.host.output_dir import check_output_dir, is_run_folder, lock_directory
 from m3i_scale.objective.build import initialize_module
 from m3i_scale.objective.recipe import load_run_and_recipe, parse_recipe
 from m3i_scale.rank_variables import adopt_rank_variables
+from m3i_scale.run.check import resolve_run
+from m3i_scale.run.data_checks import DataFacts
+from m3i_scale.run.resume import check_resume, find_resume
+from m3i_scale.run.setup import ResolvedRun
 from m3i_scale.tasks.base import Task, steps_of
-from m3i_scale.tasks.finetune_checks import resolve_finetuning
 from m3i_scale.tasks.finetune_result import FineTuning, repeat_threshold
 from m3i_scale.tasks.labelled import Labelled, find_labelled
 from m3i_scale.tasks.subset import Subset
@@ -111,6 +115,28 @@ def prepare(
     resolve_finetuning(run, data, here=here)
     export_task = _export_task(run, task, data.classes)
     return FineTuning(task, protocol, followed, run, data, export_task, subset, start if random_weights else None)
+
+
+def resolve_finetuning(run: RunConfig, data: Labelled, *, here: bool) -> ResolvedRun:
+    """Validate the complete config, even if the shards do not exist yet."""
+    if data.source is None:
+        return resolve_run(run, 1, here=here)
+    facts = DataFacts(run, {TRAIN: data.classes})
+    if data.categories is not None and data.categories.format == "lvis":
+        facts.image_counts = [category.image_count or 0 for category in data.categories.categories]
+    return resolve_run(run, 1, here=here, unpacked=facts)
+
+
+def pack(run: RunConfig, data: Labelled, tell: Callable[[str], None], *, skip_bad: bool) -> None:
+    """Pack the images, unless they are in shards, with a lock on the output directory. Check first that it has no
+    checkpoint of a different run."""
+    if data.source is None:
+        return
+    with lock_directory(run.output_dir):
+        checkpoint, _ = find_resume(run, contents=False)  # training reads every byte
+        if checkpoint is not None:
+            check_resume(resolve_finetuning(run, data, here=False), checkpoint, 1)
+        data.pack(tell, skip_bad=skip_bad)
 
 
 def _export_task(run: RunConfig, task: Task, classes: list[str]) -> ExportTask:

@@ -113,15 +113,14 @@ class FineTuneOptions:
         from m3i_scale.run.train import print_rank0
         from m3i_scale.run.train import start as train_run
         from m3i_scale.tasks.contents import check_contents
-        from m3i_scale.tasks.finetune_checks import packing
+        from m3i_scale.tasks.finetune import pack
         from m3i_scale.tasks.finetune_result import data_lines, measure
 
         data, run = prepared.data, prepared.run
         for line in data_lines(prepared.facts()):
             print_rank0(line)
         check_before_joining()
-        with packing(run, data):
-            data.pack(print_rank0, skip_bad=self.skip_bad)
+        pack(run, data, print_rank0, skip_bad=self.skip_bad)
         if not (run.output_dir / "checkpoints").exists():  # otherwise they were checked when the run began
             check_contents(data, prepared.task.labels_file, print_rank0)
         if train_run(run, make_hooks=[make_pictures]) == "preempted":

@@ -4,12 +4,10 @@ have the same files, by name and size; file contents are not compared."""
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
-
-from typing_extensions import override
 
 from m3i_scale.data.categories import Categories, shard_categories
 from m3i_scale.data.index import load_index
@@ -20,11 +18,12 @@ from m3i_scale.shards.make import SKIPPED, make_shards, summary_lines
 from m3i_scale.shards.mask_classes import check_mask_classes
 from m3i_scale.shards.options import ShardOptions
 from m3i_scale.shards.process_pool import DEFAULT_WORKERS
-from m3i_scale.shards.records import Input, Record
+from m3i_scale.shards.records import Input
 from m3i_scale.tasks.subset import Subset, subset_of_shards
 from m3i_scale.tasks.unpacked import (
     ADE_NAMES,
     BOXES_FIX,
+    DIGEST,
     EVALUATED,
     FIX,
     TRAIN,
@@ -43,7 +42,6 @@ MASKS_FIX = (
 _FIXES = {LABELS: FIX, MASK_LABELS: MASKS_FIX, CATEGORIES: BOXES_FIX}
 _COUNTED = {LABELS: "with_label", MASK_LABELS: "with_mask", CATEGORIES: "with_instances"}
 """Manifest key for the number of samples with labels, by the file with the class names."""
-_DIGEST = "input_sha256"
 _TOLD_EVERY = 50_000
 
 
@@ -274,9 +272,9 @@ def _annotations(train: Path) -> dict[str, dict[str, int]] | None:
 
 def _to_pack(packed: Path, found: Unpacked) -> Labelled:
     validation = packed / found.splits[1] if len(found.splits) > 1 else None
-    source: Input | None = _ToPack(found)
+    source: Input | None = found.source
     if packed.is_file() or (packed.is_dir() and any(packed.iterdir())):
-        if _manifest(packed / TRAIN).get(_DIGEST) != found.digest:
+        if _manifest(packed / TRAIN).get(DIGEST) != found.digest:
             raise ConfigError(
                 "the shards there are of other data",
                 where=str(packed),
@@ -297,29 +295,5 @@ def _to_pack(packed: Path, found: Unpacked) -> Labelled:
         categories=categories,
         class_images={name: of_class[name] for name in classes} if found.source.labels else None,
         annotations=found.source.info().get("annotations"),
-        every_class=found.keys is None,
+        every_class=not found.is_subset,
     )
-
-
-class _ToPack(Input):
-    """Input restricted to a subset of the training samples, if any. The manifest gets the digest of its files."""
-
-    def __init__(self, found: Unpacked) -> None:
-        source = found.source
-        super().__init__(source.labels, mask_labels=source.mask_labels, categories=source.categories)
-        self._source, self._keys, self._digest = source, found.keys, found.digest
-
-    @override
-    def outlines(self) -> Iterator[Record]:
-        return filter(self._takes, self._source.outlines())
-
-    @override
-    def records(self) -> Iterator[Record]:
-        return filter(self._takes, self._source.records())
-
-    @override
-    def info(self) -> dict[str, Any]:
-        return self._source.info() | {_DIGEST: self._digest}
-
-    def _takes(self, sample: Record) -> bool:
-        return self._keys is None or sample.split not in (None, TRAIN) or sample.key in self._keys

@@ -18,8 +18,8 @@ from m3i_scale.data.shards import CATEGORIES, LABELS, MASK_LABELS, local_shards
 from m3i_scale.data.tar import RawSample, read_members
 from m3i_scale.errors import ConfigError
 from m3i_scale.shards.existing_shards import Origin, ShardInput, contents, record_of, valid_shard
-from m3i_scale.shards.records import Record, annotations_of, hash_of
-from m3i_scale.tasks.unpacked import TRAIN, Unpacked, digest_of
+from m3i_scale.shards.records import ListedInput, Record, annotations_of, hash_of
+from m3i_scale.tasks.unpacked import DIGEST, TRAIN, Unpacked, digest_of
 from m3i_scale.text import listed
 
 MEMBERS = {LABELS: "cls", MASK_LABELS: MASK, CATEGORIES: INSTANCES}
@@ -69,8 +69,10 @@ class Subset:
         """Return the input restricted to the subset; all evaluation images remain."""
         keys = self.choose(found.classes)
         classes = {key: name for key, name in found.classes.items() if key in keys}
-        digest = digest_of([(found.digest, 0), *((key, 0) for key in keys)])
-        return replace(found, keys=keys, classes=classes, digest=digest)
+        digest, source = digest_of([(found.digest, 0), *((key, 0) for key in keys)]), found.source
+        records = [record for record in source.records() if record.split != TRAIN or record.key in keys]
+        about = source.info() | {"mask_labels": source.mask_labels, "categories": source.categories, DIGEST: digest}
+        return replace(found, source=ListedInput(records, source.labels, **about), classes=classes, is_subset=True)
 
 
 def subset_of_shards(subset: Subset, train: Path, classes: list[str], file: str) -> Unpacked:
@@ -96,19 +98,24 @@ def subset_of_shards(subset: Subset, train: Path, classes: list[str], file: str)
     mask_labels, categories = classes if file == MASK_LABELS else None, None
     if file == CATEGORIES:
         categories = shard_categories(train)
-    source = _ShardSubset(origins, keys, labels, mask_labels=mask_labels, categories=categories)
     files = [(origin.path.name, origin.path.stat().st_size) for origin in origins]
+    about = {"categories": categories, DIGEST: digest_of([*files, *((key, 0) for key in keys)])}
+    source = _ShardSubset(origins, keys, labels, mask_labels=mask_labels, **about)
     chosen = {key: name for key, name in found.items() if key in keys}
-    return Unpacked(source, [TRAIN], chosen, digest_of([*files, *((key, 0) for key in keys)]), keys=keys)
+    return Unpacked(source, [TRAIN], chosen, is_subset=True)
 
 
 class _ShardSubset(ShardInput):
-    """Input of existing shards whose records are those of selected samples; other samples are not read. Labels and
-    boxes are only read if there are class names and categories."""
+    """Selected samples of existing shards; other samples are not read. Labels and boxes are only read if there are
+    class names and categories."""
 
     def __init__(self, origins: Sequence[Origin], keys: Container[str], labels: list[str], **about: Any) -> None:
         super().__init__(origins, labels, **about)
         self._keys = keys
+
+    @override
+    def outlines(self) -> Iterator[Record]:
+        return (outline for outline in super().outlines() if outline.key in self._keys)
 
     @override
     def records(self) -> Iterator[Record]:

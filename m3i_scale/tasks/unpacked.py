@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,6 +16,8 @@ from m3i_scale.shards.masks import masks_input, read_mask_labels
 from m3i_scale.shards.records import Input, ListedInput, Record
 from m3i_scale.text import listed
 
+DIGEST = "input_sha256"
+"""Key of the input's digest in manifest.json."""
 TRAIN = "train"
 TRAINED = (TRAIN, "training")
 EVALUATED = ("val", "validation", "valid", "dev", "test", "testing", "eval")
@@ -46,12 +48,14 @@ class Unpacked:
     splits: list[str]
     classes: dict[str, str]
     """Class by key, for training images with one; the same dummy class for all images if pixels have classes."""
-    digest: str
-    """Digest of everything that goes into the shards."""
     evaluated: int = 0
     """Number of evaluation images."""
-    keys: Container[str] | None = None
-    """Training samples of a subset; None: all."""
+    is_subset: bool = False
+
+    @property
+    def digest(self) -> str:
+        """Return the digest of everything that goes into the shards."""
+        return str(self.source.info()[DIGEST])
 
 
 def image_folders(places: dict[str, Path]) -> Unpacked:
@@ -81,8 +85,8 @@ def image_folders(places: dict[str, Path]) -> Unpacked:
     trained = {
         record.key: names[record.label] for record in records if record.split == TRAIN and record.label is not None
     }
-    images = ListedInput(records, names, source="imagefolder")
-    return Unpacked(images, list(places), trained, digest_of(files), len(records) - len(trained))
+    images = ListedInput(records, names, source="imagefolder", **{DIGEST: digest_of(files)})
+    return Unpacked(images, list(places), trained, len(records) - len(trained))
 
 
 def mask_folders(places: dict[str, tuple[Path, Path]], names: Path, *, skip_bad: bool) -> Unpacked:
@@ -103,9 +107,9 @@ def mask_folders(places: dict[str, tuple[Path, Path]], names: Path, *, skip_bad:
     numbered = [(f"{number} {name}", int(reduce_zero_label)) for number, name in enumerate(labels)]
     usable = [record for record in records if record.problem is None]
     trained = {record.key: "" for record in usable if record.split == TRAIN}
-    evaluated = len(usable) - len(trained)
-    source = ListedInput(records, [], mask_labels=labels, source="masks", reduce_zero_label=reduce_zero_label)
-    return Unpacked(source, list(places), trained, digest_of([*files, *numbered]), evaluated)
+    about = {"source": "masks", "reduce_zero_label": reduce_zero_label, DIGEST: digest_of([*files, *numbered])}
+    source = ListedInput(records, [], mask_labels=labels, **about)
+    return Unpacked(source, list(places), trained, len(usable) - len(trained))
 
 
 def annotated_images(given: Path, *, skip_bad: bool) -> Unpacked:
@@ -120,25 +124,16 @@ def annotated_images(given: Path, *, skip_bad: bool) -> Unpacked:
     ]
     usable = [record for record in records if record.problem is None]
     trained = {record.key: "" for record in usable if record.split == TRAIN}
-    digest = digest_of(
-        [
-            *((path.name, path.stat().st_size) for path in files.values()),
-            *((f"{record.split}/{record.meta['path']}", record.size) for record in records),
-        ]
-    )
+    sizes = [(path.name, path.stat().st_size) for path in files.values()]
+    sizes += [(f"{record.split}/{record.meta['path']}", record.size) for record in records]
     counts = found.info()["annotations"]
     for file in files.values():
         of_file = counts["/".join(file.parts[-2:])]
         if of_file["annotations"] <= of_file["crowds"]:
             purpose = "training" if file == train else "evaluation"
             raise ConfigError(f"no object is annotated for {purpose}", where=f"--data {file}", fix=BOXES_FIX)
-    return Unpacked(
-        ListedInput(records, [], categories=found.categories, **found.info()),
-        list(files),
-        trained,
-        digest,
-        len(usable) - len(trained),
-    )
+    source = ListedInput(records, [], categories=found.categories, **found.info() | {DIGEST: digest_of(sizes)})
+    return Unpacked(source, list(files), trained, len(usable) - len(trained))
 
 
 def _in_folder(folder: Path) -> tuple[Path, Path | None]:

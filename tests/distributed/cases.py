@@ -56,7 +56,7 @@ from m3i_scale.plan.planning import Model
 from m3i_scale.plan.planning import Vocabulary as LearntFrom
 from m3i_scale.plan.settings import settings_of
 from m3i_scale.run.setup import start_engine
-from m3i_scale.tasks.detection.measure_detector import DetectionScores
+from m3i_scale.tasks.detection.detector import DetectionScores
 
 PLANNED = ("zero1_bf16", "zero1_cpu_fp32", "zero2_bf16", "zero3_cpu", "zero3_cpu_fp32")
 

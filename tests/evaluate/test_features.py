@@ -72,7 +72,7 @@ def test_other_stock_models(tmp_path, kind, config, width):
     ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
     vision = load_vision(tmp_path, "mean", CPU)
     images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
-    features = vision(images)
+    features, _ = vision.encode(images)
     assert features.shape == (2, width)
     pixels = vision.processor(list(images), return_tensors="pt")["pixel_values"]
     hidden = vision.model(pixel_values=pixels).last_hidden_state

@@ -10,7 +10,7 @@ import pytest
 from safetensors import SafetensorError
 
 from m3i_scale.errors import ExportError
-from m3i_scale.export import files as files_module
+from m3i_scale.export import tensors as tensors_module
 from m3i_scale.export.export import export
 from m3i_scale.run.callbacks import RunInfo, StepRecord
 from m3i_scale.run.callbacks.metrics import MetricsWriter
@@ -30,7 +30,7 @@ def test_full_disk(run_dir, tmp_path, monkeypatch, error):
     def full(*args, **kwargs):
         raise error
 
-    monkeypatch.setattr(files_module, "save_file", full)
+    monkeypatch.setattr(tensors_module, "save_file", full)
     with pytest.raises(ExportError) as caught:
         export(run_dir[0], tmp_path / "out")
     assert str(caught.value.where).endswith("/out")

@@ -17,11 +17,10 @@ from m3i_scale.config import BackboneConfig
 from m3i_scale.engine.activations import apply_activation_checkpointing
 from m3i_scale.errors import ConfigError
 from m3i_scale.objective.ranks import SingleProcess
-from m3i_scale.tasks.detection.detection_heads import Windows
-from m3i_scale.tasks.detection.mask_rcnn import MaskRcnnDetector
+from m3i_scale.tasks.backbone_task import apply_drop_path
+from m3i_scale.tasks.detection.detection_heads import Windows, default_global_layers
+from m3i_scale.tasks.detection.mask_rcnn import MaskRcnnDetector, windowed_layers
 from m3i_scale.tasks.detection.modeling_mask_rcnn import WindowedLayers
-from m3i_scale.tasks.detection.windows import default_global_layers, windowed_layers
-from m3i_scale.tasks.drop_path import apply_drop_path
 
 PLAIN = ("vit", "dinov2", "clip")
 

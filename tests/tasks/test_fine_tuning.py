@@ -18,8 +18,8 @@ from m3i_scale.config import BackboneConfig, RunConfig
 from m3i_scale.objective.build import initialize_module
 from m3i_scale.objective.recipe import parse_recipe
 from m3i_scale.run.setup import run_yaml
+from m3i_scale.tasks.backbone_task import apply_drop_path, drop_path_rates
 from m3i_scale.tasks.classification.classification_task import Classification
-from m3i_scale.tasks.drop_path import apply_drop_path, drop_path_rates
 
 SHAPE = {"image_size": 32, "patch_size": 8, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
 BACKBONES = {

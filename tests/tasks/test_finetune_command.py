@@ -21,8 +21,7 @@ from m3i_scale.config import load_run
 from m3i_scale.errors import CheckpointError, ConfigError, DataError
 from m3i_scale.files import read_json, sha256_of
 from m3i_scale.run.resume import check_resume
-from m3i_scale.tasks.finetune import FineTuning, prepare, random_start
-from m3i_scale.tasks.finetune_checks import resolve_finetuning
+from m3i_scale.tasks.finetune import FineTuning, prepare, random_start, resolve_finetuning
 from m3i_scale.tasks.labelled import Labelled, find_labelled
 
 SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}

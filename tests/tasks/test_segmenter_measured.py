@@ -22,12 +22,21 @@ from transformers import AutoImageProcessor, SegformerConfig, SegformerForSemant
 from m3i_scale.errors import ConfigError, DataError, ExportError
 from m3i_scale.evaluate.commands import MEASURES, evaluate
 from m3i_scale.evaluate.intervals import clusters_of
-from m3i_scale.evaluate.overlays import LEGEND, Overlays
 from m3i_scale.evaluate.report import render
 from m3i_scale.evaluate.samples import Sample, open_table
 from m3i_scale.tasks.segmentation import segmenter as module
-from m3i_scale.tasks.segmentation.measure_segmenter import check_classes, count_overlaps, segmenter_metrics
-from m3i_scale.tasks.segmentation.segmenter import Segmenter, classes_at, is_segmenter, load_segmenter, starts
+from m3i_scale.tasks.segmentation.segmenter import (
+    LEGEND,
+    Overlays,
+    Segmenter,
+    check_classes,
+    classes_at,
+    count_overlaps,
+    is_segmenter,
+    load_segmenter,
+    segmenter_metrics,
+    starts,
+)
 
 
 def test_windows_cover_a_side_as_published_ones_do() -> None:

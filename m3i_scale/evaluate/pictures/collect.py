@@ -16,14 +16,12 @@ from torch import Tensor
 from m3i_scale.errors import ConfigError, DataError
 from m3i_scale.evaluate import NotMeasuredError
 from m3i_scale.evaluate.features import patch_tokens, unit_rows
-from m3i_scale.evaluate.image_text import distinct_captions
 from m3i_scale.evaluate.job import Job
-from m3i_scale.evaluate.overlays import write_error
 from m3i_scale.evaluate.pictures.dense import attention, attention_of, dense_pca, similarity
-from m3i_scale.evaluate.pictures.draw import Cell, image_of, text_cell, write_pictures
+from m3i_scale.evaluate.pictures.draw import Cell, image_of, text_cell, write_error, write_pictures
 from m3i_scale.evaluate.pictures.ranked import IMAGE_TO_TEXT, NEIGHBOURS, TEXT_TO_IMAGE, Candidate, best_of, ranked
 from m3i_scale.evaluate.samples import Sample, Table, check_known, read_samples
-from m3i_scale.evaluate.towers import Towers
+from m3i_scale.evaluate.towers import Towers, distinct_captions
 from m3i_scale.run.callbacks import Picture
 
 SAMPLES = 8
@@ -89,13 +87,14 @@ class EvaluationPictures:
         self.images = [image_of(samples[number].pixels) for number in self._numbers]
         """At the input size of the model."""
         self.names = [self._name(number) for number in self._numbers]
+        self._queries = [Cell(image, name) for image, name in zip(self.images, self.names, strict=True)]
 
     def __call__(self) -> tuple[list[Picture], dict[str, str]]:
         """Return the pictures, and the reason for each picture that model or data do not support."""
         drawn: dict[str, Callable[[], Picture]] = {
-            "dense_pca": self._dense_pca,
+            "dense_pca": lambda: dense_pca(self.images, self.names, self.patch_features),
             "attention": self._attention,
-            "similarity": self._similarity,
+            "similarity": lambda: similarity(self.images, self.names, self.patch_features),
             "neighbours": self._neighbours,
             "text_to_image": self._text_to_image,
             "image_to_text": self._image_to_text,
@@ -127,17 +126,11 @@ class EvaluationPictures:
         )
         return tokens_NLD
 
-    def _dense_pca(self) -> Picture:
-        return dense_pca(self.images, self.names, self.patch_features)
-
     def _attention(self) -> Picture:
         vision = self._job.vision
         pixels_BCHW = vision.pixels(_stacked(self.images))
         shown = attention_of(vision.model, pixels_BCHW, self._hidden, vision.patch_count())
         return attention(self.images, self.names, shown)
-
-    def _similarity(self) -> Picture:
-        return similarity(self.images, self.names, self.patch_features)
 
     def _neighbours(self) -> Picture:
         if len(self._table) < 2:
@@ -147,10 +140,7 @@ class EvaluationPictures:
         scores_QN[np.arange(len(self._numbers)), self._numbers] = -np.inf
         right = [None if labels_N[number] < 0 else labels_N == labels_N[number] for number in self._numbers]
         candidates = best_of(scores_QN, right)
-        return ranked(NEIGHBOURS, self._queries(), self.names, candidates, self._cells(candidates).__getitem__)
-
-    def _queries(self) -> list[Cell]:
-        return [Cell(image, name) for image, name in zip(self.images, self.names, strict=True)]
+        return ranked(NEIGHBOURS, self._queries, self.names, candidates, self._cells(candidates).__getitem__)
 
     def _cells(self, candidates: Sequence[Sequence[Candidate]]) -> dict[int, Cell]:
         samples = read_again(self._table, (one.number for row in candidates for one in row), self._job.vision.size)
@@ -180,10 +170,9 @@ class EvaluationPictures:
         numbers = [self._numbers[place] for place in asked]
         scores_QU = unit_rows(self._job.test.features["joint"][numbers]) @ towers.texts(captions).T
         right = [np.asarray([caption == self._table.captions[number] for caption in captions]) for number in numbers]
-        queries = self._queries()
         return ranked(
             IMAGE_TO_TEXT,
-            [queries[place] for place in asked],
+            [self._queries[place] for place in asked],
             [self.names[place] for place in asked],
             best_of(scores_QU, right),
             lambda number: Cell(text_cell(captions[number])),

@@ -3,8 +3,7 @@ all others, and their weight in the image vector."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -190,23 +189,16 @@ def _of_class_token(model: Any, pixels_1CHW: Tensor, patches: int) -> Tensor:
     """Return the attention of one image: (1, H, L). Attention of all layers for many images would not fit in memory."""
     layers = None
     if not isinstance(model, TimmWrapperModel):
-        with _eager(model):
+        before = model.config._attn_implementation
+        model.set_attn_implementation("eager")  # fused kernels do not return the weights
+        try:
             layers = model(pixel_values=pixels_1CHW, output_attentions=True).attentions
+        finally:
+            model.set_attn_implementation(before)
     if not layers:
         raise NotMeasuredError(f"a {model.config.model_type} does not give its attention")
     last_1HSS: Tensor = layers[-1]
     return last_1HSS[:, :, 0, -patches:]
-
-
-@contextmanager
-def _eager(model: Any) -> Iterator[None]:
-    """Use eager attention temporarily: fused kernels do not return the weights."""
-    before = model.config._attn_implementation
-    model.set_attn_implementation("eager")
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)
 
 
 def attention(images: Sequence[Image.Image], names: Sequence[str], shown: Attention) -> Picture:

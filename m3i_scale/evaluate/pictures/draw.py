@@ -1,11 +1,14 @@
-"""Drawing of image grids with captions, heat maps over images, and frames; picture files."""
+"""Drawing of image grids with captions, heat maps over images, frames, and panels of prediction overlays; picture
+files."""
 
 from __future__ import annotations
 
 import io
+import re
 import textwrap
 import unicodedata
 from collections.abc import Sequence
+from colorsys import hsv_to_rgb
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from m3i_scale.errors import ConfigError
 from m3i_scale.files import replacing, write_json
 from m3i_scale.host.output_dir import PICTURE_LIST
 from m3i_scale.run.callbacks import Picture
@@ -40,6 +44,22 @@ _QUALITIES = (90, 75, 55, 35)
 """JPEG qualities; the first small enough one is used."""
 _TYPED = str.maketrans("‘’“”–—", "''\"\"--")
 """Typographic quotes and dashes, and their ASCII equivalents."""
+OVERLAY_COUNT = 20
+"""Default number of prediction overlays."""
+SIDE = 512
+"""Maximum size in pixels of the image of an overlay."""
+_PANEL_GAP = 4
+_GOLDEN = 0.618034
+PALETTE = np.array(
+    [
+        [
+            round(255 * part)
+            for part in hsv_to_rgb(number * _GOLDEN % 1, (1.0, 0.6, 0.8)[number % 3], (1.0, 0.7)[number % 2])
+        ]
+        for number in range(256)
+    ]
+)
+"""Color of a class by its number, the same in every picture: red, green, blue from 0 to 255."""
 
 
 @dataclass(frozen=True)
@@ -125,6 +145,36 @@ def drawable(text: str, letters: int | None = None) -> str:
     plain = "".join(one for one in unicodedata.normalize("NFKD", typed) if not unicodedata.combining(one))
     line = "".join(one if " " <= one <= "~" or one == "·" else "?" for one in " ".join(plain.split()))
     return line if letters is None or len(line) <= letters else line[: max(letters - 1, 0)] + "…"
+
+
+def make_folder(folder: Path) -> None:
+    """Create the folder of pictures and its parents, or use an existing empty one."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        taken = any(folder.iterdir())
+    except OSError as error:
+        raise write_error(folder, error) from None
+    if taken:
+        raise ConfigError("the folder is not empty", where=f"--pictures {folder}", fix="name a new one")
+
+
+def write_error(folder: Path, error: OSError) -> ConfigError:
+    """Return the error for pictures that cannot be written."""
+    return ConfigError(f"pictures cannot be written: {error.strerror or error}", where=f"--pictures {folder}")
+
+
+def file_stem(key: str) -> str:
+    """Return a valid file name stem for a sample key."""
+    return re.sub(r"[^A-Za-z0-9._-]", "_", key)[-100:]
+
+
+def side_by_side(panels: list[Image.Image]) -> Image.Image:
+    """Join panels of equal size side by side."""
+    width, height = panels[0].size
+    picture = Image.new("RGB", (len(panels) * (width + _PANEL_GAP) - _PANEL_GAP, height), "white")
+    for place, panel in enumerate(panels):
+        picture.paste(panel, (place * (width + _PANEL_GAP), 0))
+    return picture
 
 
 def _fitted(cell: Cell, side: int) -> Image.Image:

@@ -75,7 +75,13 @@ class Pictures(Hook):
             self._write()
 
     def on_rewind(self) -> None:
-        from_rank_0(lambda: _remove_after(self._folder, self._state.step))
+        from_rank_0(self._remove_later)
+
+    def _remove_later(self) -> None:
+        with _write_errors(self._folder):
+            for path in checkpoints(self._folder):
+                if (step_of(path) or 0) > self._state.step:
+                    shutil.rmtree(path)
 
     def _write(self) -> None:
         module = self._state.engine.module
@@ -96,13 +102,6 @@ class Pictures(Hook):
         with _write_errors(folder), atomic_dir(folder, replace=True, durable=False) as begun:
             write_pictures(begun, pictures, step)
         self._state.callbacks.on_pictures(step, pictures)
-
-
-def _remove_after(folder: Path, step: int) -> None:
-    with _write_errors(folder):
-        for path in checkpoints(folder):
-            if (step_of(path) or 0) > step:
-                shutil.rmtree(path)
 
 
 def _write_errors(folder: Path) -> AbstractContextManager[None]:

@@ -42,13 +42,8 @@ def best_of(
             shown += np.flatnonzero(right_C[order])[:1].tolist()
         candidates.append(
             [
-                Candidate(
-                    int(order[rank]),
-                    float(scores_C[order[rank]]),
-                    rank,
-                    None if right_C is None else bool(right_C[order[rank]]),
-                )
-                for rank in shown
+                Candidate(number, float(scores_C[number]), rank, None if right_C is None else bool(right_C[number]))
+                for rank, number in ((rank, int(order[rank])) for rank in shown)
             ]
         )
     return candidates

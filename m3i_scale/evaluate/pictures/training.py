@@ -1,12 +1,15 @@
-"""Visualizations of the current model: encode samples with the modules in training and draw their features."""
+"""Visualizations of the current model: features of samples, views, masks and mixes of a batch, and predicted pixels."""
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from m3i_scale.data.batch import Batch
@@ -18,14 +21,22 @@ from m3i_scale.evaluate.pictures.dense import (
     similarity,
     similarity_to_mean,
 )
-from m3i_scale.evaluate.pictures.draw import image_of
-from m3i_scale.evaluate.pictures.views import Reconstruction, draw_reconstruction, draw_views
+from m3i_scale.evaluate.pictures.draw import Cell, Colour, framed, grid, image_of
 from m3i_scale.objective.information import Objective
+from m3i_scale.objective.inputs import EncodedInput
 from m3i_scale.objective.targets.dense import Pixels
 from m3i_scale.run.callbacks import Picture
 from m3i_scale.run.setup import ResolvedRun
 
 Floats = NDArray[np.float64]
+_COLOURS: tuple[Colour, ...] = ((214, 96, 42), (40, 116, 190), (70, 150, 70), (150, 80, 170))
+"""Of views, and of the images of a mix by their position."""
+_HIDDEN: Colour = (128, 128, 128)
+_BEYOND: Colour = (214, 216, 220)
+"""Parts of an image outside all views."""
+_CANVAS = 288
+"""Size of the longer side of a source image in the picture, in pixels."""
+_TINT = 0.4
 
 
 @dataclass(frozen=True)
@@ -63,19 +74,15 @@ class TrainingPictures:
 
     def draw(self, encoded: EncodedSamples) -> list[Picture]:
         """Return all pictures that apply to the recipe and the samples."""
+        objective, seen = self._objective, self._seen
+        mixed = objective.recipe.mix is not None
         return [
-            self._views(),
+            draw_views(seen, objective.inputs_of(seen), self._grid, mixed=mixed, names=_names(seen)),
             *self._reconstruction(encoded),
             dense_pca(self._images, self._names, encoded.tokens_BND),
             attention(self._images, self._names, encoded.attention),
             similarity(self._images, self._names, encoded.tokens_BND),
         ]
-
-    def _views(self) -> Picture:
-        objective, seen = self._objective, self._seen
-        mixed = objective.recipe.mix is not None
-        names = _names(seen)
-        return draw_views(seen, objective.inputs_of(seen), self._grid, mixed=mixed, names=names)
 
     def _reconstruction(self, encoded: EncodedSamples) -> list[Picture]:
         if not encoded.reconstructed:
@@ -112,3 +119,132 @@ def _captions(resolved: ResolvedRun, samples: Batch) -> list[str]:
 
 def _host(values: Tensor) -> Floats:
     return np.asarray(values.cpu().double().numpy())
+
+
+def draw_views(
+    batch: Batch, inputs: Sequence[EncodedInput], patches: tuple[int, int], *, mixed: bool, names: Sequence[str]
+) -> Picture:
+    """Return the picture `views` of the first samples of a batch on the CPU. A batch contains only views, not source
+    images. Each view is drawn at its location in the source, and the rest is gray. `patches` are rows and columns per
+    view. If `mixed`, the inputs share a grid."""
+    images_VB = [[image_of(pixels) for pixels in view.numpy()] for view in (*batch.images_VBCHW, *batch.small_VBCHW)]
+    several = len(images_VB) > 1
+    hiding = [(place, one) for place, one in enumerate(inputs) if one.hidden_BM.shape[1]]
+    rows = []
+    for sample in range(len(names)):
+        row = [Cell(views_on_source(batch, images_VB, sample))]
+        row += [
+            Cell(images[sample], frame=_colour_of(view) if several else None) for view, images in enumerate(images_VB)
+        ]
+        for place, one in hiding:
+            seen = visible_part(images_VB[one.view][sample], one.visible_patches(sample), patches)
+            row.append(Cell(seen, frame=_colour_of(place) if mixed else None))
+        if mixed:
+            row.append(Cell(mix_of(images_VB, inputs, patches, sample)))
+        rows.append(row)
+    columns = ["views on their source", *(f"view {view + 1}" for view in range(len(images_VB)))]
+    parts = Counter(one.name for _, one in hiding)
+    columns += [
+        f"seen as input {one.name}" + (f" of view {one.view + 1}" if parts[one.name] > 1 else "") for _, one in hiding
+    ]
+    columns += [f"mix of {' and '.join(one.name for one in inputs)}"] if mixed else []
+    hidden = ", what is hidden of them" if hiding else ""
+    mix = ", and the mixes, each patch in the tint of its image" if mixed else ""
+    return Picture(
+        "views",
+        f"A batch as the model sees it: views on their sources, views after augmentation{hidden}{mix}",
+        f"{len(names)} samples. By row: {', '.join(columns)}. Samples: {'; '.join(names)}.",
+        grid(rows, columns, names),
+    )
+
+
+def visible_part(image: Image.Image, visible_L: Tensor, patches: tuple[int, int]) -> Image.Image:
+    """Return an image with all patches gray except the given ones, numbered row by row."""
+    shown_HW = _over(visible_L, patches, image.size)
+    return Image.composite(image, Image.new("RGB", image.size, _HIDDEN), Image.fromarray(shown_HW))
+
+
+def mix_of(
+    images_VB: Sequence[Sequence[Image.Image]], inputs: Sequence[EncodedInput], patches: tuple[int, int], row: int
+) -> Image.Image:
+    """Return one row of a mix: the visible patches of each of its images, tinted by image."""
+    mixed = Image.new("RGB", images_VB[0][0].size, _HIDDEN)
+    for place, one in enumerate(inputs):
+        sample = int(one.image_of_row_B[row])
+        image = images_VB[one.view][sample]
+        tinted = Image.blend(image, Image.new("RGB", image.size, _colour_of(place)), _TINT)
+        mixed.paste(tinted, mask=Image.fromarray(_over(one.visible_BL[sample], patches, image.size)))
+    return mixed
+
+
+def _colour_of(number: int) -> Colour:
+    return _COLOURS[number % len(_COLOURS)]
+
+
+def _over(visible_L: Tensor, patches: tuple[int, int], size: tuple[int, int]) -> NDArray[np.uint8]:
+    """Return 255 on the pixels of the given patches, 0 elsewhere: (H, W)."""
+    shown_N = np.zeros(patches[0] * patches[1], dtype=np.uint8)
+    shown_N[visible_L.numpy()] = 255
+    small = Image.fromarray(shown_N.reshape(patches))
+    return np.asarray(small.resize(size, Image.Resampling.NEAREST))
+
+
+def views_on_source(batch: Batch, images_VB: Sequence[Sequence[Image.Image]], sample: int) -> Image.Image:
+    """Return the outline of a source image with its views framed at their locations, smaller ones on top."""
+    height, width = batch.sizes_B2[sample].tolist()
+    scale = _CANVAS / max(height, width)
+    canvas = Image.new("RGB", (max(round(width * scale), 1), max(round(height * scale), 1)), _BEYOND)
+    boxes = batch.crops_VB4[:, sample]
+    for view in (boxes[:, 2] * boxes[:, 3]).argsort(descending=True, stable=True).tolist():
+        top, left, crop_height, crop_width = boxes[view].tolist()
+        shown = images_VB[view][sample]
+        if bool(batch.flips_VB[view, sample]):
+            left, shown = width - left - crop_width, ImageOps.mirror(shown)
+        size = max(round(crop_width * scale), 1), max(round(crop_height * scale), 1)
+        canvas.paste(shown.resize(size), (round(left * scale), round(top * scale)))
+        box = left / width, top / height, (left + crop_width) / width, (top + crop_height) / height
+        canvas = framed(canvas, box, _colour_of(view))
+    return canvas
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """Prediction of a view from one input."""
+
+    view: int
+    """Index of the predicted view, from 0."""
+    seen: EncodedInput
+    images_BCHW: NDArray[np.uint8]
+    """The view, with predictions in place of the target patches."""
+
+
+def draw_reconstruction(
+    batch: Batch,
+    predicted: Sequence[Reconstruction],
+    patches: tuple[int, int],
+    *,
+    standardized: bool,
+    names: Sequence[str],
+) -> Picture:
+    """Return the picture `reconstruction` of the first samples of a batch on the CPU. `patches` are rows and columns
+    per view. With `standardized` targets (normalized per patch), the predictions have the true mean and contrast."""
+    columns = [
+        text
+        for one in predicted
+        for text in (f"view {one.view + 1}", f"seen as input {one.seen.name}", f"predicted from {one.seen.name}")
+    ]
+    rows = []
+    for sample in range(len(names)):
+        row = []
+        for one in predicted:
+            original, seen = (image_of(batch.images_VBCHW[view, sample].numpy()) for view in (one.view, one.seen.view))
+            row += [original, visible_part(seen, one.seen.visible_patches(sample), patches)]
+            row.append(image_of(one.images_BCHW[sample]))
+        rows.append([Cell(image) for image in row])
+    put_back = "; the mean and contrast of a predicted patch are those of the true one" if standardized else ""
+    return Picture(
+        "reconstruction",
+        f"Reconstruction of pixels{put_back}",
+        f"{len(names)} samples. By row: {', '.join(columns)}. Samples: {'; '.join(names)}.",
+        grid(rows, columns, names),
+    )

@@ -34,7 +34,8 @@ class Erasing:
         rectangles = []
         with _generators_kept():
             for image_CHW, seed in zip(images_BCHW, batch.seeds_B.tolist(), strict=True):
-                _seed_generators(seed)
+                random.seed(seed)
+                torch.default_generator.manual_seed(seed)  # torch.manual_seed would also seed the GPU generators
                 rectangles.append(_Rectangles(image_CHW))
                 self._erase(rectangles[-1])
         _fill(rectangles)
@@ -73,15 +74,9 @@ def _fill(rectangles: list[_Rectangles]) -> None:
         region_CHW.copy_(part.view(region_CHW.shape))
 
 
-def _seed_generators(seed: int) -> None:
-    """Seed timm's random generators: Python's, and torch's CPU generator."""
-    random.seed(seed)
-    torch.default_generator.manual_seed(seed)  # torch.manual_seed would also seed the GPU generators
-
-
 @contextmanager
 def _generators_kept() -> Iterator[None]:
-    """Restore the state of the random generators after the block."""
+    """Restore the state of timm's random generators after the block: Python's, and torch's CPU generator."""
     python, of_torch = random.getstate(), torch.get_rng_state()
     try:
         yield

@@ -219,3 +219,8 @@ class RfDetr(DetectionHead):
             if getattr(self, name) != type(self).model_fields[name].default:
                 raise ValueError(f"{name} has no effect without masks")
         return self
+
+
+def default_global_layers(depth: int) -> tuple[int, ...]:
+    """Return the last layer of every quarter."""
+    return tuple(sorted({max(round(depth * quarter / 4), 1) - 1 for quarter in (1, 2, 3, 4)}))

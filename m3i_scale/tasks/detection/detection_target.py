@@ -72,7 +72,7 @@ class Detection(FullImageTarget):
         return True
 
     def scores(self, label_sets: dict[str, list[str]]) -> Scores:
-        from m3i_scale.tasks.detection.measure_detector import DetectionScores
+        from m3i_scale.tasks.detection.detector import DetectionScores
 
         (classes,) = label_sets.values()
         return DetectionScores(classes, masks=self.reads == "boxes_and_masks")

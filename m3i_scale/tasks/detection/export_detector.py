@@ -20,11 +20,11 @@ from m3i_scale.export.tensors import VISION, ExportedModule, TensorSource, copie
 from m3i_scale.objective.information import Objective
 from m3i_scale.tasks.detection.configuration_mask_rcnn import HeadFields, MaskRcnnConfig
 from m3i_scale.tasks.detection.detection_heads import DetectionHead, MaskRcnn, RfDetr
+from m3i_scale.tasks.detection.mask_rcnn import windowed_layers
 from m3i_scale.tasks.detection.modeling_mask_rcnn import MaskRcnnForObjectDetection, joined
 from m3i_scale.tasks.detection.object_detector import detect, detector_of
 from m3i_scale.tasks.detection.rfdetr import RfDetrDetector, read_layers
 from m3i_scale.tasks.detection.rfdetr_queries import BACKBONE, stock_class, stock_config
-from m3i_scale.tasks.detection.windows import default_windows, windowed_layers
 
 SOURCE_FILES = tuple(Path(__file__).with_name(f"{stem}_mask_rcnn.py") for stem in ("configuration", "modeling"))
 """Files that `transformers` needs to load the model without this package, with `trust_remote_code`."""
@@ -48,7 +48,7 @@ def mask_rcnn_part(source: Source, spec: DetectionHead, target: str) -> Exported
         raise _no_class("an InternImage brings source files of its own, and a folder holds those of one model")
     with torch.device("meta"):
         backbone = build_backbone(config)
-        windows = windowed_layers(spec.windows or default_windows(backbone.grid[0]), backbone)
+        windows = windowed_layers(spec.windows, backbone)
     config.name_or_path = ""  # the path of the pretrained weights is private
     (names,) = source.label_sets.values()
     shape = MaskRcnnConfig(

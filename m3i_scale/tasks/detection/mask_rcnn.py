@@ -1,4 +1,4 @@
-"""Mask R-CNN on a backbone, with its losses."""
+"""Mask R-CNN on a backbone, with its losses and the attention windows of a plain Transformer."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from m3i_scale.backbones.tokens import TokenBackbone
 from m3i_scale.errors import ConfigError
 from m3i_scale.objective.ranks import Ranks
 from m3i_scale.tasks.detection.configuration_mask_rcnn import HeadFields
-from m3i_scale.tasks.detection.detection_heads import MaskRcnn
+from m3i_scale.tasks.detection.detection_heads import MaskRcnn, Windows, default_global_layers
 from m3i_scale.tasks.detection.detection_losses import (
     Objects,
     RegionSamples,
@@ -34,6 +34,7 @@ from m3i_scale.tasks.detection.detection_losses import (
     sigmoid_loss,
 )
 from m3i_scale.tasks.detection.modeling_mask_rcnn import (
+    KERNEL,
     MapNorm,
     MaskHead,
     MaskRcnnHead,
@@ -44,7 +45,6 @@ from m3i_scale.tasks.detection.modeling_mask_rcnn import (
     sizes_of,
 )
 from m3i_scale.tasks.detection.object_detector import ObjectDetector
-from m3i_scale.tasks.detection.windows import default_windows, windowed_layers
 
 
 class MaskRcnnDetector(MaskRcnnHead, ObjectDetector):
@@ -73,14 +73,13 @@ class MaskRcnnDetector(MaskRcnnHead, ObjectDetector):
         if widths:
             pyramid = StagePyramid(widths, spec.channels, norm=normed)
         else:
-            windows = windowed_layers(spec.windows or default_windows(backbone.grid[0]), backbone)
+            windows = windowed_layers(spec.windows, backbone)
             pyramid = SimplePyramid(backbone.width, spec.channels, norm=normed)
         super().__init__(HeadFields.of(spec.model_dump()), classes, backbone.patch_size, windows, pyramid)
         self.spec, self.classes, self.ranks = spec, classes, ranks
         self.drawn_by = _drawn_by(spec, classes, image_counts)
 
     def backbone_layers(self) -> dict[str, int]:
-        """Return the backbone layer, from 0, of which each parameter of this module gets the learning rate."""
         if self.windows is None:
             return {}
         return {
@@ -194,6 +193,54 @@ def _drawn_by(spec: MaskRcnn, classes: int, image_counts: Sequence[int] | None) 
             fix="fewer, or task.head.federated_classes=null",
         )
     return class_weights(image_counts, spec.federated_power)
+
+
+def windowed_layers(spec: Windows | None, backbone: Backbone) -> WindowedLayers:
+    """Return windowed layers for a plain Transformer as in ViTDet; most layers use windows. The backbone's attention
+    function is replaced. By default (None), grids smaller than two windows get neither windows nor relative positions,
+    like the backbone.
+
+    Export, layer decay, drop path and activation checkpointing work as without windows, since the layers are those of
+    the stock model.
+    """
+    if not isinstance(backbone, TokenBackbone):
+        raise ConfigError("windows are for a plain Transformer", where="task.head.windows", fix="leave it out")
+    if backbone.prefix != 1:
+        raise ConfigError(
+            f"no Mask R-CNN is published on a {backbone.model.config.model_type}: its windows leave out one class"
+            f" token, and this backbone has {backbone.prefix} tokens before the patches",
+            where="task.head.windows",
+            fix="a ViT, DINOv2 or CLIP as backbone",
+        )
+    config, (side, _), depth = backbone.model.config, backbone.grid, len(backbone.layers)
+    if config._attn_implementation not in ("sdpa", KERNEL):
+        raise ConfigError(
+            "windows have an attention of their own, which is SDPA",
+            where=f"backbone.attention_kernel: {config._attn_implementation}",
+            fix="leave it out",
+        )
+    if spec is None:
+        usual = Windows()
+        spec = usual if side >= 2 * usual.size else Windows(size=0, relative_positions=False)
+    if spec.size >= side:
+        raise ConfigError(
+            f"a window of {spec.size} tokens has no effect on an image of {side} × {side}",
+            where="task.head.windows.size",
+            fix="task.head.windows.size=0, or a smaller one",
+        )
+    layers = default_global_layers(depth) if spec.global_layers is None else spec.global_layers
+    if max(layers, default=0) >= depth:
+        raise ConfigError(f"the layers are 0 to {depth - 1}", where="task.head.windows.global_layers")
+    if spec.size and spec.global_layers is not None and len(layers) == depth:
+        raise ConfigError(
+            f"a window of {spec.size} tokens has no effect: all layers see the whole image",
+            where="task.head.windows.global_layers",
+            fix="task.head.windows.size=0",
+        )
+    config._attn_implementation = KERNEL
+    width = config.hidden_size // config.num_attention_heads
+    windows = [spec.size if spec.size and number not in layers else side for number in range(depth)]
+    return WindowedLayers(side, windows, width, relative=spec.relative_positions)
 
 
 class _FpnConv(nn.Conv2d):

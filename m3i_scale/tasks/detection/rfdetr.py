@@ -24,12 +24,11 @@ from m3i_scale.backbones.tokens import TokenBackbone
 from m3i_scale.defaults import MASK_SIDE
 from m3i_scale.errors import ConfigError
 from m3i_scale.objective.ranks import Ranks
-from m3i_scale.tasks.detection.detection_heads import RfDetr
+from m3i_scale.tasks.detection.detection_heads import RfDetr, default_global_layers
 from m3i_scale.tasks.detection.detection_losses import Objects
 from m3i_scale.tasks.detection.modeling_mask_rcnn import Detections, paste_masks, scaled
 from m3i_scale.tasks.detection.object_detector import ObjectDetector
 from m3i_scale.tasks.detection.rfdetr_queries import Prediction, StockQueries
-from m3i_scale.tasks.detection.windows import default_global_layers
 
 _TERMS = {
     "class": "loss_ce",

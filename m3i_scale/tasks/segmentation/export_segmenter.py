@@ -19,9 +19,8 @@ from transformers import (
 from m3i_scale.backbones.build import backbone_config
 from m3i_scale.backbones.families import VisionConfig, token_family
 from m3i_scale.errors import ExportError
-from m3i_scale.export.joint import part_of, vision_names
 from m3i_scale.export.source import Source
-from m3i_scale.export.tensors import VISION, ExportedModule, TensorSource, empty, label_maps
+from m3i_scale.export.tensors import VISION, ExportedModule, TensorSource, empty, label_maps, renamed
 from m3i_scale.objective.information import Objective
 from m3i_scale.tasks.segmentation.mask_queries import MaskQueries, query_config
 from m3i_scale.tasks.segmentation.pixel_heads import read_layers, segment
@@ -69,7 +68,7 @@ def upernet_part(source: Source, spec: SegmentationHead, target: str) -> Exporte
     )
     model = empty(lambda: UperNetForSemanticSegmentation(upernet))
     head, beit = f"heads.{target}.", "backbone.beit."
-    tensors = _backbone_tensors(config, _BEIT, beit)
+    tensors = renamed(config, _BEIT, beit)
     for layer in range(config.num_hidden_layers):
         # The bias of keys shifts all logits of a query equally, which softmax ignores; BEiT does not have it.
         del tensors[beit + _BEIT["k"].format(layer) + ".bias"]
@@ -101,11 +100,13 @@ def eomt_part(source: Source, spec: EomtSegmentation, target: str) -> ExportedMo
     shape.mlp_ratio = int(ratio)
     shape.update(label_maps(names))
     model = empty(lambda: EomtForUniversalSegmentation(shape))
-    tensors = _backbone_tensors(config, _EOMT)
+    tensors = renamed(config, _EOMT)
     parts = token_family(config).parts
     token, positions = VISION + parts["class"], VISION + parts["positions"]
     # EoMT adds position embeddings to patches only, so the class token's position embedding is added to the token.
-    tensors["embeddings.cls_token"] = TensorSource((token, positions), _with_position)
+    tensors["embeddings.cls_token"] = TensorSource(
+        (token, positions), lambda token_11D, positions_1LD: token_11D + positions_1LD[:, :1]
+    )
     tensors["embeddings.position_embeddings.weight"] = TensorSource((positions,), lambda table_1LD: table_1LD[0, 1:])
     for name in model.state_dict():
         if name.startswith(_EOMT_HEAD):
@@ -126,10 +127,6 @@ def eomt_part(source: Source, spec: EomtSegmentation, target: str) -> ExportedMo
 def _trained_eomt(objective: Objective, pixels_BCHW: Tensor) -> Mapping[str, Tensor]:
     queries = cast(MaskQueries, objective.reader)
     return {"masks_queries_logits": queries.encode_view(objective.student, pixels_BCHW, 1.0)[1][-1]}
-
-
-def _with_position(token_11D: Tensor, positions_1LD: Tensor) -> Tensor:
-    return token_11D + positions_1LD[:, :1]
 
 
 def _as_beit(config: VisionConfig, spec: UperNetSegmentation) -> BeitConfig:
@@ -160,20 +157,6 @@ def _mlp_width(config: VisionConfig, model: str) -> int:
         raise _no_class(f"{model} has biases, and no gates in its MLP")
     dinov2 = isinstance(config, Dinov2Config)
     return int(config.hidden_size * config.mlp_ratio if dinov2 else config.intermediate_size)
-
-
-def _backbone_tensors(config: VisionConfig, parts: Mapping[str, str], prefix: str = "") -> dict[str, TensorSource]:
-    """Return the tensors of a backbone under the names in `parts`, with layer scales of 1 for a ViT."""
-    width, ours, tensors = config.hidden_size, token_family(config).parts, {}
-    for name in vision_names(config):
-        part, number, suffix = part_of(name, ours)
-        if part in parts:
-            tensors[prefix + parts[part].format(number) + suffix] = TensorSource((VISION + name,))
-    if not isinstance(config, Dinov2Config):
-        for layer in range(config.num_hidden_layers):
-            for part in ("scale1", "scale2"):
-                tensors[prefix + parts[part].format(layer)] = TensorSource((), lambda: torch.ones(width))
-    return tensors
 
 
 def _no_class(why: str) -> ExportError:

@@ -219,9 +219,7 @@ def _replace_parts(module: nn.Module, dropout: float, ranks: Ranks) -> None:
 @torch.no_grad()
 def segment(objective: Objective, pixels_BCHW: Tensor) -> Tensor:
     """Return per-pixel class logits (B, K, H, W) of normalized images."""
-    head = objective.reader
-    if not isinstance(head, PixelHead):
-        raise ValueError("the recipe has no segmentation target")
+    head = cast(PixelHead, objective.reader)
     (_, tokens_BND), maps = head.encode_view(objective.student, pixels_BCHW, objective.progress)
     size = pixels_BCHW.shape[2], pixels_BCHW.shape[3]
     return next(head.predict(tokens_BND, maps, objective.student.grid_of(pixels_BCHW), size))
