@@ -85,14 +85,8 @@ class _NoModules(ModuleTracker):
 
 
 def counter() -> FlopCounterMode:
-    """Return torch's counter with `FORMULAS`, without module tracking."""
+    """Return torch's counter with `FORMULAS`, without module tracking. It counts products and sums of matrix products,
+    convolutions and attention."""
     counted = FlopCounterMode(display=False, custom_mapping=dict(FORMULAS))
     counted.mod_tracker = _NoModules()
     return counted
-
-
-def count_flop(step: Callable[[], None]) -> int:
-    """Return the FLOPs of one call of `step`: products and sums of matrix products, convolutions and attention."""
-    with counter() as counted:
-        step()
-    return int(counted.get_total_flops())

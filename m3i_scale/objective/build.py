@@ -1,4 +1,5 @@
-"""Build and initialize the modules of a recipe."""
+"""Build and initialize the modules of a recipe, and update its EMA teacher, with unpartitioned parameters. Under ZeRO,
+`engine` does the last two on the partition, with the same values."""
 
 from __future__ import annotations
 
@@ -10,9 +11,9 @@ from torch import Tensor, nn
 from transformers import CLIPVisionModel, PreTrainedModel, SiglipVisionModel
 
 from m3i_scale.backbones.base import Backbone, MaskToken
-from m3i_scale.backbones.build import backbone_config, build_backbone
-from m3i_scale.backbones.families import VisionConfig
-from m3i_scale.backbones.layer_decay import lr_scales
+from m3i_scale.backbones.build import backbone_config, backbone_source, build_backbone, draw_first_values
+from m3i_scale.backbones.families import VisionConfig, family_of
+from m3i_scale.backbones.load_plan import LoadPlan, plan_load
 from m3i_scale.config import RunConfig
 from m3i_scale.errors import ConfigError, UserError
 from m3i_scale.objective.balance import GroupWeights
@@ -20,7 +21,7 @@ from m3i_scale.objective.decoders import width_of
 from m3i_scale.objective.encoders import EmaTeacher, Projector, TextTower, text_config
 from m3i_scale.objective.fit import check_fit, text_widths
 from m3i_scale.objective.heads import ImageHead
-from m3i_scale.objective.information import EMA_PREFIX, Objective
+from m3i_scale.objective.information import EMA_PREFIX, TEACHERS_PREFIX, Objective
 from m3i_scale.objective.positions import grid_position
 from m3i_scale.objective.ranks import Ranks, SingleProcess
 from m3i_scale.objective.recipe import Recipe, parse_recipe
@@ -191,6 +192,36 @@ def _ema_copies(
     return pools, heads
 
 
+def start_weights(objective: Objective, run: RunConfig) -> None:
+    """Load the initial weights of a run: random values from `run.seed`, then pretrained weights of backbone and
+    teachers. The EMA teacher starts as a copy of the student."""
+    draw_first_values(objective, initialize_module, seed=run.seed, skip=(EMA_PREFIX, TEACHERS_PREFIX))
+    if run.backbone.from_pretrained is not None:
+        _read(objective, "student.model.", plan_load(backbone_source(run.backbone), backbone_config(run.backbone)))
+    for name, teacher in objective.teachers.items():
+        frozen = cast(Teacher, teacher)
+        _read(objective, f"{TEACHERS_PREFIX}{name}.{frozen.prefix}", frozen.plan())
+    named = dict(objective.named_parameters())
+    with torch.no_grad():
+        for online, ema in ema_pairs(objective):
+            named[ema].copy_(named[online])
+
+
+@torch.no_grad()
+def update_ema_teacher(objective: Objective, decay: float) -> None:
+    """Update every parameter of the EMA teacher: ema ← decay · ema + (1 − decay) · online."""
+    named = dict(objective.named_parameters())
+    for online, ema in ema_pairs(objective):
+        named[ema].lerp_(named[online], 1.0 - decay)
+
+
+@torch.no_grad()
+def _read(objective: Objective, prefix: str, plan: LoadPlan) -> None:
+    named = dict(objective.named_parameters())
+    for name, value in zip(plan.names, plan.tensors(), strict=True):
+        named[prefix + name].copy_(value)
+
+
 def initialize_module(owner: nn.Module, module: nn.Module) -> None:
     """Initialize the direct parameters of `module`, which must be gathered (not sharded). `owner` is the nearest
     `transformers` model above it, which defines the initialization, or `module` itself."""
@@ -255,6 +286,7 @@ def scales_of(objective: Objective, run: RunConfig) -> dict[str, float]:
 
 
 def backbone_scales(objective: Objective, decay: float, *, dense: bool = False, dcn: float = 1.0) -> dict[str, float]:
-    """Return learning-rate multipliers of the student; arguments as for `lr_scales`."""
-    scales = lr_scales(objective.student.model, decay, dense=dense, dcn=dcn)
+    """Return learning-rate multipliers of the student; arguments as for `Family.lr_scales`."""
+    model = objective.student.model
+    scales = family_of(model.config).lr_scales(model, decay, dense=dense, dcn=dcn)
     return {f"student.model.{name}": scale for name, scale in scales.items()}

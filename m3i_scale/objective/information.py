@@ -25,7 +25,7 @@ from m3i_scale.objective.heads import BackboneReader
 from m3i_scale.objective.inputs import EncodedInput, PixelNorm, build_inputs
 from m3i_scale.objective.ranks import Ranks
 from m3i_scale.objective.recipe import Recipe
-from m3i_scale.objective.regularizers.base import Memory
+from m3i_scale.objective.regularizers import Memory
 from m3i_scale.objective.schedule import settled
 from m3i_scale.objective.targets.base import Context, Encoded, HeadTarget, Target, TargetModules
 from m3i_scale.objective.targets.dense import Pixels

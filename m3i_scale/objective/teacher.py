@@ -18,7 +18,7 @@ from transformers.initialization import no_init_weights
 from m3i_scale.backbones.base import Backbone, Tokens, patch_grid
 from m3i_scale.backbones.build import backbone_config, backbone_source, build_backbone
 from m3i_scale.backbones.families import VisionConfig
-from m3i_scale.backbones.families.dinov3 import keep_frequencies
+from m3i_scale.backbones.families.dino import keep_frequencies
 from m3i_scale.backbones.load_plan import LoadPlan, plan_load, plan_model
 from m3i_scale.backbones.sources import Source, pretrained_folder
 from m3i_scale.backbones.sources.files import weight_files

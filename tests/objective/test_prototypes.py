@@ -17,7 +17,7 @@ from m3i_scale.data.batch import Batch
 from m3i_scale.objective.distributions import Boltzmann, assigned
 from m3i_scale.objective.information import Objective
 from m3i_scale.objective.ranks import SingleProcess
-from m3i_scale.objective.regularizers.base import Memory
+from m3i_scale.objective.regularizers import Memory
 from m3i_scale.objective.regularizers.pooled import KoLeo
 from m3i_scale.objective.regularizers.prototypes import Centering, MeanEntropy, PrototypeRegularizer, Sinkhorn
 from m3i_scale.objective.targets.base import Encoded

@@ -25,7 +25,7 @@ from torch import Tensor
 from m3i_scale.backbones.base import gather_tokens
 from m3i_scale.objective.distributions import Boltzmann, Gaussian, assigned, unit
 from m3i_scale.objective.ranks import SingleProcess
-from m3i_scale.objective.regularizers.base import Correlation, Memory, Queue
+from m3i_scale.objective.regularizers import Correlation, Memory, Queue
 from m3i_scale.objective.regularizers.pooled import CrossCorrelation, UniGrad, VarianceCovariance
 from m3i_scale.objective.regularizers.prototypes import Centering, MeanEntropy, sinkhorn
 from m3i_scale.objective.targets.category import BoltzmannClasses

@@ -1,5 +1,5 @@
-"""Base classes of backbone families: configuration, published sizes, names of modules, and resized position
-embeddings."""
+"""Base classes of backbone families: configuration, published sizes, names of modules, layer-wise learning-rate decay,
+and resized position embeddings."""
 
 from __future__ import annotations
 
@@ -56,6 +56,19 @@ class Family(ABC):
     def check(self, config: Any, where: str) -> None:
         """Reject a configuration that is invalid for a backbone."""
 
+    @abstractmethod
+    def lr_scales(
+        self, model: PreTrainedModel, decay: float, *, dense: bool = False, dcn: float = 1.0
+    ) -> dict[str, float]:
+        """Return the multipliers of layer-wise learning-rate decay by parameter name.
+
+        Args:
+            decay: factor from one layer to the previous one.
+            dense: use InternImage's rule for detection and segmentation, which assigns `post_norms.K` to block K. Its
+                rule for classification gives them the full learning rate.
+            dcn: additional factor for InternImage's offsets of deformable convolutions (`DCN_LR_MUL`).
+        """
+
 
 class TokenFamily(Family):
     """Plain vision Transformers with the sequence [prefix | patches]."""
@@ -82,7 +95,11 @@ class TokenFamily(Family):
 
     def layers(self, model: PreTrainedModel) -> nn.ModuleList:
         """Return the Transformer layers, in order."""
-        return cast(nn.ModuleList, model.get_submodule(self.parts["norm1"].partition(".{}.")[0]))
+        return cast(nn.ModuleList, model.get_submodule(self._layers))
+
+    @property
+    def _layers(self) -> str:
+        return self.parts["norm1"].partition(".{}.")[0]
 
     def embed(self, model: Any, images_BCHW: Tensor) -> Tensor:
         """Return the input tokens of the first layer, (B, P + N, D). For other image sizes, position embeddings are
@@ -132,6 +149,20 @@ class TokenFamily(Family):
             )
         if "registers" in self.parts:
             check_counts({"num_register_tokens": config.num_register_tokens}, f"{where}.config")
+
+    def lr_scales(
+        self, model: PreTrainedModel, decay: float, *, dense: bool = False, dcn: float = 1.0
+    ) -> dict[str, float]:
+        """See `Family`. Layers as in MAE (`util/lr_decay.py`) and BEiT (`optim_factory.py`)."""
+        depth, layers = int(model.config.num_hidden_layers), f"{self._layers}."
+
+        def layer_of(name: str) -> int:
+            """Return 0 for embeddings and the norm directly after them, depth + 1 for parameters after all layers."""
+            if name.startswith(layers):
+                return int(name.removeprefix(layers).partition(".")[0]) + 1
+            return 0 if name.startswith(("embeddings.", "pre_layrnorm.")) else depth + 1
+
+        return {name: decay ** (depth + 1 - layer_of(name)) for name, _ in model.named_parameters()}
 
 
 MAX_COUNTS = {

@@ -14,7 +14,7 @@ from m3i_scale.config.kinds import Kind
 from m3i_scale.config.sections import MAX_LAYERS
 from m3i_scale.objective.distributions import Assigned, Boltzmann, Loss
 from m3i_scale.objective.ranks import Ranks, mean_row
-from m3i_scale.objective.regularizers.base import Center, Memory, Regularizer
+from m3i_scale.objective.regularizers import Center, Memory, Regularizer
 from m3i_scale.objective.schedule import Positive, Scheduled, always_below, number, values_of
 
 _LEAST_TEMPERATURE = 0.025

@@ -19,7 +19,7 @@ from m3i_scale.objective.distributions import Loss
 from m3i_scale.objective.masks import hash_uniform
 from m3i_scale.objective.positions import token_position
 from m3i_scale.objective.ranks import Ranks, global_mean
-from m3i_scale.objective.regularizers.base import OtherCandidates
+from m3i_scale.objective.regularizers import OtherCandidates
 from m3i_scale.objective.targets.base import Context, Encoded, Sizes, Target, TargetModules
 
 _STREAM = 1 << 20

@@ -15,10 +15,10 @@ from m3i_scale.backbones.base import gather_tokens
 from m3i_scale.config.sections import MAX_LAYERS
 from m3i_scale.objective.diagnostics import gaussian_moments
 from m3i_scale.objective.distributions import Boltzmann, Density, Gaussian, Loss, unit
-from m3i_scale.objective.regularizers.dense import DenseRegularizer, NoRegularizer
+from m3i_scale.objective.regularizers import DenseRegularizer, NoRegularizer
 from m3i_scale.objective.regularizers.pooled import QueuedNegatives
 from m3i_scale.objective.targets.base import Context, Encoded, HeadTarget, Parts, Sizes, TargetModules
-from m3i_scale.objective.targets.patches import PatchTarget, PredictedPatches
+from m3i_scale.objective.targets.patches import PatchTarget, PredictedPatches, standardize_tokens
 
 
 class Dense(PatchTarget):
@@ -154,12 +154,6 @@ def average_layers(layers: list[Tensor]) -> Tensor:
     Same as the targets of data2vec 2.0 (`instance_norm_target_layer`)."""
     normed = [F.instance_norm(map_BDHW.detach().float()) for map_BDHW in layers]
     return torch.stack(normed).mean(dim=0).flatten(2).transpose(1, 2)
-
-
-def standardize_tokens(tokens_BND: Tensor) -> Tensor:
-    """Standardize each token to mean 0 and variance 1 over its channels (LayerNorm without affine), fp32. Of a target,
-    this is z̄ of SIM."""
-    return F.layer_norm(tokens_BND.float(), (tokens_BND.shape[-1],), eps=1e-5)
 
 
 class DenseHead(nn.Module):

@@ -14,7 +14,7 @@ from m3i_scale.backbones.base import gather_tokens
 from m3i_scale.config.sections import MAX_CANDIDATES
 from m3i_scale.objective.distributions import Assigned, Boltzmann, Loss, assigned, unit
 from m3i_scale.objective.heads import HeadSpec, PrototypeLayer
-from m3i_scale.objective.regularizers.base import Memory
+from m3i_scale.objective.regularizers import Memory
 from m3i_scale.objective.regularizers.prototypes import PrototypeRegularizer, Sinkhorn, sinkhorn
 from m3i_scale.objective.schedule import number
 from m3i_scale.objective.targets.base import Context, Encoded, HeadTarget, Parts, Sizes, TargetModules

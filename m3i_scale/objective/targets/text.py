@@ -18,7 +18,7 @@ from m3i_scale.config.sections import MAX_WIDTH
 from m3i_scale.data.batch import Batch
 from m3i_scale.objective.distributions import Loss
 from m3i_scale.objective.ranks import Ranks, global_mean
-from m3i_scale.objective.regularizers.base import OtherCandidates
+from m3i_scale.objective.regularizers import OtherCandidates
 from m3i_scale.objective.targets.base import Context, Encoded, Sizes, Target, TargetModules
 
 
