@@ -25,8 +25,8 @@ from _common import emit, machine, say
 from deepspeed.accelerator import get_accelerator
 from PIL import Image, ImageDraw
 
+from m3i_scale.backbones import describe_presets
 from m3i_scale.backbones.families import PRESETS
-from m3i_scale.backbones.sizes import describe_presets
 from m3i_scale.engine.process_group import free_port
 from m3i_scale.errors import EXIT_USER_ERROR, did_you_mean
 
