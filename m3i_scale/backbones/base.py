@@ -45,16 +45,10 @@ class Backbone(nn.Module, ABC):
 
     model: Any
     """The `transformers` model that is exported."""
-
-    @property
-    @abstractmethod
-    def has_class_token(self) -> bool:
-        """Return whether the first of `Tokens` is a class token instead of a mean token."""
-
-    @property
-    @abstractmethod
-    def own_attention(self) -> bool:
-        """Return whether images of a mix can be encoded separately. Otherwise, their pixels are mixed."""
+    has_class_token: bool
+    """Whether the first of `Tokens` is a class token instead of a mean token."""
+    own_attention: bool
+    """Whether images of a mix can be encoded separately. Otherwise, their pixels are mixed."""
 
     @property
     def width(self) -> int:
@@ -143,9 +137,9 @@ class Backbone(nn.Module, ABC):
         return self.encode_whole(images_BCHW), None
 
     @property
-    @abstractmethod
     def stage_widths(self) -> list[int]:
         """Return the channels of the stages' maps of stride 4, 8, 16 and 32; empty if all layers have the same grid."""
+        return []
 
     @abstractmethod
     def encode_maps(self, images_BCHW: Tensor, layers: Sequence[int]) -> tuple[Tokens, list[Tensor]]:

@@ -46,26 +46,18 @@ class TokenBackbone(Backbone):
     forward of the stock module that owns them, as ZeRO-3 requires.
     """
 
+    own_attention = True
+
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.family = token_family(config)
         with no_init_weights():  # initialized once, later, possibly after partitioning
             self.model = self.family.model_class(config, **self.family.options)
+        self.has_class_token = self.family.has_class_token
         self.prefix = self.family.prefix(config)
         """Number of tokens before the patches."""
         for name in self.family.untrained:
             self.model.get_parameter(name).requires_grad_(False)
-
-    own_attention = True
-
-    @property
-    def has_class_token(self) -> bool:
-        return self.family.has_class_token
-
-    @property
-    def stage_widths(self) -> list[int]:
-        """Return an empty list: there are no stages."""
-        return []
 
     @property
     def layers(self) -> list[nn.Module]:

@@ -60,6 +60,8 @@ class Source:
 class NameMap:
     """Parameter names of one code base."""
 
+    kind: str
+    """`Source.kind`."""
     prefix: str
     """Prefix of the vision tower; other names are `outside`."""
     outside: str

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from transformers import (
@@ -17,8 +18,8 @@ from transformers import (
     ViTConfig,
 )
 
-from m3i_scale.backbones.families import FAMILIES, TokenFamily, VisionConfig, family_of, published_heads
-from m3i_scale.backbones.sources.base import MismatchError, NameMap, Renamed, Shapes, square_side
+from m3i_scale.backbones.families import FAMILIES, TokenFamily, VisionConfig, published_heads, token_family
+from m3i_scale.backbones.sources.base import MismatchError, NameMap, Renamed, Shapes, Source, square_side
 
 _ROLES = {
     part: f"{{}}.{part}" if "{}" in name else part
@@ -48,15 +49,16 @@ class Facts:
     """Patches per image side, for models without learned position embeddings."""
 
 
-def plain_config(
+def plain_source(
+    given: str,
+    place: Path,
     names: NameMap,
     shapes: Shapes,
     facts: Facts,
     fields: Mapping[str, Any],
-    refused: tuple[tuple[str, str], ...] = (),
-) -> tuple[VisionConfig, dict[str, str], tuple[tuple[str, str], ...]]:
-    """Return the stock configuration that matches the tensors exactly, assumed fields with the reason, and zero
-    parameters as in `Source`.
+    refused: tuple[tuple[str, str], ...],
+) -> Source:
+    """Return the source with the stock configuration that matches the tensors exactly.
 
     `facts` are known from other sources; `fields` (`backbone.config`) are for settings that are known from nowhere
     else. `refused`: (pattern, reason) of tensors that no configuration here supports.
@@ -86,7 +88,7 @@ def plain_config(
             "which is another model where it was trained on images that are not square"
         )
     # This error comes first: a model that no stock class matches needs no number of heads.
-    kind, specific = _class_of(parts, rotary, width)
+    config_class, specific = _class_of(parts, rotary, width)
     common["num_attention_heads"] = _heads(width, depth, facts, fields, assumed)
     common["hidden_act"] = _activation(parts, facts, fields, assumed)
     common["layer_norm_eps"] = facts.layer_norm_eps or (1e-5 if "pre_norm.weight" in parts else 1e-6)
@@ -97,12 +99,19 @@ def plain_config(
         )
     if rotary:
         specific["rope_theta"] = facts.rope_theta
-    config = kind(**common, **specific)
-    family_of(config).adapt(config)
+    config = config_class(**common, **specific)
+    token_family(config).adapt(config)
     zeros = [NO_KEY_BIAS] if "0.q.bias" in parts and "0.k.bias" not in parts else []
     zeros += [NO_PATCH_BIAS] if "patch.bias" not in parts else []
     zeros += [NO_MASK_TOKEN] if "registers" in parts else []
-    return config, assumed, tuple(zeros)
+    class_row = token_family(config).has_class_token and facts.class_row is not False
+    return named_source(given, place, names, config, assumed=assumed, zeros=tuple(zeros), class_row=class_row)
+
+
+def named_source(given: str, place: Path, names: NameMap, config: VisionConfig, **others: Any) -> Source:
+    """Return the source of a plain vision Transformer; `others` are further fields of `Source`."""
+    ours = token_family(config).parts
+    return Source(given, names.kind, place, config, lambda _: lambda name: names.place(name, ours), **others)
 
 
 def _parts(names: NameMap, shapes: Shapes, refused: tuple[tuple[str, str], ...]) -> dict[str, tuple[int, ...]]:

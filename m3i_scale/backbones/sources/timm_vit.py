@@ -11,9 +11,8 @@ from typing import Any
 
 import torch
 
-from m3i_scale.backbones.families import token_family
 from m3i_scale.backbones.sources.base import MismatchError, NameMap, Shapes, Source, normalisation
-from m3i_scale.backbones.sources.plain import Facts, plain_config
+from m3i_scale.backbones.sources.plain import Facts, plain_source
 
 _MARK = "patch_embed.proj.weight"
 _PREFIXES = ("", "module.", "model.", "visual.", "module.visual.")
@@ -52,18 +51,7 @@ def timm_source(
     names = _names(prefix, shapes)
     if f"{prefix}blocks.0.mlp.norm.weight" in shapes:
         raise MismatchError("it has a norm inside its MLP, as EVA-02 has", _NO_EVA02, fix=_INSTEAD)
-    config, assumed, zeros = plain_config(names, shapes, facts or Facts(), fields, _REFUSED)
-    ours = token_family(config).parts
-    return Source(
-        given,
-        "timm",
-        place,
-        config,
-        lambda _: lambda name: names.place(name, ours),
-        assumed=assumed,
-        zeros=zeros,
-        class_row=token_family(config).has_class_token and (facts is None or facts.class_row is not False),
-    )
+    return plain_source(given, place, names, shapes, facts or Facts(), fields, _REFUSED)
 
 
 def _names(prefix: str, shapes: Shapes) -> NameMap:
@@ -73,6 +61,7 @@ def _names(prefix: str, shapes: Shapes) -> NameMap:
     # DINOv3's gate is a separate layer. So is EVA-02's, but a model with learned position embeddings is not supported.
     own_gate = f"{prefix}reg_token" in shapes and f"{prefix}pos_embed" not in shapes
     return NameMap(
+        "timm",
         prefix,
         outside="not of the vision tower" if prefix else "",
         block="blocks.",
