@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any, Self
 
 import torch
+from torch import Size
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from torch.utils.module_tracker import ModuleTracker
 
@@ -15,60 +16,40 @@ from m3i_scale.backbones.build import backbone_config, build_backbone
 from m3i_scale.backbones.families import PRESETS
 from m3i_scale.config import BackboneConfig
 
-Formula = Callable[..., int]
-_Shape = tuple[int, ...]
 
-
-def _bag(weight: Any, index: Any, *_: Any, **__: Any) -> int:
+def _bag(weight: Size, index: Size, *_: Any, **__: Any) -> int:
     """Count a weighted bag: a product and a sum per value of the fetched rows."""
-    return 2 * torch.Size(_shape(index)).numel() * _shape(weight)[1]
+    return 2 * index.numel() * weight[1]
 
 
-def _bag_backward(gradient: Any, index: Any, *_: Any, **__: Any) -> int:
-    return 2 * torch.Size(_shape(index)).numel() * _shape(gradient)[-1]
+def _bag_backward(gradient: Size, index: Size, *_: Any, **__: Any) -> int:
+    return 2 * index.numel() * gradient[-1]
 
 
-def _bag_weights_backward(gradient: Any, _weight: Any, index: Any, *_: Any, **__: Any) -> int:
+def _bag_weights_backward(gradient: Size, _weight: Size, index: Size, *_: Any, **__: Any) -> int:
     return _bag_backward(gradient, index)
 
 
-def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    return int(sdpa_flop_count(_shape(query), _shape(key), _shape(value)))
+def _attention(query: Size, key: Size, value: Size, *_: Any, **__: Any) -> int:
+    return int(sdpa_flop_count(query, key, value))
 
 
-def _attention_backward(gradient: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+def _attention_backward(gradient: Size, query: Size, key: Size, value: Size, *_: Any, **__: Any) -> int:
     """Count four products, without the scores that the kernel recomputes to save memory."""
-    shapes = _shape(gradient), _shape(query), _shape(key), _shape(value)
-    again = torch.Size(shapes[1]).numel() * shapes[2][-2] * 2  # torch counts the recomputed scores
-    return int(sdpa_backward_flop_count(*shapes)) - again
+    again = query.numel() * key[-2] * 2  # torch counts the recomputed scores
+    return int(sdpa_backward_flop_count(gradient, query, key, value)) - again
 
 
-def _convolution_backward(
-    gradient: Any,
-    image: Any,
-    weight: Any,
-    _bias: Any,
-    _stride: Any,
-    _padding: Any,
-    _dilation: Any,
-    transposed: bool,
-    _output_padding: Any,
-    _groups: int,
-    output_mask: Any,
-    **_: Any,
-) -> int:
+def _convolution_backward(gradient: Size, image: Size, weight: Size, *options: Any, **__: Any) -> int:
     """Count each gradient as the forward pass, which has the same products. torch's formula ignores groups: for a
     depthwise convolution of 64 channels, it counts 64 times too much for the weight gradient."""
-    places = _shape(image if transposed else gradient)
-    forward = 2 * places[0] * torch.Size(places[2:]).numel() * torch.Size(_shape(weight)).numel()
+    *_, transposed, _output_padding, _groups, output_mask = options
+    places = image if transposed else gradient
+    forward = 2 * places[0] * places[2:].numel() * weight.numel()
     return forward * sum(map(bool, output_mask[:2]))
 
 
-def _shape(value: Any) -> _Shape:
-    return tuple(value.shape) if isinstance(value, torch.Tensor) else tuple(value)
-
-
-FORMULAS: dict[Any, Formula] = {
+FORMULAS: dict[Any, Callable[..., int]] = {
     torch.ops.aten._embedding_bag: _bag,
     torch.ops.aten._embedding_bag_backward: _bag_backward,
     torch.ops.aten._embedding_bag_per_sample_weights_backward: _bag_weights_backward,
@@ -76,7 +57,7 @@ FORMULAS: dict[Any, Formula] = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
 }
-"""Formulas in addition to torch's. Arguments may be shapes or tensors."""
+"""Formulas in addition to torch's. Tensor arguments are shapes."""
 
 
 class _NoModules(ModuleTracker):

@@ -32,11 +32,6 @@ class Sequences(NamedTuple):
     angles: Angles | None
     """Rotary angles, (B, 1, L, D / heads) each, or None for added position embeddings."""
 
-    @property
-    def sequence(self) -> Tensor:
-        """Return [prefix | patches]."""
-        return torch.cat([self.prefix_BPD, self.tokens_BLD], dim=1)
-
 
 class TokenBackbone(Backbone):
     """Adapter of a plain vision Transformer with the sequence [class token?, registers? | patches].
@@ -130,7 +125,7 @@ class TokenBackbone(Backbone):
             masked_SHWD: Tensor = token(map_SDHW.permute(0, 2, 3, 1), shown_SHW)
             return masked_SHWD.permute(0, 3, 1, 2)
 
-        hook = self.family.patch_projection(self.model).register_forward_hook(put_tokens)
+        hook = self.model.get_submodule(self.family.parts["patch"]).register_forward_hook(put_tokens)
         try:
             yield
         finally:
@@ -145,7 +140,7 @@ class TokenBackbone(Backbone):
     ) -> list[Tokens]:
         """Encode every input as a separate sequence; inputs of the same length are batched."""
         parts = self._visible(views, view_of, visible, masked)
-        sequences = [part.sequence for part in parts]
+        sequences = [torch.cat([part.prefix_BPD, part.tokens_BLD], dim=1) for part in parts]
         outputs: dict[int, Tensor] = {}
         for length in sorted({sequence.shape[1] for sequence in sequences}):
             members = [k for k, sequence in enumerate(sequences) if sequence.shape[1] == length]

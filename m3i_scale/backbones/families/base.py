@@ -118,11 +118,6 @@ class TokenFamily(Family):
         """Rotate the keys of the patches, as attention does."""
         raise NotImplementedError
 
-    def patch_projection(self, model: PreTrainedModel) -> nn.Module:
-        """Return the convolution that embeds patches."""
-        projection: nn.Module = model.get_submodule(self.parts["patch"])
-        return projection
-
     def normed(self, model: PreTrainedModel, tokens_BLD: Tensor) -> Tensor:
         """Apply the final norm to the last layer's tokens."""
         output_BLD: Tensor = model.get_submodule(self.parts["norm"])(tokens_BLD)

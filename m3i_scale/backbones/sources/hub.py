@@ -10,7 +10,7 @@ from transformers import AutoConfig, CLIPConfig, PreTrainedModel, SiglipConfig
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import Chunk, WeightConverter, rename_source_key
 
-from m3i_scale.backbones.families import FAMILIES, TokenFamily, VisionConfig, family_of, find_family
+from m3i_scale.backbones.families import FAMILIES, TokenFamily, find_family
 from m3i_scale.backbones.families.internimage import fusion_width
 from m3i_scale.backbones.internimage import InternImageConfig
 from m3i_scale.backbones.sources.base import Placement, Renamed, Source, Unused, normalisation
@@ -42,13 +42,13 @@ _FIXES = {
 }
 
 
-def hub_config(source: str, where: str) -> VisionConfig:
-    """Return the configuration of a `transformers` folder or Hub id."""
+def hub_source(given: str, folder: Path, where: str) -> Source:
+    """Return the source for a folder with a `transformers` config.json."""
     try:
-        config: Any = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"cannot read a model from '{source}': {str(error).splitlines()[0]}",
+            f"cannot read a model from '{folder}': {str(error).splitlines()[0]}",
             where=where,
             fix="give a folder with config.json and model.safetensors, or a Hub id (needs a network); of a detector the"
             " export of its run by --task features",
@@ -59,18 +59,12 @@ def hub_config(source: str, where: str) -> VisionConfig:
     if family is None:
         *others, last = MODEL_TYPES
         raise ConfigError(
-            f"'{source}' is a {config.model_type}, and a backbone is a {', '.join(others)} or {last}",
+            f"'{folder}' is a {config.model_type}, and a backbone is a {', '.join(others)} or {last}",
             where=where,
             fix=_FIXES.get(config.model_type),
         )
     family.adapt(config)
-    return config
-
-
-def hub_source(given: str, folder: Path, where: str) -> Source:
-    """Return the source for a folder with a `transformers` config.json."""
-    config, assumed = hub_config(str(folder), where), {}
-    family = family_of(config)
+    assumed = {}
     if isinstance(config, InternImageConfig) and config.fusion_width is None:
         config.fusion_width = fusion_width(config)
         assumed["fusion_width"] = "the source has no fusion head"
