@@ -201,7 +201,6 @@ class TokenBackbone(Backbone):
         return tokens, attention[0]
 
     def encode_maps(self, images_BCHW: Tensor, layers: Sequence[int]) -> tuple[Tokens, list[Tensor]]:
-        """Encode as `encode_whole`, and return the patch tokens after the given layers as maps (B, D, H, W)."""
         (tokens_BSD, angles), maps = self._whole(images_BCHW), []
         for number, layer in enumerate(self.layers, start=1):
             tokens_BSD = _call(layer, tokens_BSD, angles)

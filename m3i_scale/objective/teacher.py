@@ -38,11 +38,8 @@ class Teacher(nn.Module, ABC):
 
     prefix: ClassVar[str]
     """Name prefix of the parameters that are loaded from its files."""
-
-    @property
-    @abstractmethod
-    def width(self) -> int:
-        """Return D, the channels of a token."""
+    width: int
+    """D, the channels of a token."""
 
     @abstractmethod
     def forward(self, images_BCHW: Tensor) -> Tokens:
@@ -60,13 +57,9 @@ class FrozenStart(Teacher):
 
     def __init__(self, spec: BackboneConfig, backbone: Backbone, pixel_norm: PixelNorm) -> None:
         super().__init__()
-        self.spec = spec
+        self.spec, self.width = spec, backbone.width
         self.backbone, self.pixel_norm = backbone, pixel_norm
         self.requires_grad_(False)
-
-    @property
-    def width(self) -> int:
-        return self.backbone.width
 
     @torch.no_grad()
     def forward(self, images_BCHW: Tensor) -> Tokens:
@@ -103,15 +96,12 @@ class FrozenTeacher(Teacher):
         super().__init__()
         self.source, self.where = source, where
         """Folder or Hub id, and the config key that names it."""
+        self.width = int(config.hidden_size)
         with no_init_weights():
             self.model = AutoModel.from_config(config, trust_remote_code=False)
         self.pixel_norm, self.student = PixelNorm(mean, std), student
         self.interpolates = "interpolate_pos_encoding" in inspect.signature(self.model.forward).parameters
         self.requires_grad_(False)
-
-    @property
-    def width(self) -> int:
-        return int(self.model.config.hidden_size)
 
     def size_for(self, grid: tuple[int, int]) -> tuple[int, int]:
         """Return the image height and width for a grid of this model's patches."""

@@ -159,7 +159,6 @@ class Dinov3(TokenFamily):
             setattr(config, key, None)
 
     def angles(self, model: Any, images_BCHW: Tensor) -> Angles | None:
-        """Return the rotary angles of all patches, (N, D / heads) each."""
         keep_frequencies(model.rope_embeddings)
         # The module only uses shape, device and dtype.
         dtype = model.embeddings.patch_embeddings.weight.dtype

@@ -119,7 +119,6 @@ class Clip(TokenFamily):
         }
 
     def embed(self, model: Any, images_BCHW: Tensor) -> Tensor:
-        """Return the input tokens of the first layer, (B, 1 + N, D)."""
         # The norm is per token, so it may precede masking.
         normed_BSD: Tensor = model.pre_layrnorm(super().embed(model, images_BCHW))
         return normed_BSD

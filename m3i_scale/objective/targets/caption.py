@@ -62,7 +62,6 @@ class Caption(Target):
         return TokenHead(sizes.vocabulary, sizes.decoded)
 
     def present(self, batch: Batch) -> Tensor:
-        """Return which samples have a caption: bool (B)."""
         return batch.has_text_B
 
     def loss(self, given: TargetModules, context: Context, encoded: Encoded) -> Loss:

@@ -82,7 +82,6 @@ class Category(Target):
         return CategoryHead(sizes.decoded, sizes.classes, norm)
 
     def present(self, batch: Batch) -> Tensor:
-        """Return which samples have a label: bool (B)."""
         return (batch.labels_B >= 0) & (batch.label_sets_B >= 0)
 
     def loss(self, given: TargetModules, context: Context, encoded: Encoded) -> Loss:

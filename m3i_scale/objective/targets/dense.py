@@ -42,7 +42,6 @@ class Dense(PatchTarget):
         return DenseHead(sizes.decoded, sizes.encoded)
 
     def loss(self, given: TargetModules, context: Context, encoded: Encoded) -> Loss:
-        """Return this rank's share of −log P̂ of the predicted patches."""
         if self.projected and given.projector is not None:
             tokens_BSD = given.projector(torch.cat([encoded.cls_BND, encoded.tokens_BLD], dim=1))
             encoded = replace(encoded, cls_BND=tokens_BSD[:, :1], tokens_BLD=tokens_BSD[:, 1:])
@@ -130,7 +129,6 @@ class DenseNegatives(PatchTarget, HeadTarget):
         return self.match == "similarity"
 
     def loss(self, given: TargetModules, context: Context, encoded: Encoded) -> Loss:
-        """Return this rank's share of −log P̂ of the patches with the queue as negatives."""
         query_BQ, decoded_BQD = self.decode(given, context, encoded)
         prediction_BQE = given.head(decoded_BQD, predict=True)
         tokens_BND = context.encoded_views[self.encoder_key, self.view][1]

@@ -141,7 +141,6 @@ class ShownPatches(ImageTarget):
         """Return the compared quantity of the patches: fp32 (B, L, …)."""
 
     def loss(self, given: TargetModules, context: Context, encoded: Encoded) -> Loss:
-        """Return this rank's share of −log P̂ of the input's visible patches."""
         tokens_BND = context.encoded_views[self.encoder_key, self.view][1]
         with torch.no_grad():
             wanted = self.compared(gather_tokens(tokens_BND, encoded.where.visible_BL))

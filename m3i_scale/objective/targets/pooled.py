@@ -26,7 +26,6 @@ class Pooled(HeadTarget):
     regularizer: PooledRegularizer
 
     def loss(self, given: TargetModules, context: Context, encoded: Encoded) -> Loss:
-        """Return this rank's share of −log P̂ of the view's vector."""
         prediction_BE = given.head(encoded.pooled(given.decoder), predict=True)
         target_BE = pooled_target(self, given, context)
         loss = self.regularizer.loss(self.distribution, prediction_BE, target_BE, given.memory, given.ranks)

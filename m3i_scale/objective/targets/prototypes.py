@@ -39,11 +39,9 @@ class Prototypes(HeadTarget):
 
     @property
     def averages_prototypes(self) -> bool:
-        """Return whether z_y is compared with the EMA copy of its head's prototypes."""
         return self.regularizer.averages_prototypes
 
     def loss(self, given: TargetModules, context: Context, encoded: Encoded) -> Loss:
-        """Return this rank's share of −log P̂ of the view's distribution over prototypes."""
         if self.name not in context.assigned:
             context.assigned[self.name] = self._assign(given, pooled_target(self, given, context))
         prediction_BE = given.head(encoded.pooled(given.decoder), predict=True)
