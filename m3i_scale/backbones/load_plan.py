@@ -116,16 +116,15 @@ class Matching:
         if isinstance(placed, Unused):
             self.left_out.setdefault(placed.reason, []).append(name)
             return
-        if placed is None or any(target not in self.wanted for target in placed.targets):
+        if placed is None or any(target not in self.wanted for target in placed):
             self.no_place.append(f"{name} {shape}")
             return
-        parts = len(placed.targets)
-        for part, target in enumerate(placed.targets):
+        for part, target in enumerate(placed):
             if target in self.takes:
                 self.twice.append(f"{name} and {self.takes[target].tensor}")
-            self._take(Take(target, self.wanted[target], path, name, part, parts), shape)
-        if placed.targets != (name,):
-            self.renamed[name] = list(placed.targets)
+            self._take(Take(target, self.wanted[target], path, name, part, len(placed)), shape)
+        if placed != (name,):
+            self.renamed[name] = list(placed)
 
     def _take(self, take: Take, shape: Shape) -> None:
         fits = not shape or shape[0] % take.parts == 0

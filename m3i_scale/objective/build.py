@@ -22,6 +22,7 @@ from m3i_scale.objective.encoders import EmaTeacher, Projector, TextTower, text_
 from m3i_scale.objective.fit import check_fit, text_widths
 from m3i_scale.objective.heads import ImageHead
 from m3i_scale.objective.information import EMA_PREFIX, TEACHERS_PREFIX, Objective
+from m3i_scale.objective.inputs import PixelNorm
 from m3i_scale.objective.positions import grid_position
 from m3i_scale.objective.ranks import Ranks, SingleProcess
 from m3i_scale.objective.recipe import Recipe, parse_recipe
@@ -81,8 +82,7 @@ def build_objective(
         student,
         decoders,
         heads,
-        mean=run.data.augment.mean,
-        std=run.data.augment.std,
+        pixel_norm=PixelNorm(run.data.augment.mean, run.data.augment.std),
         mixed_attention=run.backbone.attention == "across_images",
         ranks=ranks,
         weights=recipe.balance.module(weights, **dict(recipe.balance)) if target_encoders else GroupWeights(weights),

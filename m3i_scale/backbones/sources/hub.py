@@ -13,7 +13,7 @@ from transformers.core_model_loading import Chunk, WeightConverter, rename_sourc
 from m3i_scale.backbones.families import FAMILIES, TokenFamily, find_family
 from m3i_scale.backbones.families.internimage import fusion_width
 from m3i_scale.backbones.internimage import InternImageConfig
-from m3i_scale.backbones.sources.base import Placement, Renamed, Source, Unused, normalisation
+from m3i_scale.backbones.sources.base import Place, Placement, Source, Unused, normalisation
 from m3i_scale.backbones.sources.files import read_config
 from m3i_scale.errors import ConfigError
 
@@ -90,12 +90,12 @@ def hub_places(model: PreTrainedModel) -> Placement:
     known = {name: True for name, _ in model.named_parameters()}
     ignored = getattr(type(model), "_keys_to_ignore_on_load_unexpected", None) or ()
 
-    def place(name: str) -> Renamed | Unused | None:
+    def place(name: str) -> Place:
         renamed, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, known)
         if pattern is not None:
-            return Renamed(_split(renamed, next(item for item in converters if pattern in item.source_patterns), name))
+            return _split(renamed, next(item for item in converters if pattern in item.source_patterns), name)
         if renamed in known:
-            return Renamed((renamed,))
+            return (renamed,)
         if any(re.search(pattern, name) for pattern in ignored):
             return Unused("classifier")
         return next((Unused(reason) for pattern, reason in _LEFT_OUT if re.match(pattern, name)), None)

@@ -11,8 +11,8 @@ from transformers import CLIPVisionConfig, ViTConfig
 from m3i_scale.backbones.sources.base import MismatchError, NameMap, Shapes, Source, normalisation
 from m3i_scale.backbones.sources.plain import NO_PATCH_BIAS, Facts, named_source, plain_source
 
-_MARK = "transformer.resblocks.0.ln_1.weight"
-_PREFIXES = ("visual.", "module.visual.")
+OPEN_CLIP_MARK = "transformer.resblocks.0.ln_1.weight"
+OPEN_CLIP_PREFIXES = ("visual.", "module.visual.")
 _REFUSED = (
     (r"attn_pool", "its norm stands behind an attention pooling"),
     (r".*\.ls_[12]\.", "it has LayerScale"),
@@ -46,13 +46,8 @@ _INNER = {
 }
 
 
-def open_clip_prefix(shapes: Shapes) -> str | None:
-    """Return the name prefix of the vision tower, or None."""
-    return next((prefix for prefix in _PREFIXES if prefix + _MARK in shapes), None)
-
-
 def open_clip_source(given: str, file: Path, prefix: str, shapes: Shapes, fields: Mapping[str, Any]) -> Source:
-    """Return the vision tower of a bare open_clip file; `prefix` is from `open_clip_prefix`."""
+    """Return the vision tower of a bare open_clip file; names have a prefix of `OPEN_CLIP_PREFIXES`."""
     return plain_source(given, file, _names(prefix), shapes, Facts(class_row=True), fields, _REFUSED)
 
 

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from m3i_scale.backbones.families import FAMILIES, TokenFamily, VisionConfig, published_heads, token_family
-from m3i_scale.backbones.sources.base import MismatchError, NameMap, Renamed, Shapes, Source, square_side
+from m3i_scale.backbones.sources.base import MismatchError, NameMap, Shapes, Source, square_side
 
 _ROLES = {
     part: f"{{}}.{part}" if "{}" in name else part
@@ -119,9 +119,9 @@ def _parts(names: NameMap, shapes: Shapes, refused: tuple[tuple[str, str], ...])
     shape_of: dict[str, tuple[int, ...]] = {}
     for name, shape in shapes.items():
         placed = names.place(name, _ROLES)
-        if isinstance(placed, Renamed):
-            share = (shape[0] // len(placed.targets), *shape[1:]) if shape else shape
-            shape_of |= dict.fromkeys(placed.targets, share)
+        if isinstance(placed, tuple):
+            share = (shape[0] // len(placed), *shape[1:]) if shape else shape
+            shape_of |= dict.fromkeys(placed, share)
         elif placed is None:
             inner = name.removeprefix(names.prefix)
             reason = next((reason for pattern, reason in refused if re.match(pattern, inner)), None)

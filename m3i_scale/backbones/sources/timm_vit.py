@@ -14,8 +14,8 @@ import torch
 from m3i_scale.backbones.sources.base import MismatchError, NameMap, Shapes, Source, normalisation
 from m3i_scale.backbones.sources.plain import Facts, plain_source
 
-_MARK = "patch_embed.proj.weight"
-_PREFIXES = ("", "module.", "model.", "visual.", "module.visual.")
+TIMM_MARK = "patch_embed.proj.weight"
+TIMM_PREFIXES = ("", "module.", "model.", "visual.", "module.visual.")
 _REFUSED = (
     (r"dist_token|head_dist", "it has a distillation token beside the class token"),
     (r".*(q_norm|k_norm)", "it normalises queries and keys"),
@@ -36,11 +36,6 @@ _LEFT_OUT = (
 _NO_EVA02 = "transformers has no class with the rotary positions, gates and norms of EVA-02's layers"
 _INSTEAD = "EVA-01 (eva_giant_patch14_224), or with rotary positions DINOv3 (vit_*_dinov3)"
 _ACTIVATIONS = {"GELU": "gelu", "GELUTanh": "gelu_pytorch_tanh", "QuickGELU": "quick_gelu", "SiLU": "silu"}
-
-
-def timm_prefix(shapes: Shapes) -> str | None:
-    """Return the prefix of timm's names, or None."""
-    return next((prefix for prefix in _PREFIXES if prefix + _MARK in shapes), None)
 
 
 def timm_source(
