@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 Tokens = tuple[Tensor, Tensor]
 """Class token (B, 1, D), or the mean token if there is none, and patch tokens (B, L, D)."""
+Views = dict[int, Tensor]
+"""Normalized images (B, 3, H, W) by view."""
 
 
 class MaskToken(nn.Module):
@@ -93,28 +95,22 @@ class Backbone(nn.Module, ABC):
 
     @abstractmethod
     def encode_own(
-        self,
-        views: dict[int, Tensor],
-        view_of: Sequence[int],
-        visible: Sequence[Tensor],
-        masked: MaskedPatches | None = None,
+        self, views: Views, view_of: Sequence[int], visible: Sequence[Tensor], masked: MaskedPatches | None = None
     ) -> list[Tokens]:
         """Encode inputs independently of each other (within-image attention): tokens by input, ordered as `visible`.
 
         Args:
-            views: normalized images (B, 3, H, W) by view.
             view_of: view of each input.
             visible: visible patches of each input: int64 (B, L), ascending.
         """
 
     @abstractmethod
     def encode_mixed(
-        self, views: dict[int, Tensor], view_of: Sequence[int], visible: Sequence[Tensor], rows: Sequence[Tensor]
+        self, views: Views, view_of: Sequence[int], visible: Sequence[Tensor], rows: Sequence[Tensor]
     ) -> list[Tokens]:
         """Encode mixed images with cross-image attention: one input per row. Return the tokens by slot and row.
 
         Args:
-            views: normalized images by view.
             view_of: view of each slot of the mix.
             visible: visible patches of each slot: int64 (B, L), by image.
             rows: image in row i of each slot: int64 (B).

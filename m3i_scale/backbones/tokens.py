@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from m3i_scale.backbones.base import Backbone, MaskedPatches, Tokens, gather_tokens, split_heads
+from m3i_scale.backbones.base import Backbone, MaskedPatches, Tokens, Views, gather_tokens, split_heads
 from m3i_scale.backbones.families import TokenFamily, VisionConfig, find_family, token_family
 from m3i_scale.backbones.families.base import Angles
 
@@ -82,11 +82,7 @@ class TokenBackbone(Backbone):
         return tokens_BSD
 
     def _visible(
-        self,
-        views: dict[int, Tensor],
-        view_of: Sequence[int],
-        visible: Sequence[Tensor],
-        masked: MaskedPatches | None = None,
+        self, views: Views, view_of: Sequence[int], visible: Sequence[Tensor], masked: MaskedPatches | None = None
     ) -> list[Sequences]:
         """Embed prefix and visible patch tokens of every input, with one call of the embedding per image size."""
         shown: Sequence[Tensor | None] = masked.shown if masked is not None else [None] * len(visible)
@@ -132,11 +128,7 @@ class TokenBackbone(Backbone):
             hook.remove()
 
     def encode_own(
-        self,
-        views: dict[int, Tensor],
-        view_of: Sequence[int],
-        visible: Sequence[Tensor],
-        masked: MaskedPatches | None = None,
+        self, views: Views, view_of: Sequence[int], visible: Sequence[Tensor], masked: MaskedPatches | None = None
     ) -> list[Tokens]:
         """Encode every input as a separate sequence; inputs of the same length are batched."""
         parts = self._visible(views, view_of, visible, masked)
@@ -150,7 +142,7 @@ class TokenBackbone(Backbone):
         return [self.read(outputs[k]) for k in range(len(sequences))]
 
     def encode_mixed(
-        self, views: dict[int, Tensor], view_of: Sequence[int], visible: Sequence[Tensor], rows: Sequence[Tensor]
+        self, views: Views, view_of: Sequence[int], visible: Sequence[Tensor], rows: Sequence[Tensor]
     ) -> list[Tokens]:
         shown = self._visible(views, view_of, visible)
         parts = [part.tokens_BLD[row_B] for row_B, part in zip(rows, shown, strict=True)]

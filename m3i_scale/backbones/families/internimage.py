@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from m3i_scale.backbones.base import Backbone, MaskedPatches, MaskToken, Tokens, gather_tokens
+from m3i_scale.backbones.base import Backbone, MaskedPatches, MaskToken, Tokens, Views, gather_tokens
 from m3i_scale.backbones.families.base import Family, check_counts, check_side
 from m3i_scale.backbones.internimage import InternImageConfig, InternImageModel
 from m3i_scale.errors import ConfigError
@@ -134,11 +134,7 @@ class MapBackbone(Backbone):
         return list(self.model.config.stage_channels)
 
     def encode_own(
-        self,
-        views: dict[int, Tensor],
-        view_of: Sequence[int],
-        visible: Sequence[Tensor],
-        masked: MaskedPatches | None = None,
+        self, views: Views, view_of: Sequence[int], visible: Sequence[Tensor], masked: MaskedPatches | None = None
     ) -> list[Tokens]:
         """Encode every input as a separate image, in one batch. `masked` is ignored: the stem has a mask token."""
         images_BCHW = torch.cat([views[view] for view in view_of])
@@ -148,7 +144,7 @@ class MapBackbone(Backbone):
         return [_tokens(part, visible_BL) for part, visible_BL in zip(parts, visible, strict=True)]
 
     def encode_mixed(
-        self, views: dict[int, Tensor], view_of: Sequence[int], visible: Sequence[Tensor], rows: Sequence[Tensor]
+        self, views: Views, view_of: Sequence[int], visible: Sequence[Tensor], rows: Sequence[Tensor]
     ) -> list[Tokens]:
         """Encode one image per row, composed of the visible squares of its images."""
         by_row = [visible_BL[row_B] for visible_BL, row_B in zip(visible, rows, strict=True)]
