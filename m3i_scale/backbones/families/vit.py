@@ -34,8 +34,6 @@ VIT_SIZES = {
 
 _SIZES = {"mini": (192, 6, 3, 768), **VIT_SIZES}
 """`mini` is a half-depth ViT-Ti of this project, for first runs."""
-_EVA_STD = 0.015
-"""Init std of EVA with one billion parameters (Fang et al.)."""
 
 _CLIP_PATCHES = {"b": (16, 32), "l": (14,), "h": (14,), "g": (14,), "G": (14,)}
 """Patch sizes of published CLIP towers (Radford et al.; Cherti et al.)."""
@@ -86,7 +84,7 @@ class ViT(TokenFamily):
         plain = {
             f"vit-{size}/{patch}": _sized(*numbers, patch) for size, numbers in _SIZES.items() for patch in (14, 16, 32)
         }
-        eva = {"eva-g/14": _sized(*VIT_SIZES["g"], 14) | {"initializer_range": _EVA_STD}}
+        eva = {"eva-g/14": _sized(*VIT_SIZES["g"], 14) | {"initializer_range": 0.015}}  # Fang et al.
         return {name: fields | {"layer_norm_eps": 1e-6} for name, fields in (plain | eva).items()}
 
 

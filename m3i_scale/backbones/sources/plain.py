@@ -129,7 +129,7 @@ def _parts(names: NameMap, shapes: Shapes, refused: tuple[tuple[str, str], ...])
     return shape_of
 
 
-def _require(parts: Mapping[str, tuple[int, ...]], rotary: bool, facts: Facts) -> None:
+def _require(parts: Shapes, rotary: bool, facts: Facts) -> None:
     if rotary and facts.rope_theta is None:
         raise MismatchError(
             "it has registers and no table of positions, and a bare file does not say how its positions are rotated",
@@ -149,7 +149,7 @@ def _require(parts: Mapping[str, tuple[int, ...]], rotary: bool, facts: Facts) -
             raise MismatchError(why, "another model than the one that was trained would start")
 
 
-def _grid_side(parts: Mapping[str, tuple[int, ...]], facts: Facts) -> int:
+def _grid_side(parts: Shapes, facts: Facts) -> int:
     rows = parts["positions"][-2]
     if "class" in parts and facts.class_row is None and math.isqrt(rows) ** 2 == rows:
         side = math.isqrt(rows)
@@ -180,12 +180,7 @@ def _heads(width: int, depth: int, facts: Facts, fields: Mapping[str, Any], assu
     return heads
 
 
-def _activation(
-    parts: Mapping[str, tuple[int, ...]],
-    facts: Facts,
-    fields: Mapping[str, Any],
-    assumed: dict[str, str],
-) -> str:
+def _activation(parts: Shapes, facts: Facts, fields: Mapping[str, Any], assumed: dict[str, str]) -> str:
     if facts.hidden_act is not None:
         return facts.hidden_act
     name, choices = "", ""
@@ -203,9 +198,7 @@ def _activation(
     return str(fields.get("hidden_act", "gelu"))
 
 
-def _class_of(
-    parts: Mapping[str, tuple[int, ...]], rotary: bool, width: int
-) -> tuple[type[VisionConfig], dict[str, Any]]:
+def _class_of(parts: Shapes, rotary: bool, width: int) -> tuple[type[VisionConfig], dict[str, Any]]:
     """Return the configuration class, and the fields that not all classes have. Parts without a place in the model of
     that class, and missing ones, are found when tensors and parameters are matched."""
     gated, qkv_bias = "0.gate_proj.weight" in parts, "0.q.bias" in parts
