@@ -107,20 +107,8 @@ def _positions(
 ) -> tuple[Tensor | None, Tensor | None]:
     if not isinstance(decoder, TransformerDecoder) or decoder.position != "relative":
         return None, None
-
-    def relative(to: int) -> Tensor:
-        return relative_position(
-            batch.crops_VB4[view],
-            batch.crops_VB4[to],
-            batch.flips_VB[view],
-            batch.flips_VB[to],
-            batch.sizes_B2[:, 1],
-            grid,
-            decoder.width,
-        )
-
-    own = relative(view)
-    return own, own if target_view == view else relative(target_view)
+    own = relative_position(batch, view, view, grid, decoder.width)
+    return own, own if target_view == view else relative_position(batch, view, target_view, grid, decoder.width)
 
 
 class ShownPatches(ImageTarget):
