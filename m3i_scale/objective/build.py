@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 from transformers import CLIPVisionModel, PreTrainedModel, SiglipVisionModel
 
-from m3i_scale.backbones.base import Backbone, MaskToken
+from m3i_scale.backbones.base import MaskToken
 from m3i_scale.backbones.build import backbone_config, backbone_source, build_backbone, draw_first_values
 from m3i_scale.backbones.families import VisionConfig, family_of
 from m3i_scale.backbones.load_plan import LoadPlan, plan_load
@@ -58,10 +59,10 @@ def build_objective(
     decoders = nn.ModuleDict({name: _decoder(recipe, name, config) for name in recipe.decoders})
     classes = [len(names) for names in label_sets.values()]
     ranks = ranks or SingleProcess()
-    tokens = vocab_size or 0
     taught_by = recipe.teachers if target_encoders else ()
     teachers = nn.ModuleDict({name: build_teacher(run, recipe, name, config) for name in taught_by})
-    heads = _target_heads(recipe, decoders, student, classes, tokens, ranks, teachers, image_counts)
+    sizes = Sizes(0, student.width, classes, vocab_size or 0, student, ranks)
+    heads = _target_heads(recipe, decoders, teachers, replace(sizes, image_counts=image_counts))
     weights = [target.weight for target in recipe.targets]
     ema_teacher = text = None
     depth = recipe.ema.projector_depth if recipe.ema is not None and recipe.projects_dense_targets else 0
@@ -70,7 +71,7 @@ def build_objective(
         ema_teacher = EmaTeacher(build_backbone(config), depth, *copies, layers=recipe.averaged_layers)
     if run.task is not None and run.task.ema is not None and target_encoders:
         pools = nn.ModuleDict({name: _decoder(recipe, name, config) for name in recipe.decoders})
-        target_heads = _target_heads(recipe, decoders, student, classes, tokens, ranks, teachers)
+        target_heads = _target_heads(recipe, decoders, teachers, sizes)
         ema_teacher = EmaTeacher(build_backbone(config), 0, pools, nn.ModuleDict(), target_heads)
     projector = Projector(config.hidden_size, depth) if depth else None
     if recipe.uses_text_tower and vocab_size is not None:
@@ -130,33 +131,19 @@ def _decoder(recipe: Recipe, name: str, config: VisionConfig) -> nn.Module:
         raise ConfigError(f"decoder '{name}': {error}", where=f"recipe.decoders.{name}") from None
 
 
-def _target_heads(
-    recipe: Recipe,
-    decoders: nn.ModuleDict,
-    student: Backbone,
-    classes: list[int],
-    tokens: int,
-    ranks: Ranks,
-    teachers: nn.ModuleDict,
-    image_counts: list[int] | None = None,
-) -> nn.ModuleDict:
-    """Return heads by target, without heads of targets with a teacher that is not built."""
+def _target_heads(recipe: Recipe, decoders: nn.ModuleDict, teachers: nn.ModuleDict, sizes: Sizes) -> nn.ModuleDict:
+    """Return heads by target, without heads of targets with a teacher that is not built. `sizes` are for a target
+    without decoder and teacher."""
     heads = nn.ModuleDict()
-    config = student.model.config
     for target in recipe.targets:
-        teacher = target.teacher if isinstance(target, ImageTarget) and target.encoder == "teacher" else None
-        if isinstance(target, HeadTarget) or (teacher is not None and teacher not in teachers):
-            continue
-        sizes = Sizes(
-            decoded=width_of(decoders[target.decoder]),
-            encoded=config.hidden_size if teacher is None else cast(Teacher, teachers[teacher]).width,
-            classes=classes,
-            vocabulary=tokens,
-            backbone=student,
-            ranks=ranks,
-            image_counts=image_counts,
-        )
-        heads[target.name] = target.build_head(sizes)
+        encoded = sizes.encoded
+        if isinstance(target, ImageTarget) and target.encoder == "teacher":
+            if target.teacher not in teachers:
+                continue
+            encoded = cast(Teacher, teachers[target.teacher]).width
+        if not isinstance(target, HeadTarget):
+            decoded = width_of(decoders[target.decoder])
+            heads[target.name] = target.build_head(replace(sizes, decoded=decoded, encoded=encoded))
     return heads
 
 

@@ -84,22 +84,14 @@ class FrozenTeacher(Teacher):
 
     prefix = "model."
 
-    def __init__(
-        self,
-        source: str,
-        where: str,
-        config: Any,
-        mean: tuple[float, ...],
-        std: tuple[float, ...],
-        student: VisionConfig,
-    ) -> None:
+    def __init__(self, source: str, where: str, config: Any, pixel_norm: PixelNorm, student: VisionConfig) -> None:
         super().__init__()
         self.source, self.where = source, where
         """Folder or Hub id, and the config key that names it."""
         self.width = int(config.hidden_size)
         with no_init_weights():
             self.model = AutoModel.from_config(config, trust_remote_code=False)
-        self.pixel_norm, self.student = PixelNorm(mean, std), student
+        self.pixel_norm, self.student = pixel_norm, student
         self.interpolates = "interpolate_pos_encoding" in inspect.signature(self.model.forward).parameters
         self.requires_grad_(False)
 
@@ -222,7 +214,7 @@ def build_teacher(run: RunConfig, recipe: Recipe, name: str, student: VisionConf
     config = _read_config(source, where)
     _check_widths(recipe, name, config.hidden_size)
     config._attn_implementation = "sdpa"
-    return FrozenTeacher(source, where, config, *_normalisation(source), student)
+    return FrozenTeacher(source, where, config, _normalisation(source), student)
 
 
 def _check_widths(recipe: Recipe, name: str, width: int) -> None:
@@ -236,11 +228,11 @@ def _check_widths(recipe: Recipe, name: str, width: int) -> None:
             )
 
 
-def _normalisation(source: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def _normalisation(source: str) -> PixelNorm:
     path = pretrained_folder(source) / "preprocessor_config.json"
     try:
         values = read_json(path)
-        return tuple(map(float, values["image_mean"])), tuple(map(float, values["image_std"]))
+        return PixelNorm(tuple(map(float, values["image_mean"])), tuple(map(float, values["image_std"])))
     except (OSError, ValueError, KeyError, TypeError):
         raise ConfigError(
             "the teacher has no image processor with mean and deviation",
