@@ -16,9 +16,9 @@ from transformers import PreTrainedModel
 
 from m3i_scale.backbones.build import vision_class
 from m3i_scale.backbones.families import VisionConfig, family_of
-from m3i_scale.backbones.sources import Source, source_files
+from m3i_scale.backbones.sources import Source, pretrained_folder
 from m3i_scale.backbones.sources.base import Placement, Unused, square_side
-from m3i_scale.backbones.sources.files import open_weights, read_headers
+from m3i_scale.backbones.sources.files import open_weights, read_headers, weight_files
 from m3i_scale.errors import ConfigError
 
 Shape = tuple[int, ...]
@@ -177,7 +177,7 @@ def plan_model(
     wanted = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     match = Matching(wanted, positions, source.class_row)
     place = source.place(model)
-    files = source_files(source, where)
+    files = weight_files(pretrained_folder(source.given, where, source.kind), source.kind, where)
     for name, (path, shape) in read_headers(files, where).items():
         match.add(name, path, shape, place)
     if not all_placed and match.no_place:

@@ -18,7 +18,7 @@ from transformers import (
 from transformers.models.dinov3_vit.modeling_dinov3_vit import DINOv3ViTRopePositionEmbedding, apply_rotary_pos_emb
 
 from m3i_scale.backbones.families.base import Angles, TokenFamily
-from m3i_scale.backbones.families.vit import VIT_SHAPE
+from m3i_scale.backbones.families.vit import VIT_SHAPE, vit_fields
 from m3i_scale.errors import ConfigError
 
 DINOV2_SIZES = {
@@ -139,10 +139,7 @@ class Dinov3(TokenFamily):
         """Return the published sizes; the largest has no biases of queries and values."""
         return {
             f"dinov3-{size}/16": {
-                "hidden_size": width,
-                "num_hidden_layers": depth,
-                "num_attention_heads": heads,
-                "intermediate_size": mlp,
+                **vit_fields(width, depth, heads, mlp, 16),
                 "use_gated_mlp": gated,
                 "hidden_act": "silu" if gated else "gelu",
                 "query_bias": size != "7b",

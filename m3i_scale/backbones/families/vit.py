@@ -49,7 +49,7 @@ VIT_SHAPE = (
 """`shape_fields` that configurations of plain Transformers share."""
 
 
-def _sized(width: int, depth: int, heads: int, mlp: int, patch: int) -> dict[str, Any]:
+def vit_fields(width: int, depth: int, heads: int, mlp: int, patch: int) -> dict[str, Any]:
     """Return the fields of a size in `VIT_SIZES`."""
     return {
         "hidden_size": width,
@@ -82,9 +82,11 @@ class ViT(TokenFamily):
 
     def presets(self) -> dict[str, dict[str, Any]]:
         plain = {
-            f"vit-{size}/{patch}": _sized(*numbers, patch) for size, numbers in _SIZES.items() for patch in (14, 16, 32)
+            f"vit-{size}/{patch}": vit_fields(*numbers, patch)
+            for size, numbers in _SIZES.items()
+            for patch in (14, 16, 32)
         }
-        eva = {"eva-g/14": _sized(*VIT_SIZES["g"], 14) | {"initializer_range": 0.015}}  # Fang et al.
+        eva = {"eva-g/14": vit_fields(*VIT_SIZES["g"], 14) | {"initializer_range": 0.015}}  # Fang et al.
         return {name: fields | {"layer_norm_eps": 1e-6} for name, fields in (plain | eva).items()}
 
 
@@ -111,7 +113,7 @@ class Clip(TokenFamily):
 
     def presets(self) -> dict[str, dict[str, Any]]:
         return {
-            f"clip-{size}/{patch}": _sized(*VIT_SIZES[size], patch) | {"hidden_act": "gelu"}
+            f"clip-{size}/{patch}": vit_fields(*VIT_SIZES[size], patch) | {"hidden_act": "gelu"}
             for size, patches in _CLIP_PATCHES.items()
             for patch in patches
         }
@@ -136,7 +138,7 @@ class Siglip(TokenFamily):
 
     def presets(self) -> dict[str, dict[str, Any]]:
         return {
-            f"siglip-{size}/{patch}": _sized(*SIGLIP_SIZES[size], patch) | {"vision_use_head": False}
+            f"siglip-{size}/{patch}": vit_fields(*SIGLIP_SIZES[size], patch) | {"vision_use_head": False}
             for size, patches in _SIGLIP_PATCHES.items()
             for patch in patches
         }

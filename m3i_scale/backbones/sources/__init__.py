@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from m3i_scale.backbones.sources.base import MismatchError, Source
-from m3i_scale.backbones.sources.files import NAMES, read_config, read_headers, weight_files
+from m3i_scale.backbones.sources.files import NAMES, read_config, read_headers
 from m3i_scale.backbones.sources.hub import MODEL_TYPES, hub_source
 from m3i_scale.backbones.sources.open_clip_vit import (
     OPEN_CLIP_MARK,
@@ -18,7 +18,7 @@ from m3i_scale.backbones.sources.open_clip_vit import (
 from m3i_scale.backbones.sources.timm_vit import TIMM_MARK, TIMM_PREFIXES, timm_folder, timm_source
 from m3i_scale.errors import ConfigError
 
-__all__ = ["Source", "find_source", "pretrained_folder", "source_files"]
+__all__ = ["Source", "find_source", "pretrained_folder"]
 
 
 def find_source(given: str, fields: Mapping[str, Any], where: str = "backbone.from_pretrained") -> Source:
@@ -81,8 +81,3 @@ def _download(source: str, patterns: list[str], where: str) -> Path:
             where=where,
             fix="give a folder with a configuration and weights, a weight file, or a Hub id (needs a network)",
         ) from None
-
-
-def source_files(source: Source, where: str = "backbone.from_pretrained") -> list[Path]:
-    """Return the weight files of a source; downloads the files of a Hub id."""
-    return weight_files(pretrained_folder(source.given, where, source.kind), source.kind, where)
