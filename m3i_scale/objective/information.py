@@ -225,7 +225,8 @@ class Objective(nn.Module):
         with self.span("forward"):
             inputs = self._encode_inputs(where, views)
         # Collectives run in order. This one ends after the gather of the EMA weights, which overlaps with the student.
-        counts = self._count(batch)
+        here_K = torch.stack([target.present(batch).sum(dtype=torch.float32) for target in self.recipe.targets])
+        counts = dict(zip((target.name for target in self.recipe.targets), self.ranks.sum(here_K), strict=True))
         with self.span("teacher"):
             whole = {
                 view: next(part for part in inputs[name] if part.where.view == view - 1)
@@ -238,11 +239,6 @@ class Objective(nn.Module):
                 text_BE = self.text(batch.text_ids_BT, batch.text_mask_BT)
                 context.text = gather_targets(text_BE, batch.captions_B, batch.has_text_B, self.ranks)
         return context
-
-    def _count(self, batch: Batch) -> dict[str, Tensor]:
-        """Return the number of samples over all ranks that have a target, by target, with a single collective."""
-        here_K = torch.stack([target.present(batch).sum(dtype=torch.float32) for target in self.recipe.targets])
-        return dict(zip((target.name for target in self.recipe.targets), self.ranks.sum(here_K), strict=True))
 
     def _encode_targets(self, context: Context) -> None:
         """Add the views that the EMA teacher and frozen teachers encode."""
