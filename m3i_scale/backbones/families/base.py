@@ -57,9 +57,7 @@ class Family(ABC):
         """Reject a configuration that is invalid for a backbone."""
 
     @abstractmethod
-    def lr_scales(
-        self, model: PreTrainedModel, decay: float, *, dense: bool = False, dcn: float = 1.0
-    ) -> dict[str, float]:
+    def lr_scales(self, model: Any, decay: float, *, dense: bool = False, dcn: float = 1.0) -> dict[str, float]:
         """Return the multipliers of layer-wise learning-rate decay by parameter name.
 
         Args:
@@ -145,9 +143,7 @@ class TokenFamily(Family):
         if "registers" in self.parts:
             check_counts({"num_register_tokens": config.num_register_tokens}, f"{where}.config")
 
-    def lr_scales(
-        self, model: PreTrainedModel, decay: float, *, dense: bool = False, dcn: float = 1.0
-    ) -> dict[str, float]:
+    def lr_scales(self, model: Any, decay: float, *, dense: bool = False, dcn: float = 1.0) -> dict[str, float]:
         """See `Family`. Layers as in MAE (`util/lr_decay.py`) and BEiT (`optim_factory.py`)."""
         depth, layers = int(model.config.num_hidden_layers), f"{self._layers}."
 
@@ -213,21 +209,19 @@ def resize_bicubic(
 ) -> Tensor:
     """Compute `F.interpolate(mode="bicubic")`, up to rounding, as two matrix products in at least fp32. Return the
     input's dtype."""
-    dtype = torch.promote_types(maps_NCHW.dtype, torch.float32)
+    wide_NCHW = maps_NCHW.to(torch.promote_types(maps_NCHW.dtype, torch.float32))
     rows_OH, columns_PW = (
-        _weights(old, new, dtype, maps_NCHW.device, antialias, align_corners)
+        _weights(old, new, wide_NCHW, antialias, align_corners)
         for old, new in zip(maps_NCHW.shape[2:], size, strict=True)
     )
-    resized_NCOP = torch.einsum("nchw,oh,pw->ncop", maps_NCHW.to(dtype), rows_OH, columns_PW)
+    resized_NCOP = torch.einsum("nchw,oh,pw->ncop", wide_NCHW, rows_OH, columns_PW)
     return resized_NCOP.to(maps_NCHW.dtype)
 
 
 @torch.no_grad()
-def _weights(
-    old: int, new: int, dtype: torch.dtype, device: torch.device, antialias: bool, align_corners: bool | None
-) -> Tensor:
-    """Return the weight of every old row in every new one, (new, old)."""
-    units_11HH = torch.eye(old, dtype=dtype, device=device)[None, None]
+def _weights(old: int, new: int, like: Tensor, antialias: bool, align_corners: bool | None) -> Tensor:
+    """Return the weight of every old row in every new one, (new, old), in dtype and device of `like`."""
+    units_11HH = torch.eye(old, dtype=like.dtype, device=like.device)[None, None]
     # Bicubic weights are separable. A dimension of unchanged size is not resized.
     resized_11OH = F.interpolate(
         units_11HH, size=(new, old), mode="bicubic", antialias=antialias, align_corners=align_corners

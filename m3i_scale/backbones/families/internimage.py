@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from m3i_scale.backbones.base import Backbone, MaskedPatches, MaskToken, Tokens, Views, gather_tokens
@@ -72,9 +71,7 @@ class InternImage(Family):
             )
         check_side(config.image_size, _LAST_STRIDE, "the stride of the last stage, 32,", where)
 
-    def lr_scales(
-        self, model: PreTrainedModel, decay: float, *, dense: bool = False, dcn: float = 1.0
-    ) -> dict[str, float]:
+    def lr_scales(self, model: Any, decay: float, *, dense: bool = False, dcn: float = 1.0) -> dict[str, float]:
         """See `Family`. Published rules: for classification `classification/models/intern_image.py` and `optimizer.py`;
         dense `mmcv_custom/custom_layer_decay_optimizer_constructor.py`."""
         depths, names = tuple(model.config.depths), [name for name, _ in model.named_parameters()]
