@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from m3i_scale.backbones.flops import count_flop
+from m3i_scale.backbones.flops import counter
 from m3i_scale.config import RunConfig
 from m3i_scale.data.batch import Batch, synthetic_batch
 from m3i_scale.engine.partition import initialize_sharded
@@ -12,6 +12,13 @@ from m3i_scale.objective.build import build_objective, initialize_module
 from m3i_scale.objective.information import Objective
 
 __all__ = ["count_flop", "recipe_step", "synthetic_batch"]
+
+
+def count_flop(step: Callable[[], None]) -> int:
+    """Return the FLOPs of one call of `step`."""
+    with counter() as counted:
+        step()
+    return int(counted.get_total_flops())
 
 
 def recipe_step(run: RunConfig, label_sets: dict[str, list[str]], vocabulary: int, batch: Batch) -> Callable[[], None]:

@@ -26,8 +26,8 @@ from deepspeed.accelerator import get_accelerator
 from PIL import Image, ImageDraw
 from torch.distributed.elastic.utils.distributed import get_free_port
 
+from m3i_scale.backbones import describe_presets
 from m3i_scale.backbones.families import PRESETS
-from m3i_scale.backbones.sizes import describe_presets
 from m3i_scale.errors import EXIT_USER_ERROR, did_you_mean
 
 RANKS, MICRO_BATCH, STEPS, RESUMED_STEPS = 2, 2, 5, 6

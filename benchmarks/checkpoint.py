@@ -23,8 +23,8 @@ import typer
 from _common import emit, machine, say
 from torch.distributed.elastic.utils.distributed import get_free_port
 
+from m3i_scale.backbones import describe_presets
 from m3i_scale.backbones.families import PRESETS
-from m3i_scale.backbones.sizes import describe_presets
 from m3i_scale.errors import EXIT_USER_ERROR, did_you_mean
 
 RANKS = 2

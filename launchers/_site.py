@@ -20,7 +20,7 @@ TOP = {"README.md": "overview.md", "CONTRIBUTING.md": "contributing.md", "CHANGE
 """Pages beside docs/, and what they are called in the site."""
 API, EXTENSIONS = "api.md", "extensions.md"
 FAMILIES = [
-    "objective.regularizers.base.Regularizer",
+    "objective.regularizers.Regularizer",
     "objective.distributions.Distribution",
     "objective.distributions.Loss",
     "objective.masks.Mask",

@@ -15,10 +15,10 @@ from m3i_scale.data.loader import TrainStream
 from m3i_scale.errors import ConfigError, DataError, did_you_mean
 from m3i_scale.evaluate.features import Pool, VisionModel, load_vision
 from m3i_scale.objective import build
+from m3i_scale.objective.build import start_weights, update_ema_teacher
 from m3i_scale.objective.information import Objective
 from m3i_scale.objective.ranks import ProcessGroupRanks, Ranks, SingleProcess
 from m3i_scale.objective.recipe import Recipe, load_run_and_recipe
-from m3i_scale.objective.start_weights import start_weights, update_ema_teacher
 from m3i_scale.run import with_data
 
 

@@ -101,7 +101,7 @@ def backbones(
     names: Annotated[list[str] | None, typer.Argument(help="Only these presets.")] = None, as_json: AsJson = False
 ) -> None:
     """Print the sizes of `backbone.preset`: parameters, multiply-adds, tokens, input size."""
-    from m3i_scale.backbones.sizes import describe_presets
+    from m3i_scale.backbones import describe_presets
 
     rows = describe_presets(names or [])
     _print_result(as_json, rows, lambda: _backbone_table(rows))

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 Tokens = tuple[Tensor, Tensor]
 """Class token (B, 1, D), or the mean token if there is none, and patch tokens (B, L, D)."""
+Views = dict[int, Tensor]
+"""Normalized images (B, 3, H, W) by view."""
 
 
 class MaskToken(nn.Module):
@@ -45,16 +47,10 @@ class Backbone(nn.Module, ABC):
 
     model: Any
     """The `transformers` model that is exported."""
-
-    @property
-    @abstractmethod
-    def has_class_token(self) -> bool:
-        """Return whether the first of `Tokens` is a class token instead of a mean token."""
-
-    @property
-    @abstractmethod
-    def own_attention(self) -> bool:
-        """Return whether images of a mix can be encoded separately. Otherwise, their pixels are mixed."""
+    has_class_token: bool
+    """Whether the first of `Tokens` is a class token instead of a mean token."""
+    own_attention: bool
+    """Whether images of a mix can be encoded separately. Otherwise, their pixels are mixed."""
 
     @property
     def width(self) -> int:
@@ -99,28 +95,22 @@ class Backbone(nn.Module, ABC):
 
     @abstractmethod
     def encode_own(
-        self,
-        views: dict[int, Tensor],
-        view_of: Sequence[int],
-        visible: Sequence[Tensor],
-        masked: MaskedPatches | None = None,
+        self, views: Views, view_of: Sequence[int], visible: Sequence[Tensor], masked: MaskedPatches | None = None
     ) -> list[Tokens]:
         """Encode inputs independently of each other (within-image attention): tokens by input, ordered as `visible`.
 
         Args:
-            views: normalized images (B, 3, H, W) by view.
             view_of: view of each input.
             visible: visible patches of each input: int64 (B, L), ascending.
         """
 
     @abstractmethod
     def encode_mixed(
-        self, views: dict[int, Tensor], view_of: Sequence[int], visible: Sequence[Tensor], rows: Sequence[Tensor]
+        self, views: Views, view_of: Sequence[int], visible: Sequence[Tensor], rows: Sequence[Tensor]
     ) -> list[Tokens]:
         """Encode mixed images with cross-image attention: one input per row. Return the tokens by slot and row.
 
         Args:
-            views: normalized images by view.
             view_of: view of each slot of the mix.
             visible: visible patches of each slot: int64 (B, L), by image.
             rows: image in row i of each slot: int64 (B).
@@ -143,9 +133,9 @@ class Backbone(nn.Module, ABC):
         return self.encode_whole(images_BCHW), None
 
     @property
-    @abstractmethod
     def stage_widths(self) -> list[int]:
         """Return the channels of the stages' maps of stride 4, 8, 16 and 32; empty if all layers have the same grid."""
+        return []
 
     @abstractmethod
     def encode_maps(self, images_BCHW: Tensor, layers: Sequence[int]) -> tuple[Tokens, list[Tensor]]:

@@ -16,9 +16,9 @@ from transformers import PreTrainedModel
 
 from m3i_scale.backbones.build import vision_class
 from m3i_scale.backbones.families import VisionConfig, family_of
-from m3i_scale.backbones.sources import Source, source_files
+from m3i_scale.backbones.sources import Source, pretrained_folder
 from m3i_scale.backbones.sources.base import Placement, Unused, square_side
-from m3i_scale.backbones.sources.files import open_weights, read_headers
+from m3i_scale.backbones.sources.files import open_weights, read_headers, weight_files
 from m3i_scale.errors import ConfigError
 
 Shape = tuple[int, ...]
@@ -116,16 +116,15 @@ class Matching:
         if isinstance(placed, Unused):
             self.left_out.setdefault(placed.reason, []).append(name)
             return
-        if placed is None or any(target not in self.wanted for target in placed.targets):
+        if placed is None or any(target not in self.wanted for target in placed):
             self.no_place.append(f"{name} {shape}")
             return
-        parts = len(placed.targets)
-        for part, target in enumerate(placed.targets):
+        for part, target in enumerate(placed):
             if target in self.takes:
                 self.twice.append(f"{name} and {self.takes[target].tensor}")
-            self._take(Take(target, self.wanted[target], path, name, part, parts), shape)
-        if placed.targets != (name,):
-            self.renamed[name] = list(placed.targets)
+            self._take(Take(target, self.wanted[target], path, name, part, len(placed)), shape)
+        if placed != (name,):
+            self.renamed[name] = list(placed)
 
     def _take(self, take: Take, shape: Shape) -> None:
         fits = not shape or shape[0] % take.parts == 0
@@ -178,7 +177,7 @@ def plan_model(
     wanted = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     match = Matching(wanted, positions, source.class_row)
     place = source.place(model)
-    files = source_files(source, where)
+    files = weight_files(pretrained_folder(source.given, where, source.kind), source.kind, where)
     for name, (path, shape) in read_headers(files, where).items():
         match.add(name, path, shape, place)
     if not all_placed and match.no_place:

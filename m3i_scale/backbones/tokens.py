@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from m3i_scale.backbones.base import Backbone, MaskedPatches, Tokens, gather_tokens, split_heads
+from m3i_scale.backbones.base import Backbone, MaskedPatches, Tokens, Views, gather_tokens, split_heads
 from m3i_scale.backbones.families import TokenFamily, VisionConfig, find_family, token_family
 from m3i_scale.backbones.families.base import Angles
 
@@ -32,11 +32,6 @@ class Sequences(NamedTuple):
     angles: Angles | None
     """Rotary angles, (B, 1, L, D / heads) each, or None for added position embeddings."""
 
-    @property
-    def sequence(self) -> Tensor:
-        """Return [prefix | patches]."""
-        return torch.cat([self.prefix_BPD, self.tokens_BLD], dim=1)
-
 
 class TokenBackbone(Backbone):
     """Adapter of a plain vision Transformer with the sequence [class token?, registers? | patches].
@@ -46,26 +41,18 @@ class TokenBackbone(Backbone):
     forward of the stock module that owns them, as ZeRO-3 requires.
     """
 
+    own_attention = True
+
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.family = token_family(config)
         with no_init_weights():  # initialized once, later, possibly after partitioning
             self.model = self.family.model_class(config, **self.family.options)
+        self.has_class_token = self.family.has_class_token
         self.prefix = self.family.prefix(config)
         """Number of tokens before the patches."""
         for name in self.family.untrained:
             self.model.get_parameter(name).requires_grad_(False)
-
-    own_attention = True
-
-    @property
-    def has_class_token(self) -> bool:
-        return self.family.has_class_token
-
-    @property
-    def stage_widths(self) -> list[int]:
-        """Return an empty list: there are no stages."""
-        return []
 
     @property
     def layers(self) -> list[nn.Module]:
@@ -95,11 +82,7 @@ class TokenBackbone(Backbone):
         return tokens_BSD
 
     def _visible(
-        self,
-        views: dict[int, Tensor],
-        view_of: Sequence[int],
-        visible: Sequence[Tensor],
-        masked: MaskedPatches | None = None,
+        self, views: Views, view_of: Sequence[int], visible: Sequence[Tensor], masked: MaskedPatches | None = None
     ) -> list[Sequences]:
         """Embed prefix and visible patch tokens of every input, with one call of the embedding per image size."""
         shown: Sequence[Tensor | None] = masked.shown if masked is not None else [None] * len(visible)
@@ -138,22 +121,18 @@ class TokenBackbone(Backbone):
             masked_SHWD: Tensor = token(map_SDHW.permute(0, 2, 3, 1), shown_SHW)
             return masked_SHWD.permute(0, 3, 1, 2)
 
-        hook = self.family.patch_projection(self.model).register_forward_hook(put_tokens)
+        hook = self.model.get_submodule(self.family.parts["patch"]).register_forward_hook(put_tokens)
         try:
             yield
         finally:
             hook.remove()
 
     def encode_own(
-        self,
-        views: dict[int, Tensor],
-        view_of: Sequence[int],
-        visible: Sequence[Tensor],
-        masked: MaskedPatches | None = None,
+        self, views: Views, view_of: Sequence[int], visible: Sequence[Tensor], masked: MaskedPatches | None = None
     ) -> list[Tokens]:
         """Encode every input as a separate sequence; inputs of the same length are batched."""
         parts = self._visible(views, view_of, visible, masked)
-        sequences = [part.sequence for part in parts]
+        sequences = [torch.cat([part.prefix_BPD, part.tokens_BLD], dim=1) for part in parts]
         outputs: dict[int, Tensor] = {}
         for length in sorted({sequence.shape[1] for sequence in sequences}):
             members = [k for k, sequence in enumerate(sequences) if sequence.shape[1] == length]
@@ -163,7 +142,7 @@ class TokenBackbone(Backbone):
         return [self.read(outputs[k]) for k in range(len(sequences))]
 
     def encode_mixed(
-        self, views: dict[int, Tensor], view_of: Sequence[int], visible: Sequence[Tensor], rows: Sequence[Tensor]
+        self, views: Views, view_of: Sequence[int], visible: Sequence[Tensor], rows: Sequence[Tensor]
     ) -> list[Tokens]:
         shown = self._visible(views, view_of, visible)
         parts = [part.tokens_BLD[row_B] for row_B, part in zip(rows, shown, strict=True)]
@@ -214,7 +193,6 @@ class TokenBackbone(Backbone):
         return tokens, attention[0]
 
     def encode_maps(self, images_BCHW: Tensor, layers: Sequence[int]) -> tuple[Tokens, list[Tensor]]:
-        """Encode as `encode_whole`, and return the patch tokens after the given layers as maps (B, D, H, W)."""
         (tokens_BSD, angles), maps = self._whole(images_BCHW), []
         for number, layer in enumerate(self.layers, start=1):
             tokens_BSD = _call(layer, tokens_BSD, angles)

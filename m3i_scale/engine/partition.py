@@ -21,7 +21,7 @@ from deepspeed.runtime.zero import stage3
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from m3i_scale.backbones.first_values import Initialize, draw_first_values
+from m3i_scale.backbones.build import Initialize, draw_first_values
 from m3i_scale.engine.device import compute_dtype
 from m3i_scale.errors import ConfigError
 

@@ -1,18 +1,20 @@
-"""Build and initialize the modules of a recipe."""
+"""Build and initialize the modules of a recipe, and update its EMA teacher, with unpartitioned parameters. Under ZeRO,
+`engine` does the last two on the partition, with the same values."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 from transformers import CLIPVisionModel, PreTrainedModel, SiglipVisionModel
 
-from m3i_scale.backbones.base import Backbone, MaskToken
-from m3i_scale.backbones.build import backbone_config, build_backbone
-from m3i_scale.backbones.families import VisionConfig
-from m3i_scale.backbones.layer_decay import lr_scales
+from m3i_scale.backbones.base import MaskToken
+from m3i_scale.backbones.build import backbone_config, backbone_source, build_backbone, draw_first_values
+from m3i_scale.backbones.families import VisionConfig, family_of
+from m3i_scale.backbones.load_plan import LoadPlan, plan_load
 from m3i_scale.config import RunConfig
 from m3i_scale.errors import ConfigError, UserError
 from m3i_scale.objective.balance import GroupWeights
@@ -20,7 +22,8 @@ from m3i_scale.objective.decoders import width_of
 from m3i_scale.objective.encoders import EmaTeacher, Projector, TextTower, text_config
 from m3i_scale.objective.fit import check_fit, text_widths
 from m3i_scale.objective.heads import ImageHead
-from m3i_scale.objective.information import EMA_PREFIX, Objective
+from m3i_scale.objective.information import EMA_PREFIX, TEACHERS_PREFIX, Objective
+from m3i_scale.objective.inputs import PixelNorm
 from m3i_scale.objective.positions import grid_position
 from m3i_scale.objective.ranks import Ranks, SingleProcess
 from m3i_scale.objective.recipe import Recipe, parse_recipe
@@ -56,10 +59,10 @@ def build_objective(
     decoders = nn.ModuleDict({name: _decoder(recipe, name, config) for name in recipe.decoders})
     classes = [len(names) for names in label_sets.values()]
     ranks = ranks or SingleProcess()
-    tokens = vocab_size or 0
     taught_by = recipe.teachers if target_encoders else ()
     teachers = nn.ModuleDict({name: build_teacher(run, recipe, name, config) for name in taught_by})
-    heads = _target_heads(recipe, decoders, student, classes, tokens, ranks, teachers, image_counts)
+    sizes = Sizes(0, student.width, classes, vocab_size or 0, student, ranks)
+    heads = _target_heads(recipe, decoders, teachers, replace(sizes, image_counts=image_counts))
     weights = [target.weight for target in recipe.targets]
     ema_teacher = text = None
     depth = recipe.ema.projector_depth if recipe.ema is not None and recipe.projects_dense_targets else 0
@@ -68,7 +71,7 @@ def build_objective(
         ema_teacher = EmaTeacher(build_backbone(config), depth, *copies, layers=recipe.averaged_layers)
     if run.task is not None and run.task.ema is not None and target_encoders:
         pools = nn.ModuleDict({name: _decoder(recipe, name, config) for name in recipe.decoders})
-        target_heads = _target_heads(recipe, decoders, student, classes, tokens, ranks, teachers)
+        target_heads = _target_heads(recipe, decoders, teachers, sizes)
         ema_teacher = EmaTeacher(build_backbone(config), 0, pools, nn.ModuleDict(), target_heads)
     projector = Projector(config.hidden_size, depth) if depth else None
     if recipe.uses_text_tower and vocab_size is not None:
@@ -80,8 +83,7 @@ def build_objective(
         student,
         decoders,
         heads,
-        mean=run.data.augment.mean,
-        std=run.data.augment.std,
+        pixel_norm=PixelNorm(run.data.augment.mean, run.data.augment.std),
         mixed_attention=run.backbone.attention == "across_images",
         ranks=ranks,
         weights=recipe.balance.module(weights, **dict(recipe.balance)) if target_encoders else GroupWeights(weights),
@@ -129,33 +131,19 @@ def _decoder(recipe: Recipe, name: str, config: VisionConfig) -> nn.Module:
         raise ConfigError(f"decoder '{name}': {error}", where=f"recipe.decoders.{name}") from None
 
 
-def _target_heads(
-    recipe: Recipe,
-    decoders: nn.ModuleDict,
-    student: Backbone,
-    classes: list[int],
-    tokens: int,
-    ranks: Ranks,
-    teachers: nn.ModuleDict,
-    image_counts: list[int] | None = None,
-) -> nn.ModuleDict:
-    """Return heads by target, without heads of targets with a teacher that is not built."""
+def _target_heads(recipe: Recipe, decoders: nn.ModuleDict, teachers: nn.ModuleDict, sizes: Sizes) -> nn.ModuleDict:
+    """Return heads by target, without heads of targets with a teacher that is not built. `sizes` are for a target
+    without decoder and teacher."""
     heads = nn.ModuleDict()
-    config = student.model.config
     for target in recipe.targets:
-        teacher = target.teacher if isinstance(target, ImageTarget) and target.encoder == "teacher" else None
-        if isinstance(target, HeadTarget) or (teacher is not None and teacher not in teachers):
-            continue
-        sizes = Sizes(
-            decoded=width_of(decoders[target.decoder]),
-            encoded=config.hidden_size if teacher is None else cast(Teacher, teachers[teacher]).width,
-            classes=classes,
-            vocabulary=tokens,
-            backbone=student,
-            ranks=ranks,
-            image_counts=image_counts,
-        )
-        heads[target.name] = target.build_head(sizes)
+        encoded = sizes.encoded
+        if isinstance(target, ImageTarget) and target.encoder == "teacher":
+            if target.teacher not in teachers:
+                continue
+            encoded = cast(Teacher, teachers[target.teacher]).width
+        if not isinstance(target, HeadTarget):
+            decoded = width_of(decoders[target.decoder])
+            heads[target.name] = target.build_head(replace(sizes, decoded=decoded, encoded=encoded))
     return heads
 
 
@@ -189,6 +177,36 @@ def _ema_copies(
         prototypes = any(user.averages_prototypes for user in targets if user.head == target.head)
         heads[target.head] = ImageHead(width, spec, ranks, online=False, prototypes=prototypes)
     return pools, heads
+
+
+def start_weights(objective: Objective, run: RunConfig) -> None:
+    """Load the initial weights of a run: random values from `run.seed`, then pretrained weights of backbone and
+    teachers. The EMA teacher starts as a copy of the student."""
+    draw_first_values(objective, initialize_module, seed=run.seed, skip=(EMA_PREFIX, TEACHERS_PREFIX))
+    if run.backbone.from_pretrained is not None:
+        _read(objective, "student.model.", plan_load(backbone_source(run.backbone), backbone_config(run.backbone)))
+    for name, teacher in objective.teachers.items():
+        frozen = cast(Teacher, teacher)
+        _read(objective, f"{TEACHERS_PREFIX}{name}.{frozen.prefix}", frozen.plan())
+    named = dict(objective.named_parameters())
+    with torch.no_grad():
+        for online, ema in ema_pairs(objective):
+            named[ema].copy_(named[online])
+
+
+@torch.no_grad()
+def update_ema_teacher(objective: Objective, decay: float) -> None:
+    """Update every parameter of the EMA teacher: ema ← decay · ema + (1 − decay) · online."""
+    named = dict(objective.named_parameters())
+    for online, ema in ema_pairs(objective):
+        named[ema].lerp_(named[online], 1.0 - decay)
+
+
+@torch.no_grad()
+def _read(objective: Objective, prefix: str, plan: LoadPlan) -> None:
+    named = dict(objective.named_parameters())
+    for name, value in zip(plan.names, plan.tensors(), strict=True):
+        named[prefix + name].copy_(value)
 
 
 def initialize_module(owner: nn.Module, module: nn.Module) -> None:
@@ -255,6 +273,7 @@ def scales_of(objective: Objective, run: RunConfig) -> dict[str, float]:
 
 
 def backbone_scales(objective: Objective, decay: float, *, dense: bool = False, dcn: float = 1.0) -> dict[str, float]:
-    """Return learning-rate multipliers of the student; arguments as for `lr_scales`."""
-    scales = lr_scales(objective.student.model, decay, dense=dense, dcn=dcn)
+    """Return learning-rate multipliers of the student; arguments as for `Family.lr_scales`."""
+    model = objective.student.model
+    scales = family_of(model.config).lr_scales(model, decay, dense=dense, dcn=dcn)
     return {f"student.model.{name}": scale for name, scale in scales.items()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -84,10 +84,14 @@ class TransformerDecoder(nn.Module):
         return output_BQD
 
     def _run(self, sequence_BSD: Tensor, count: int) -> Tensor:
-        """Return the last `count` tokens, the mask tokens, after all layers."""
+        """Return exactly the last `count` tokens, the mask tokens, after all layers."""
         for layer in self.layers[:-1]:
             sequence_BSD = layer(sequence_BSD)
-        return _read_last(self.layers[-1], sequence_BSD, count)
+        # Queries and MLP of the other tokens are not computed in the last layer, so it is called in parts, without
+        # activation checkpointing, which would save least memory here.
+        last: Any = self.layers[-1]
+        normed_BSD: Tensor = last.layernorm_before(sequence_BSD)
+        return _attend_to(last, sequence_BSD[:, -count:], normed_BSD[:, -count:], normed_BSD)
 
 
 class CrossAttentionDecoder(TransformerDecoder):
@@ -102,13 +106,6 @@ class CrossAttentionDecoder(TransformerDecoder):
         for layer in self.layers:
             tokens_BQD = _attend_to(layer, tokens_BQD, layer.layernorm_before(tokens_BQD), context_BLD)
         return tokens_BQD
-
-
-def _read_last(layer: Any, sequence_BSD: Tensor, count: int) -> Tensor:
-    """Return the last `count` tokens after a ViT layer: exactly `layer(sequence)[:, -count:]`. Queries and MLP of the
-    other tokens are not computed. Activation checkpointing is bypassed; it would save least memory here."""
-    normed_BSD: Tensor = layer.layernorm_before(sequence_BSD)
-    return _attend_to(layer, sequence_BSD[:, -count:], normed_BSD[:, -count:], normed_BSD)
 
 
 def _attend_to(layer: Any, tokens_BQD: Tensor, normed_BQD: Tensor, context_BSD: Tensor) -> Tensor:
@@ -305,10 +302,7 @@ def _check_heads(width: int, heads: int) -> None:
 
 def width_of(decoder: nn.Module) -> int:
     """Return the output width of a decoder."""
-    width = decoder.width
-    if not isinstance(width, int):
-        raise TypeError(f"{type(decoder).__name__} does not tell its width")
-    return width
+    return cast(int, decoder.width)
 
 
 def blocks_read(decoders: nn.ModuleDict) -> int:

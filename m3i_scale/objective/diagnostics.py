@@ -44,21 +44,19 @@ class HostFigures:
         computes all metrics from the copies, on any thread."""
         asked, self._asked = self._asked, []
         values = [value for _, of_one in asked for value in of_one]
-        sizes, shapes = [value.numel() for value in values], [value.shape for value in values]
-        copied = torch.cat([value.flatten() for value in values]).cpu() if values else None
+        # The function below keeps no tensor of the device alive.
         computes = [(compute, len(of_one)) for compute, of_one in asked]
-        return partial(_computed, computes, copied, sizes, shapes)
+        sizes, shapes = [value.numel() for value in values], [value.shape for value in values]
+        copied = torch.cat([value.flatten() for value in values]).cpu() if values else torch.empty(0)
 
+        def compute_all() -> dict[str, float]:
+            tensors = (part.view(shape) for part, shape in zip(copied.split(sizes), shapes, strict=True))
+            figures: dict[str, float] = {}
+            for compute, count in computes:
+                figures |= compute(*islice(tensors, count))
+            return figures
 
-def _computed(
-    computes: list[tuple[Compute, int]], copied: Tensor | None, sizes: list[int], shapes: list[torch.Size]
-) -> dict[str, float]:
-    parts = [] if copied is None else copied.split(sizes)
-    tensors = (part.view(shape) for part, shape in zip(parts, shapes, strict=True))
-    figures: dict[str, float] = {}
-    for compute, count in computes:
-        figures |= compute(*islice(tensors, count))
-    return figures
+        return compute_all
 
 
 # -------------------------------------------------------------------- mutual information

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from m3i_scale.backbones.base import Backbone, MaskedPatches, MaskToken, Tokens
+from m3i_scale.backbones.base import Backbone, MaskedPatches, MaskToken
 from m3i_scale.data.batch import Batch
 from m3i_scale.objective.balance import GroupWeights
 from m3i_scale.objective.decoders import blocks_read, pool
@@ -25,7 +25,7 @@ from m3i_scale.objective.heads import BackboneReader
 from m3i_scale.objective.inputs import EncodedInput, PixelNorm, build_inputs
 from m3i_scale.objective.ranks import Ranks
 from m3i_scale.objective.recipe import Recipe
-from m3i_scale.objective.regularizers.base import Memory
+from m3i_scale.objective.regularizers import Memory
 from m3i_scale.objective.schedule import settled
 from m3i_scale.objective.targets.base import Context, Encoded, HeadTarget, Target, TargetModules
 from m3i_scale.objective.targets.dense import Pixels
@@ -46,8 +46,7 @@ class Objective(nn.Module):
         decoders: nn.ModuleDict,
         heads: nn.ModuleDict,
         *,
-        mean: tuple[float, float, float],
-        std: tuple[float, float, float],
+        pixel_norm: PixelNorm,
         mixed_attention: bool,
         ranks: Ranks,
         weights: GroupWeights,
@@ -77,7 +76,7 @@ class Objective(nn.Module):
         self.states = states
         """Memories of these heads, by `HeadTarget.memory_name`."""
         self.weights = weights
-        self.pixel_norm = PixelNorm(mean, std)
+        self.pixel_norm = pixel_norm
         self.mixed_attention = mixed_attention
         self.ranks = ranks
         self.measure_health = False
@@ -222,51 +221,33 @@ class Objective(nn.Module):
         return {view: self.pixel_norm(batch.view(view)) for view in sorted(used)}
 
     def _encode(self, batch: Batch) -> Context:
-        recipe, views = self.recipe, self._views(batch)
-        where = self.inputs_of(batch)
+        views, where = self._views(batch), self.inputs_of(batch)
         with self.span("forward"):
             inputs = self._encode_inputs(where, views)
         # Collectives run in order. This one ends after the gather of the EMA weights, which overlaps with the student.
-        counts = self._count(batch)
+        here_K = torch.stack([target.present(batch).sum(dtype=torch.float32) for target in self.recipe.targets])
+        counts = dict(zip((target.name for target in self.recipe.targets), self.ranks.sum(here_K), strict=True))
         with self.span("teacher"):
             whole = {
                 view: next(part for part in inputs[name] if part.where.view == view - 1)
                 for view in views
-                if (name := recipe.shows(view)) is not None
+                if (name := self.recipe.shows(view)) is not None
             }
-            encoded_views, layers = self._encode_targets(batch, views)
-            context = Context(
-                batch,
-                views,
-                inputs,
-                whole,
-                encoded_views,
-                counts,
-                measures=self.measure_health,
-                layers=layers,
-            )
+            context = Context(batch, views, inputs, whole, {}, counts, measures=self.measure_health)
+            self._encode_targets(context)
             if self.text is not None:
                 text_BE = self.text(batch.text_ids_BT, batch.text_mask_BT)
                 context.text = gather_targets(text_BE, batch.captions_B, batch.has_text_B, self.ranks)
         return context
 
-    def _count(self, batch: Batch) -> dict[str, Tensor]:
-        """Return the number of samples over all ranks that have a target, by target, with a single collective."""
-        here_K = torch.stack([target.present(batch).sum(dtype=torch.float32) for target in self.recipe.targets])
-        return dict(zip((target.name for target in self.recipe.targets), self.ranks.sum(here_K), strict=True))
-
-    def _encode_targets(
-        self, batch: Batch, views: dict[int, Tensor]
-    ) -> tuple[dict[tuple[str, int], Tokens], dict[tuple[str, int], list[Tensor]]]:
-        encoded: dict[tuple[str, int], Tokens] = {}
-        layers: dict[tuple[str, int], list[Tensor]] = {}
+    def _encode_targets(self, context: Context) -> None:
+        """Add the views that the EMA teacher and frozen teachers encode."""
         wanted = {(target.encoder_key, target.view): target for target in self.recipe.image_targets}
-        for (key, view), target in wanted.items():
+        for key, target in wanted.items():
             if target.encoder == "ema" and self.momentum is not None:
-                encoded[key, view], layers[key, view] = self.momentum(views[view])
+                context.encoded_views[key], context.layers[key] = self.momentum(context.views[target.view])
             elif target.encoder == "teacher":
-                encoded[key, view] = self.teachers[target.teacher](batch.view(view))
-        return encoded, layers
+                context.encoded_views[key] = self.teachers[target.teacher](context.batch.view(target.view))
 
     def _encode_inputs(self, where: list[EncodedInput], views: dict[int, Tensor]) -> dict[str, list[Encoded]]:
         if self.reader is not None:

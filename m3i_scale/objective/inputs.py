@@ -44,15 +44,11 @@ class MaskSpec(Section):
     """Number of masks of the same view; each makes a separate input."""
 
     @model_validator(mode="after")
-    def _keeps_a_shape(self) -> Self:
+    def _fits_its_form(self) -> Self:
         if self.masked == "drop" and self.varies:
             raise ValueError(
                 "`masked: drop` needs the same number of masked patches in every sample; use `masked: mask_token`"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _hides_its_blocks(self) -> Self:
         least = self.form.least_ratio
         if least and self.masked == "mask_token":
             raise FixableError(f"the encoder does not see the target blocks of '{self.form.kind}'", "masked: drop")

@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from m3i_scale.data.batch import Batch
+
 
 def frequencies(count: int, device: torch.device) -> Tensor:
     """Return ω_k = 10000^(−k/count), k = 0 … count−1, fp32."""
@@ -25,16 +27,9 @@ def patch_coordinates(grid: tuple[int, int], device: torch.device) -> tuple[Tens
     return row_N, torch.arange(columns, device=device).repeat(rows)
 
 
-def relative_position(
-    input_crop_B4: Tensor,
-    target_crop_B4: Tensor,
-    input_flip_B: Tensor,
-    target_flip_B: Tensor,
-    image_width_B: Tensor,
-    grid: tuple[int, int],
-    width: int,
-) -> Tensor:
-    """Return sine-cosine features of every target patch relative to the input view: fp32 (B, N, 2·width).
+def relative_position(batch: Batch, view: int, target: int, grid: tuple[int, int], width: int) -> Tensor:
+    """Return sine-cosine features of every patch of view `target` relative to the input `view`, both from 0: fp32
+    (B, N, 2·width).
 
     With crops (top, left, height, width) taken after the flip, and target patch (r, c), in units of the input grid:
 
@@ -46,22 +41,22 @@ def relative_position(
     width/4 frequencies.
     """
     rows, columns = grid
-    top1, left1, height1, width1 = input_crop_B4.float().unbind(dim=1)
-    top2, left2, height2, width2 = target_crop_B4.float().unbind(dim=1)
+    top1, left1, height1, width1 = batch.crops_VB4[view].float().unbind(dim=1)
+    top2, left2, height2, width2 = batch.crops_VB4[target].float().unbind(dim=1)
     delta_h, delta_w = height2 / height1, width2 / width1
     row_R = torch.arange(rows, device=top1.device, dtype=torch.float32) + 0.5
     column_C = torch.arange(columns, device=top1.device, dtype=torch.float32) + 0.5
     u_BR = delta_h[:, None] * row_R + rows * ((top2 - top1) / height1)[:, None] - 0.5
     same_BC = delta_w[:, None] * column_C + columns * ((left2 - left1) / width1)[:, None] - 0.5
-    mirrored = columns * (image_width_B.float() - left1 - left2) / width1
+    mirrored = columns * (batch.sizes_B2[:, 1].float() - left1 - left2) / width1
     opposite_BC = mirrored[:, None] - delta_w[:, None] * column_C - 0.5
-    v_BC = torch.where((input_flip_B == target_flip_B)[:, None], same_BC, opposite_BC)
+    v_BC = torch.where((batch.flips_VB[view] == batch.flips_VB[target])[:, None], same_BC, opposite_BC)
     omega_F = frequencies(width // 4, top1.device)
-    batch = len(top1)
-    blocks = [wave[:, :, None].expand(batch, rows, columns, -1) for wave in _waves(u_BR, omega_F)]
-    blocks += [wave[:, None].expand(batch, rows, columns, -1) for wave in _waves(v_BC, omega_F)]
+    count = len(top1)
+    blocks = [wave[:, :, None].expand(count, rows, columns, -1) for wave in _waves(u_BR, omega_F)]
+    blocks += [wave[:, None].expand(count, rows, columns, -1) for wave in _waves(v_BC, omega_F)]
     for scale_B in (delta_h, delta_w):
-        blocks += [wave[:, None, None].expand(batch, rows, columns, -1) for wave in _waves(10 * scale_B.log(), omega_F)]
+        blocks += [wave[:, None, None].expand(count, rows, columns, -1) for wave in _waves(10 * scale_B.log(), omega_F)]
     return torch.cat(blocks, dim=-1).flatten(1, 2)
 
 

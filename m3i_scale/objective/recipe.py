@@ -62,7 +62,6 @@ class Recipe(Parts):
         return self.view_count if self.views is None else self.views
 
     def is_small(self, view: int) -> bool:
-        """Return whether a view, from 1, is a local crop: its size differs from the backbone's."""
         each = each_view(self.drawn_views)
         return view <= len(each) and each[view - 1].size is not None
 
@@ -162,8 +161,9 @@ class Recipe(Parts):
                 yield f"target '{target.name}': {error}"
             if target.reads != "labels" and len(self.targets) > 1:
                 yield f"target '{target.name}': a {target.kind} target is the only one of its recipe"
+        only_full = len(self.inputs) == self.inputs[0].views == 1 and self.shows(1) is not None
         for name, decoder in self.decoders.items():
-            if isinstance(decoder, ClassTokenSpec) and not decoder.alone and not self._asks_one_whole_image:
+            if isinstance(decoder, ClassTokenSpec) and not decoder.alone and (self.image_targets or not only_full):
                 yield (
                     f"decoder '{name}': more than the class token is read of the only input, which shows all of view "
                     "1, and by targets that lie in no view"
@@ -171,11 +171,6 @@ class Recipe(Parts):
         yield from self._unused(names)
         yield from self._head_errors()
         yield from self._section_errors()
-
-    @property
-    def _asks_one_whole_image(self) -> bool:
-        only = self.inputs[0].views == 1 and self.shows(1) is not None
-        return len(self.inputs) == 1 and only and not self.image_targets
 
     def _mix_errors(self, names: list[str]) -> Iterator[str]:
         if self.mix is None:

@@ -18,7 +18,7 @@ from transformers.initialization import no_init_weights
 from m3i_scale.backbones.base import Backbone, Tokens, patch_grid
 from m3i_scale.backbones.build import backbone_config, backbone_source, build_backbone
 from m3i_scale.backbones.families import VisionConfig
-from m3i_scale.backbones.families.dinov3 import keep_frequencies
+from m3i_scale.backbones.families.dino import keep_frequencies
 from m3i_scale.backbones.load_plan import LoadPlan, plan_load, plan_model
 from m3i_scale.backbones.sources import Source, pretrained_folder
 from m3i_scale.backbones.sources.files import weight_files
@@ -38,11 +38,8 @@ class Teacher(nn.Module, ABC):
 
     prefix: ClassVar[str]
     """Name prefix of the parameters that are loaded from its files."""
-
-    @property
-    @abstractmethod
-    def width(self) -> int:
-        """Return D, the channels of a token."""
+    width: int
+    """D, the channels of a token."""
 
     @abstractmethod
     def forward(self, images_BCHW: Tensor) -> Tokens:
@@ -60,13 +57,9 @@ class FrozenStart(Teacher):
 
     def __init__(self, spec: BackboneConfig, backbone: Backbone, pixel_norm: PixelNorm) -> None:
         super().__init__()
-        self.spec = spec
+        self.spec, self.width = spec, backbone.width
         self.backbone, self.pixel_norm = backbone, pixel_norm
         self.requires_grad_(False)
-
-    @property
-    def width(self) -> int:
-        return self.backbone.width
 
     @torch.no_grad()
     def forward(self, images_BCHW: Tensor) -> Tokens:
@@ -91,27 +84,16 @@ class FrozenTeacher(Teacher):
 
     prefix = "model."
 
-    def __init__(
-        self,
-        source: str,
-        where: str,
-        config: Any,
-        mean: tuple[float, ...],
-        std: tuple[float, ...],
-        student: VisionConfig,
-    ) -> None:
+    def __init__(self, source: str, where: str, config: Any, pixel_norm: PixelNorm, student: VisionConfig) -> None:
         super().__init__()
         self.source, self.where = source, where
         """Folder or Hub id, and the config key that names it."""
+        self.width = int(config.hidden_size)
         with no_init_weights():
             self.model = AutoModel.from_config(config, trust_remote_code=False)
-        self.pixel_norm, self.student = PixelNorm(mean, std), student
+        self.pixel_norm, self.student = pixel_norm, student
         self.interpolates = "interpolate_pos_encoding" in inspect.signature(self.model.forward).parameters
         self.requires_grad_(False)
-
-    @property
-    def width(self) -> int:
-        return int(self.model.config.hidden_size)
 
     def size_for(self, grid: tuple[int, int]) -> tuple[int, int]:
         """Return the image height and width for a grid of this model's patches."""
@@ -232,7 +214,7 @@ def build_teacher(run: RunConfig, recipe: Recipe, name: str, student: VisionConf
     config = _read_config(source, where)
     _check_widths(recipe, name, config.hidden_size)
     config._attn_implementation = "sdpa"
-    return FrozenTeacher(source, where, config, *_normalisation(source), student)
+    return FrozenTeacher(source, where, config, _normalisation(source), student)
 
 
 def _check_widths(recipe: Recipe, name: str, width: int) -> None:
@@ -246,11 +228,11 @@ def _check_widths(recipe: Recipe, name: str, width: int) -> None:
             )
 
 
-def _normalisation(source: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def _normalisation(source: str) -> PixelNorm:
     path = pretrained_folder(source) / "preprocessor_config.json"
     try:
         values = read_json(path)
-        return tuple(map(float, values["image_mean"])), tuple(map(float, values["image_std"]))
+        return PixelNorm(tuple(map(float, values["image_mean"])), tuple(map(float, values["image_std"])))
     except (OSError, ValueError, KeyError, TypeError):
         raise ConfigError(
             "the teacher has no image processor with mean and deviation",

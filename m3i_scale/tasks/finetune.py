@@ -14,8 +14,7 @@ from typing import cast
 
 from safetensors.torch import save_file
 
-from m3i_scale.backbones.build import backbone_config, backbone_source, build_backbone
-from m3i_scale.backbones.first_values import draw_first_values
+from m3i_scale.backbones.build import backbone_config, backbone_source, build_backbone, draw_first_values
 from m3i_scale.checkpoint.layout import MANIFEST
 from m3i_scale.config import BackboneConfig, OptimConfig, RunConfig, load_run
 from m3i_scale.data.mixing import check_shares

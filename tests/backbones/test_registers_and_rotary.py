@@ -13,6 +13,7 @@ from m3i_scale.backbones.base import MaskedPatches, MaskToken
 from m3i_scale.backbones.build import backbone_config, build_backbone
 from m3i_scale.backbones.tokens import TokenBackbone
 from m3i_scale.config import BackboneConfig
+from m3i_scale.objective.inputs import PixelNorm
 from m3i_scale.objective.teacher import FrozenTeacher
 
 SECTIONS = {"registers": REGISTERS, "dinov3": DINOV3}
@@ -110,7 +111,9 @@ def test_frequencies_stay_in_fp32_when_the_model_is_cast() -> None:
 @torch.no_grad()
 def test_frequencies_of_a_frozen_teacher_stay_in_fp32() -> None:
     config = backbone_config(DINOV3)
-    teacher = FrozenTeacher("folder", "test", config, (0.5,) * 3, (0.5,) * 3, backbone_config(DINOV3)).bfloat16()
+    teacher = FrozenTeacher(
+        "folder", "test", config, PixelNorm((0.5,) * 3, (0.5,) * 3), backbone_config(DINOV3)
+    ).bfloat16()
     wanted = DINOv3ViTModel(config).rope_embeddings.inv_freq
     teacher(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
     assert torch.equal(teacher.model.rope_embeddings.inv_freq, wanted)

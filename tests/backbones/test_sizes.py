@@ -8,10 +8,10 @@ import pytest
 import torch
 from forked import Forks
 
+from m3i_scale.backbones import describe_presets
 from m3i_scale.backbones.build import backbone_config, build_backbone
 from m3i_scale.backbones.families import PRESETS
-from m3i_scale.backbones.flops import count_flop, counter
-from m3i_scale.backbones.sizes import describe_backbone, describe_presets
+from m3i_scale.backbones.flops import counter, describe_backbone
 from m3i_scale.config import BackboneConfig
 from m3i_scale.errors import ConfigError
 
@@ -50,7 +50,7 @@ def test_every_preset_has_its_size_stored() -> None:
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_stored_sizes_are_those_that_are_counted(preset: str) -> None:
-    """Mend it with `python -m m3i_scale.backbones.sizes > m3i_scale/backbones/sizes.json`."""
+    """Mend it with `python -m m3i_scale.backbones.flops > m3i_scale/backbones/sizes.json`."""
     counted = describe_backbone(BackboneConfig(preset=preset), preset)
     assert describe_presets([preset]) == [counted | {"gmac": pytest.approx(counted["gmac"], abs=1e-4)}]
 
@@ -93,10 +93,15 @@ def test_a_backward_pass_has_twice_the_products_of_the_forward_pass(preset: str)
 @pytest.mark.parametrize("kind", [torch.nn.Conv2d, torch.nn.ConvTranspose2d])
 def test_the_gradients_of_a_convolution_cost_what_it_does_whatever_its_groups(kind: type, groups: int) -> None:
     layer, image_BCHW = kind(8, 16, 3, stride=2, groups=groups), torch.zeros(2, 8, 9, 9)
-    forward = count_flop(lambda: layer(image_BCHW))
-    assert count_flop(lambda: layer(image_BCHW).sum().backward()) == 2 * forward  # the image has no gradient
+    with counter() as counted:
+        output = layer(image_BCHW)
+        forward = counted.get_total_flops()
+        output.sum().backward()
+    assert counted.get_total_flops() == 2 * forward  # the image has no gradient
     image_BCHW.requires_grad_()
-    assert count_flop(lambda: layer(image_BCHW).sum().backward()) == 3 * forward
+    with counter() as counted:
+        layer(image_BCHW).sum().backward()
+    assert counted.get_total_flops() == 3 * forward
 
 
 def test_a_preset_that_is_none() -> None:

@@ -18,7 +18,7 @@ from m3i_scale.data.reader import BadSampleError
 from m3i_scale.data.samples import open_image
 from m3i_scale.data.views import ViewMaker, cut_and_resize, per_view, shift_hue
 from m3i_scale.objective.recipe import parse_recipe
-from m3i_scale.objective.regularizers.dense import DenseUniGrad
+from m3i_scale.objective.regularizers import DenseUniGrad
 from m3i_scale.shards.encode_image import encoded_image
 
 PLAIN = AugmentConfig(color_jitter_p=0, grayscale=0, blur=[0], solarize=[0])

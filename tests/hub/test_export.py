@@ -105,7 +105,7 @@ def test_a_pipeline_does_not_answer_from_a_head_that_nobody_trained(exported):
 @pytest.mark.usefixtures("same_process")
 def test_a_recipe_with_a_class_of_ones_own_is_read_once_its_module_is_named(make_run, shards, tmp_path, monkeypatch):
     (tmp_path / "own_export.py").write_text(
-        "from m3i_scale.objective.regularizers.dense import DenseUniGrad\n\nclass Quiet(DenseUniGrad):\n    pass\n"
+        "from m3i_scale.objective.regularizers import DenseUniGrad\n\nclass Quiet(DenseUniGrad):\n    pass\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     importlib.import_module("own_export")

@@ -35,7 +35,7 @@ fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 os.execv(sys.argv[1], sys.argv[1:])
 """
 OWN = """
-from m3i_scale.objective.regularizers.dense import DenseRegularizer
+from m3i_scale.objective.regularizers import DenseRegularizer
 
 class Quiet(DenseRegularizer):
     pass

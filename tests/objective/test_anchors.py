@@ -21,15 +21,14 @@ from m3i_scale.backbones.internimage import InternImageModel
 from m3i_scale.config import RunConfig
 from m3i_scale.errors import ConfigError
 from m3i_scale.export.write import portable_run
-from m3i_scale.objective.build import build_objective, inference_names
+from m3i_scale.objective.build import build_objective, inference_names, start_weights
 from m3i_scale.objective.decoders import Pointwise
 from m3i_scale.objective.information import Objective
 from m3i_scale.objective.inputs import EncodedInput, normalize
 from m3i_scale.objective.ranks import SingleProcess
 from m3i_scale.objective.recipe import parse_recipe
-from m3i_scale.objective.start_weights import start_weights
-from m3i_scale.objective.targets.anchors import Anchor, Gram, ShownPatches
 from m3i_scale.objective.targets.base import Context, Encoded, TargetModules
+from m3i_scale.objective.targets.patches import Anchor, Gram, ShownPatches
 from m3i_scale.objective.teacher import teachers_sha256
 
 IMAGES, PATCHES, SHOWN, WIDTH = 3, 9, 5, 6

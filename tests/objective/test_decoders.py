@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from m3i_scale.objective.build import initialize_module
 from m3i_scale.objective.convolution import ConvolutionDecoder
-from m3i_scale.objective.decoders import AttentionPool, CrossAttentionDecoder, MeanPool, TransformerDecoder, _read_last
+from m3i_scale.objective.decoders import AttentionPool, CrossAttentionDecoder, MeanPool, TransformerDecoder
 from m3i_scale.objective.positions import grid_position
 
 GRID = (4, 4)
@@ -125,8 +125,8 @@ def test_attention_pool_is_multi_head_attention_of_the_mean_token() -> None:
 
 def test_the_last_layer_is_the_stock_layer_read_at_the_queries() -> None:
     decoder = transformer("absolute")
-    layer, sequence = decoder.layers[-1], torch.randn(3, 11, 32)
-    torch.testing.assert_close(_read_last(layer, sequence, 4), layer(sequence)[:, -4:])
+    sequence = torch.randn(3, 11, 32)
+    torch.testing.assert_close(decoder._run(sequence, 4), torch.nn.Sequential(*decoder.layers)(sequence)[:, -4:])
 
 
 # ---------------------------------------------------------------- convolutions

@@ -8,7 +8,7 @@ from torch import nn
 
 from m3i_scale.objective.heads import BatchNorm, HeadSpec, ImageHead, PrototypeLayer
 from m3i_scale.objective.ranks import SingleProcess
-from m3i_scale.objective.regularizers.base import Center
+from m3i_scale.objective.regularizers import Center
 from m3i_scale.objective.state import Fp32State
 
 RANKS = SingleProcess()

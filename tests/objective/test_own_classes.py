@@ -30,9 +30,9 @@ import torch.nn.functional as F
 from m3i_scale.objective.distributions import Density, Loss
 from m3i_scale.objective.masks import Mask
 from m3i_scale.objective.ranks import global_mean
-from m3i_scale.objective.regularizers.base import Memory
+from m3i_scale.objective.regularizers import Memory
 from m3i_scale.objective.regularizers.pooled import PooledRegularizer
-from m3i_scale.objective.regularizers.dense import DenseRegularizer
+from m3i_scale.objective.regularizers import DenseRegularizer
 from m3i_scale.objective.targets.base import ImageTarget
 from m3i_scale.objective.targets.dense import Dense
 

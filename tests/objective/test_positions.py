@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import torch
 from hypothesis import given
@@ -16,15 +19,12 @@ WIDTH = 8
 def features(
     input_crop: list[float], target_crop: list[float], flips: tuple[bool, bool], image_width: float, side: int
 ) -> np.ndarray:
-    found = relative_position(
-        torch.tensor([input_crop]),
-        torch.tensor([target_crop]),
-        torch.tensor([flips[0]]),
-        torch.tensor([flips[1]]),
-        torch.tensor([image_width]),
-        (side, side),
-        WIDTH,
+    batch: Any = SimpleNamespace(
+        crops_VB4=torch.tensor([[input_crop], [target_crop]]),
+        flips_VB=torch.tensor(flips)[:, None],
+        sizes_B2=torch.tensor([[0, image_width]]),
     )
+    found = relative_position(batch, 0, 1, (side, side), WIDTH)
     assert found.shape == (1, side * side, 2 * WIDTH)
     return found[0].numpy()
 

@@ -17,7 +17,7 @@ from m3i_scale.data.batch import Batch
 from m3i_scale.objective.distributions import Boltzmann, assigned
 from m3i_scale.objective.information import Objective
 from m3i_scale.objective.ranks import SingleProcess
-from m3i_scale.objective.regularizers.base import Memory
+from m3i_scale.objective.regularizers import Memory
 from m3i_scale.objective.regularizers.pooled import KoLeo
 from m3i_scale.objective.regularizers.prototypes import Centering, MeanEntropy, PrototypeRegularizer, Sinkhorn
 from m3i_scale.objective.targets.base import Encoded
@@ -58,7 +58,7 @@ def test_koleo() -> None:
 def test_sinkhorn_of_swav(iterations: int) -> None:
     codes = Sinkhorn(target_temperature=0.05, iterations=iterations)
     target = cosines(12, 7)
-    found = codes.assign(P, target, NOTHING, RANKS)
+    found = codes.assign(P, target, NOTHING, RANKS, None)
     torch.testing.assert_close(found, sinkhorn(target, iterations, 0.05), rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(found.sum(dim=1), torch.ones(12))
     peer = SwaVLoss(temperature=0.1, sinkhorn_iterations=iterations, sinkhorn_epsilon=0.05)
@@ -66,7 +66,7 @@ def test_sinkhorn_of_swav(iterations: int) -> None:
 
     def ours(one: Tensor) -> Tensor:
         pairs = ((one, views[1]), (views[1], one.detach()))
-        wanted = [(p, assigned(codes.assign(P, target.detach(), NOTHING, RANKS), RANKS)) for p, target in pairs]
+        wanted = [(p, assigned(codes.assign(P, target.detach(), NOTHING, RANKS, None), RANKS)) for p, target in pairs]
         return sum(codes.loss(P, p / 0.1, q, RANKS).value for p, q in wanted) / 2
 
     same(ours, lambda one: peer([one, views[1]], []), views[0])
@@ -74,7 +74,7 @@ def test_sinkhorn_of_swav(iterations: int) -> None:
 
 def test_sinkhorn_at_its_lowest_temperature_assigns_what_is_near_no_prototype() -> None:
     target = torch.tensor([[-1.0, -1.0], [1.0, 1.0], [1.0, -1.0]])
-    found = Sinkhorn(target_temperature=0.025).assign(P, target, NOTHING, RANKS)
+    found = Sinkhorn(target_temperature=0.025).assign(P, target, NOTHING, RANKS, None)
     torch.testing.assert_close(found.sum(dim=1), torch.ones(3))
 
 

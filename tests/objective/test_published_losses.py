@@ -25,7 +25,7 @@ from torch import Tensor
 from m3i_scale.backbones.base import gather_tokens
 from m3i_scale.objective.distributions import Boltzmann, Gaussian, assigned, unit
 from m3i_scale.objective.ranks import SingleProcess
-from m3i_scale.objective.regularizers.base import Correlation, Memory, Queue
+from m3i_scale.objective.regularizers import Correlation, Memory, Queue
 from m3i_scale.objective.regularizers.pooled import CrossCorrelation, UniGrad, VarianceCovariance
 from m3i_scale.objective.regularizers.prototypes import Centering, MeanEntropy, sinkhorn
 from m3i_scale.objective.targets.category import BoltzmannClasses
@@ -146,7 +146,7 @@ def test_dino_with_its_center_over_steps() -> None:
 
         def ours(a: Tensor, b: Tensor, teacher: list[Tensor] = teacher) -> Tensor:
             parts = [
-                dino.loss(p, student / 0.1, assigned(dino.assign(p, target, state, RANKS), RANKS), RANKS).value
+                dino.loss(p, student / 0.1, assigned(dino.assign(p, target, state, RANKS, None), RANKS), RANKS).value
                 for student, target in ((a, teacher[1]), (b, teacher[0]))
             ]
             return (parts[0] + parts[1]) / 2
@@ -169,7 +169,7 @@ def test_msn() -> None:
     def ours(anchors: Tensor, prototypes: Tensor) -> Tensor:
         logits = unit(anchors) @ unit(prototypes).T / 0.1
         p, msn = Boltzmann(temperature=0.1), MeanEntropy(target_temperature=0.25, weight=0.7)
-        target = msn.assign(p, unit(targets) @ unit(prototypes.detach()).T, NOTHING, RANKS)
+        target = msn.assign(p, unit(targets) @ unit(prototypes.detach()).T, NOTHING, RANKS, None)
         return msn.loss(p, logits, assigned(target, RANKS), RANKS).value
 
     same(ours, lambda a, p: peer(a, targets, p, 0.25), noise(8, 6), noise(5, 6, seed=2))

@@ -6,8 +6,8 @@ import torch
 
 from m3i_scale.objective.distributions import Gaussian
 from m3i_scale.objective.ranks import SingleProcess
-from m3i_scale.objective.regularizers.dense import DenseUniGrad
-from m3i_scale.objective.targets.dense import standardize_tokens
+from m3i_scale.objective.regularizers import DenseUniGrad
+from m3i_scale.objective.targets.patches import standardize_tokens
 
 ALONE = SingleProcess()
 P = Gaussian()

@@ -5,8 +5,7 @@ import torch
 from tiny import LABEL_SETS, VOCABULARY, tiny_objective, tiny_run
 from transformers import ViTConfig, ViTModel
 
-from m3i_scale.objective.build import build_objective, ema_pairs
-from m3i_scale.objective.start_weights import start_weights, update_ema_teacher
+from m3i_scale.objective.build import build_objective, ema_pairs, start_weights, update_ema_teacher
 
 SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
 

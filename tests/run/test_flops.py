@@ -7,7 +7,7 @@ import tiny
 import torch
 from tiny import LABEL_SETS, VOCABULARY, first_weights, tiny_run
 
-from m3i_scale.backbones.flops import count_flop
+from m3i_scale.backbones.flops import counter
 from m3i_scale.data.batch import synthetic_batch
 from m3i_scale.objective.build import build_objective
 from m3i_scale.run.flops import step_flop
@@ -32,12 +32,9 @@ def test_counting_without_values_gives_what_a_real_step_computes(name):
     batch = synthetic_batch(
         4, objective.recipe.drawn_views, image=image, tokens=run.text.max_tokens, classes=2, vocabulary=VOCABULARY
     )
-
-    def step() -> None:
+    with counter() as real:
         objective(batch)[0].backward()
-
-    real = count_flop(step)
-    assert counted(name)["model"] == 2 * real  # two micro-batches a step
+    assert counted(name)["model"] == 2 * real.get_total_flops()  # two micro-batches a step
 
 
 def test_parts_of_a_step():

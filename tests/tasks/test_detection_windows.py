@@ -12,7 +12,7 @@ from transformers import VitDetBackbone, VitDetConfig
 
 from m3i_scale.backbones.base import Backbone
 from m3i_scale.backbones.build import backbone_config, build_backbone
-from m3i_scale.backbones.layer_decay import lr_scales
+from m3i_scale.backbones.families import family_of
 from m3i_scale.config import BackboneConfig
 from m3i_scale.engine.activations import apply_activation_checkpointing
 from m3i_scale.errors import ConfigError
@@ -179,7 +179,7 @@ def test_layers_learn_at_the_rates_of_detectron2(name: str) -> None:
     """`get_vit_lr_decay_rate`: 0 for patches and positions, N + 1 for block N, the depth + 1 for all else."""
     backbone, decay = small_backbone(name), 0.7
     detector = MaskRcnnDetector(small_spec(), backbone, 3, SingleProcess())
-    scales = lr_scales(backbone.model, decay, dense=True)
+    scales = family_of(backbone.model.config).lr_scales(backbone.model, decay, dense=True)
     depth = len(backbone.layers)
     for parameter, scale in scales.items():
         number = next((int(part) for part in parameter.split(".") if part.isdigit()), None)

@@ -11,9 +11,8 @@ from tiny import LABEL_SETS, VOCABULARY, tiny_run
 from weights import started, timm_folder, timm_model
 
 from m3i_scale.backbones.build import build_backbone
-from m3i_scale.backbones.families import preset_config
+from m3i_scale.backbones.families import family_of, preset_config
 from m3i_scale.backbones.internimage import InternImageConfig
-from m3i_scale.backbones.layer_decay import lr_scales
 from m3i_scale.engine.parameter_groups import parameter_groups
 from m3i_scale.objective.build import build_objective, scales_of
 
@@ -49,7 +48,7 @@ def test_plain_transformers_have_the_scales_of_mae(tmp_path: Path, arguments: di
         for name, parameter in published.named_parameters():
             parameter.fill_(published_plain(name, 3))
     model = started(timm_folder(tmp_path / "model", published)).model
-    scales = lr_scales(model, DECAY, dense=False)
+    scales = family_of(model.config).lr_scales(model, DECAY)
     assert len(set(scales.values())) == 5  # embeddings, three layers, the rest
     for name, parameter in model.named_parameters():
         if parameter.any():  # what the published model lacks starts at zero, e.g. the class token's row of positions
@@ -90,8 +89,8 @@ def test_internimage_has_the_scales_of_both_published_variants(preset: str) -> N
     assert isinstance(config, InternImageConfig)
     with torch.device("meta"):
         model = build_backbone(config).model
-    classification = lr_scales(model, DECAY, dense=False, dcn=0.1)
-    dense = lr_scales(model, DECAY, dense=True)
+    classification = family_of(model.config).lr_scales(model, DECAY, dense=False, dcn=0.1)
+    dense = family_of(model.config).lr_scales(model, DECAY, dense=True)
     for name, _ in model.named_parameters():
         assert classification[name] == pytest.approx(published_classification(name, config.depths)), name
         assert dense[name] == pytest.approx(published_dense(name, config.depths)), name

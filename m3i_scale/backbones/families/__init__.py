@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from m3i_scale.backbones.families.base import Family, TokenFamily, VisionConfig
-from m3i_scale.backbones.families.dinov2 import DINOV2_SIZES, Dinov2, Dinov2WithRegisters
-from m3i_scale.backbones.families.dinov3 import Dinov3
+from m3i_scale.backbones.families.dino import DINOV2_SIZES, Dinov2, Dinov2WithRegisters, Dinov3
 from m3i_scale.backbones.families.internimage import InternImage
 from m3i_scale.backbones.families.vit import SIGLIP_SIZES, VIT_SIZES, Clip, Siglip, ViT
 

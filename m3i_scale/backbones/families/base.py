@@ -1,5 +1,5 @@
-"""Base classes of backbone families: configuration, published sizes, names of modules, and resized position
-embeddings."""
+"""Base classes of backbone families: configuration, published sizes, names of modules, layer-wise learning-rate decay,
+and resized position embeddings."""
 
 from __future__ import annotations
 
@@ -56,6 +56,17 @@ class Family(ABC):
     def check(self, config: Any, where: str) -> None:
         """Reject a configuration that is invalid for a backbone."""
 
+    @abstractmethod
+    def lr_scales(self, model: Any, decay: float, *, dense: bool = False, dcn: float = 1.0) -> dict[str, float]:
+        """Return the multipliers of layer-wise learning-rate decay by parameter name.
+
+        Args:
+            decay: factor from one layer to the previous one.
+            dense: use InternImage's rule for detection and segmentation, which assigns `post_norms.K` to block K. Its
+                rule for classification gives them the full learning rate.
+            dcn: additional factor for InternImage's offsets of deformable convolutions (`DCN_LR_MUL`).
+        """
+
 
 class TokenFamily(Family):
     """Plain vision Transformers with the sequence [prefix | patches]."""
@@ -82,7 +93,11 @@ class TokenFamily(Family):
 
     def layers(self, model: PreTrainedModel) -> nn.ModuleList:
         """Return the Transformer layers, in order."""
-        return cast(nn.ModuleList, model.get_submodule(self.parts["norm1"].partition(".{}.")[0]))
+        return cast(nn.ModuleList, model.get_submodule(self._layers))
+
+    @property
+    def _layers(self) -> str:
+        return self.parts["norm1"].partition(".{}.")[0]
 
     def embed(self, model: Any, images_BCHW: Tensor) -> Tensor:
         """Return the input tokens of the first layer, (B, P + N, D). For other image sizes, position embeddings are
@@ -100,11 +115,6 @@ class TokenFamily(Family):
     def rotated(self, key_BHSD: Tensor, angles: Angles) -> Tensor:
         """Rotate the keys of the patches, as attention does."""
         raise NotImplementedError
-
-    def patch_projection(self, model: PreTrainedModel) -> nn.Module:
-        """Return the convolution that embeds patches."""
-        projection: nn.Module = model.get_submodule(self.parts["patch"])
-        return projection
 
     def normed(self, model: PreTrainedModel, tokens_BLD: Tensor) -> Tensor:
         """Apply the final norm to the last layer's tokens."""
@@ -132,6 +142,18 @@ class TokenFamily(Family):
             )
         if "registers" in self.parts:
             check_counts({"num_register_tokens": config.num_register_tokens}, f"{where}.config")
+
+    def lr_scales(self, model: Any, decay: float, *, dense: bool = False, dcn: float = 1.0) -> dict[str, float]:
+        """See `Family`. Layers as in MAE (`util/lr_decay.py`) and BEiT (`optim_factory.py`)."""
+        depth, layers = int(model.config.num_hidden_layers), f"{self._layers}."
+
+        def layer_of(name: str) -> int:
+            """Return 0 for embeddings and the norm directly after them, depth + 1 for parameters after all layers."""
+            if name.startswith(layers):
+                return int(name.removeprefix(layers).partition(".")[0]) + 1
+            return 0 if name.startswith(("embeddings.", "pre_layrnorm.")) else depth + 1
+
+        return {name: decay ** (depth + 1 - layer_of(name)) for name, _ in model.named_parameters()}
 
 
 MAX_COUNTS = {
@@ -187,21 +209,19 @@ def resize_bicubic(
 ) -> Tensor:
     """Compute `F.interpolate(mode="bicubic")`, up to rounding, as two matrix products in at least fp32. Return the
     input's dtype."""
-    dtype = torch.promote_types(maps_NCHW.dtype, torch.float32)
+    wide_NCHW = maps_NCHW.to(torch.promote_types(maps_NCHW.dtype, torch.float32))
     rows_OH, columns_PW = (
-        _weights(old, new, dtype, maps_NCHW.device, antialias, align_corners)
+        _weights(old, new, wide_NCHW, antialias, align_corners)
         for old, new in zip(maps_NCHW.shape[2:], size, strict=True)
     )
-    resized_NCOP = torch.einsum("nchw,oh,pw->ncop", maps_NCHW.to(dtype), rows_OH, columns_PW)
+    resized_NCOP = torch.einsum("nchw,oh,pw->ncop", wide_NCHW, rows_OH, columns_PW)
     return resized_NCOP.to(maps_NCHW.dtype)
 
 
 @torch.no_grad()
-def _weights(
-    old: int, new: int, dtype: torch.dtype, device: torch.device, antialias: bool, align_corners: bool | None
-) -> Tensor:
-    """Return the weight of every old row in every new one, (new, old)."""
-    units_11HH = torch.eye(old, dtype=dtype, device=device)[None, None]
+def _weights(old: int, new: int, like: Tensor, antialias: bool, align_corners: bool | None) -> Tensor:
+    """Return the weight of every old row in every new one, (new, old), in dtype and device of `like`."""
+    units_11HH = torch.eye(old, dtype=like.dtype, device=like.device)[None, None]
     # Bicubic weights are separable. A dimension of unchanged size is not resized.
     resized_11OH = F.interpolate(
         units_11HH, size=(new, old), mode="bicubic", antialias=antialias, align_corners=align_corners

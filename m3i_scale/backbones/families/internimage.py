@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.initialization import no_init_weights
 
-from m3i_scale.backbones.base import Backbone, MaskedPatches, MaskToken, Tokens, gather_tokens
+from m3i_scale.backbones.base import Backbone, MaskedPatches, MaskToken, Tokens, Views, gather_tokens
 from m3i_scale.backbones.families.base import Family, check_counts, check_side
 from m3i_scale.backbones.internimage import InternImageConfig, InternImageModel
 from m3i_scale.errors import ConfigError
@@ -35,6 +36,9 @@ _SIZES: dict[str, dict[str, Any]] = {
 }
 """The published configurations (Wang et al., and the Hub folders of OpenGVLab)."""
 _STEM_STRIDE, _LAST_STRIDE = 4, 32
+_LEVEL = re.compile(r"levels\.(\d+)\.(\w+)(?:\.(\d+))?")
+_DCN = ("offset", "center_feature_scale_proj")
+"""Substrings in the names of weights of a deformable convolution's offsets and scale."""
 
 
 class InternImage(Family):
@@ -66,6 +70,30 @@ class InternImage(Family):
                 where=f"{where}.config.fusion_width",
             )
         check_side(config.image_size, _LAST_STRIDE, "the stride of the last stage, 32,", where)
+
+    def lr_scales(self, model: Any, decay: float, *, dense: bool = False, dcn: float = 1.0) -> dict[str, float]:
+        """See `Family`. Published rules: for classification `classification/models/intern_image.py` and `optimizer.py`;
+        dense `mmcv_custom/custom_layer_decay_optimizer_constructor.py`."""
+        depths, names = tuple(model.config.depths), [name for name, _ in model.named_parameters()]
+        scales = {name: decay ** (sum(depths) + dense - _block_of(name, depths, dense)) for name in names}
+        return {name: scale * (dcn if any(part in name for part in _DCN) else 1.0) for name, scale in scales.items()}
+
+
+def _block_of(name: str, depths: tuple[int, ...], dense: bool) -> int:
+    """Return the number of a block over all stages, from 1. Downsampling and norm after a stage count as the next
+    block. Classification: the stem counts as the first block, and all others as the last block. Dense: the stem is 0,
+    downsampling and norm after the last stage count as its first block, and others outside of stages are behind all."""
+    if name.startswith("patch_embed"):
+        return 0 if dense else 1
+    level = _LEVEL.match(name)
+    if level is None:
+        return sum(depths) + dense
+    stage, part, last = int(level[1]), level[2], len(depths) - 1
+    if part in ("downsample", "norm") and (dense or stage < last):
+        return sum(depths[: min(stage + 1, last)]) + 1
+    if part == "blocks" or dense:
+        return sum(depths[:stage]) + int(level[3] or 0) + 1
+    return sum(depths)
 
 
 def fusion_width(config: InternImageConfig) -> int:
@@ -103,11 +131,7 @@ class MapBackbone(Backbone):
         return list(self.model.config.stage_channels)
 
     def encode_own(
-        self,
-        views: dict[int, Tensor],
-        view_of: Sequence[int],
-        visible: Sequence[Tensor],
-        masked: MaskedPatches | None = None,
+        self, views: Views, view_of: Sequence[int], visible: Sequence[Tensor], masked: MaskedPatches | None = None
     ) -> list[Tokens]:
         """Encode every input as a separate image, in one batch. `masked` is ignored: the stem has a mask token."""
         images_BCHW = torch.cat([views[view] for view in view_of])
@@ -117,7 +141,7 @@ class MapBackbone(Backbone):
         return [_tokens(part, visible_BL) for part, visible_BL in zip(parts, visible, strict=True)]
 
     def encode_mixed(
-        self, views: dict[int, Tensor], view_of: Sequence[int], visible: Sequence[Tensor], rows: Sequence[Tensor]
+        self, views: Views, view_of: Sequence[int], visible: Sequence[Tensor], rows: Sequence[Tensor]
     ) -> list[Tokens]:
         """Encode one image per row, composed of the visible squares of its images."""
         by_row = [visible_BL[row_B] for visible_BL, row_B in zip(visible, rows, strict=True)]

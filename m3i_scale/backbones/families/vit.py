@@ -34,8 +34,6 @@ VIT_SIZES = {
 
 _SIZES = {"mini": (192, 6, 3, 768), **VIT_SIZES}
 """`mini` is a half-depth ViT-Ti of this project, for first runs."""
-_EVA_STD = 0.015
-"""Init std of EVA with one billion parameters (Fang et al.)."""
 
 _CLIP_PATCHES = {"b": (16, 32), "l": (14,), "h": (14,), "g": (14,), "G": (14,)}
 """Patch sizes of published CLIP towers (Radford et al.; Cherti et al.)."""
@@ -51,7 +49,7 @@ VIT_SHAPE = (
 """`shape_fields` that configurations of plain Transformers share."""
 
 
-def _sized(width: int, depth: int, heads: int, mlp: int, patch: int) -> dict[str, Any]:
+def vit_fields(width: int, depth: int, heads: int, mlp: int, patch: int) -> dict[str, Any]:
     """Return the fields of a size in `VIT_SIZES`."""
     return {
         "hidden_size": width,
@@ -84,9 +82,11 @@ class ViT(TokenFamily):
 
     def presets(self) -> dict[str, dict[str, Any]]:
         plain = {
-            f"vit-{size}/{patch}": _sized(*numbers, patch) for size, numbers in _SIZES.items() for patch in (14, 16, 32)
+            f"vit-{size}/{patch}": vit_fields(*numbers, patch)
+            for size, numbers in _SIZES.items()
+            for patch in (14, 16, 32)
         }
-        eva = {"eva-g/14": _sized(*VIT_SIZES["g"], 14) | {"initializer_range": _EVA_STD}}
+        eva = {"eva-g/14": vit_fields(*VIT_SIZES["g"], 14) | {"initializer_range": 0.015}}  # Fang et al.
         return {name: fields | {"layer_norm_eps": 1e-6} for name, fields in (plain | eva).items()}
 
 
@@ -113,13 +113,12 @@ class Clip(TokenFamily):
 
     def presets(self) -> dict[str, dict[str, Any]]:
         return {
-            f"clip-{size}/{patch}": _sized(*VIT_SIZES[size], patch) | {"hidden_act": "gelu"}
+            f"clip-{size}/{patch}": vit_fields(*VIT_SIZES[size], patch) | {"hidden_act": "gelu"}
             for size, patches in _CLIP_PATCHES.items()
             for patch in patches
         }
 
     def embed(self, model: Any, images_BCHW: Tensor) -> Tensor:
-        """Return the input tokens of the first layer, (B, 1 + N, D)."""
         # The norm is per token, so it may precede masking.
         normed_BSD: Tensor = model.pre_layrnorm(super().embed(model, images_BCHW))
         return normed_BSD
@@ -139,7 +138,7 @@ class Siglip(TokenFamily):
 
     def presets(self) -> dict[str, dict[str, Any]]:
         return {
-            f"siglip-{size}/{patch}": _sized(*SIGLIP_SIZES[size], patch) | {"vision_use_head": False}
+            f"siglip-{size}/{patch}": vit_fields(*SIGLIP_SIZES[size], patch) | {"vision_use_head": False}
             for size, patches in _SIGLIP_PATCHES.items()
             for patch in patches
         }

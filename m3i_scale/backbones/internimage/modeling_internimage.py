@@ -115,20 +115,16 @@ FORMULATIONS = {"cuda": sum_by_grid}
 """Formulation by device type; others use `sum_by_bag`, which is faster on CPUs."""
 
 
-class ToChannelsFirst(nn.Module):
-    """Layout conversion: (B, H, W, C) → (B, C, H, W)."""
+class Permute(nn.Module):
+    """Change of layout."""
+
+    def __init__(self, *dims: int) -> None:
+        super().__init__()
+        self.dims = dims
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the map with channels first."""
-        return x.permute(0, 3, 1, 2)
-
-
-class ToChannelsLast(nn.Module):
-    """Layout conversion: (B, C, H, W) → (B, H, W, C)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the map with channels last."""
-        return x.permute(0, 2, 3, 1)
+        """Return the map with its dimensions in the given order."""
+        return x.permute(self.dims)
 
 
 class ZeroLinear(nn.Linear):
@@ -153,7 +149,7 @@ class DCNv3(nn.Module):
         norm = nn.LayerNorm(channels, eps=config.layer_norm_eps)
         self.dw_conv = nn.Sequential(
             nn.Conv2d(channels, channels, side, padding=(side - 1) // 2, groups=channels),
-            nn.Sequential(ToChannelsLast(), norm),
+            nn.Sequential(Permute(0, 2, 3, 1), norm),
             nn.GELU(),
         )
         self.offset = ZeroLinear(channels, groups * _POINTS * 2)
@@ -241,10 +237,10 @@ class StemLayer(nn.Module):
         super().__init__()
         half, full, eps = config.channels // 2, config.channels, config.layer_norm_eps
         self.conv1 = nn.Conv2d(config.num_channels, half, 3, stride=2, padding=1)
-        self.norm1 = nn.Sequential(ToChannelsLast(), nn.LayerNorm(half, eps=eps), ToChannelsFirst())
+        self.norm1 = nn.Sequential(Permute(0, 2, 3, 1), nn.LayerNorm(half, eps=eps), Permute(0, 3, 1, 2))
         self.act = nn.GELU()
         self.conv2 = nn.Conv2d(half, full, 3, stride=2, padding=1)
-        self.norm2 = nn.Sequential(ToChannelsLast(), nn.LayerNorm(full, eps=eps))
+        self.norm2 = nn.Sequential(Permute(0, 2, 3, 1), nn.LayerNorm(full, eps=eps))
 
     def forward(self, pixels_BCHW: Tensor) -> Tensor:
         """Return the first map: (B, 3, 4H, 4W) → (B, H, W, C)."""
@@ -257,7 +253,7 @@ class DownsampleLayer(nn.Module):
     def __init__(self, config: InternImageConfig, channels: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, 2 * channels, 3, stride=2, padding=1, bias=False)
-        self.norm = nn.Sequential(ToChannelsLast(), nn.LayerNorm(2 * channels, eps=config.layer_norm_eps))
+        self.norm = nn.Sequential(Permute(0, 2, 3, 1), nn.LayerNorm(2 * channels, eps=config.layer_norm_eps))
 
     def forward(self, x_BHWC: Tensor) -> Tensor:
         """Downsample the map: (B, H, W, C) → (B, H/2, W/2, 2C)."""

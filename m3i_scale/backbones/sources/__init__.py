@@ -7,13 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from m3i_scale.backbones.sources.base import MismatchError, Source
-from m3i_scale.backbones.sources.files import NAMES, read_config, read_headers, weight_files
+from m3i_scale.backbones.sources.files import NAMES, read_config, read_headers
 from m3i_scale.backbones.sources.hub import MODEL_TYPES, hub_source
-from m3i_scale.backbones.sources.open_clip_vit import open_clip_folder, open_clip_prefix, open_clip_source
-from m3i_scale.backbones.sources.timm_vit import timm_folder, timm_prefix, timm_source
+from m3i_scale.backbones.sources.open_clip_vit import (
+    OPEN_CLIP_MARK,
+    OPEN_CLIP_PREFIXES,
+    open_clip_folder,
+    open_clip_source,
+)
+from m3i_scale.backbones.sources.timm_vit import TIMM_MARK, TIMM_PREFIXES, timm_folder, timm_source
 from m3i_scale.errors import ConfigError
 
-__all__ = ["Source", "find_source", "pretrained_folder", "source_files"]
+__all__ = ["Source", "find_source", "pretrained_folder"]
 
 
 def find_source(given: str, fields: Mapping[str, Any], where: str = "backbone.from_pretrained") -> Source:
@@ -41,10 +46,12 @@ def _detect(given: str, fields: Mapping[str, Any], where: str) -> Source:
 
 def _bare(given: str, path: Path, fields: Mapping[str, Any], where: str) -> Source:
     shapes = {name: shape for name, (_, shape) in read_headers([path], where).items()}
-    if (prefix := open_clip_prefix(shapes)) is not None:
-        return open_clip_source(given, path, prefix, shapes, fields)
-    if (prefix := timm_prefix(shapes)) is not None:
-        return timm_source(given, path, prefix, shapes, fields)
+    for prefix in OPEN_CLIP_PREFIXES:
+        if prefix + OPEN_CLIP_MARK in shapes:
+            return open_clip_source(given, path, prefix, shapes, fields)
+    for prefix in TIMM_PREFIXES:
+        if prefix + TIMM_MARK in shapes:
+            return timm_source(given, path, prefix, shapes, fields)
     raise MismatchError(
         f"its {len(shapes)} tensors have names of no known code base, e.g. {next(iter(shapes), 'none')}",
         "a bare file has timm's names (patch_embed, blocks) or open_clip's (visual.transformer.resblocks)",
@@ -74,8 +81,3 @@ def _download(source: str, patterns: list[str], where: str) -> Path:
             where=where,
             fix="give a folder with a configuration and weights, a weight file, or a Hub id (needs a network)",
         ) from None
-
-
-def source_files(source: Source, where: str = "backbone.from_pretrained") -> list[Path]:
-    """Return the weight files of a source; downloads the files of a Hub id."""
-    return weight_files(pretrained_folder(source.given, where, source.kind), source.kind, where)

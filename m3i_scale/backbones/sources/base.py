@@ -15,13 +15,6 @@ from m3i_scale.backbones.families import VisionConfig
 
 
 @dataclass(frozen=True)
-class Renamed:
-    """Target of a tensor: one parameter, or several that get equal parts along its first dimension."""
-
-    targets: tuple[str, ...]
-
-
-@dataclass(frozen=True)
 class Unused:
     """A tensor that is not part of a backbone."""
 
@@ -29,7 +22,9 @@ class Unused:
 
 
 Shapes = Mapping[str, tuple[int, ...]]
-Placement = Callable[[str], Renamed | Unused | None]
+Place = tuple[str, ...] | Unused | None
+"""The parameter that a tensor fills, or several that get equal parts along its first dimension. None: unknown."""
+Placement = Callable[[str], Place]
 
 
 @dataclass(frozen=True)
@@ -60,6 +55,8 @@ class Source:
 class NameMap:
     """Parameter names of one code base."""
 
+    kind: str
+    """`Source.kind`."""
     prefix: str
     """Prefix of the vision tower; other names are `outside`."""
     outside: str
@@ -72,7 +69,7 @@ class NameMap:
     left_out: tuple[tuple[str, str], ...]
     """(pattern, reason) of tensors that are not part of a backbone; patterns match from the start of the name."""
 
-    def place(self, name: str, ours: Mapping[str, str]) -> Renamed | Unused | None:
+    def place(self, name: str, ours: Mapping[str, str]) -> Place:
         """Return the target of a source tensor in the parts `ours` of a family, or None if its name is unknown."""
         if not name.startswith(self.prefix):
             return Unused(self.outside)
@@ -88,7 +85,7 @@ class NameMap:
             parts = table.get(stem.removesuffix(suffix)) if stem.endswith(suffix) else None
             if parts is not None:
                 targets = [_spelt(part, number, ours, suffix) for part in parts]
-                return None if None in targets else Renamed(tuple(target for target in targets if target))
+                return None if None in targets else tuple(target for target in targets if target)
         return None
 
 

@@ -10,10 +10,10 @@ from transformers import AutoConfig, CLIPConfig, PreTrainedModel, SiglipConfig
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import Chunk, WeightConverter, rename_source_key
 
-from m3i_scale.backbones.families import FAMILIES, TokenFamily, VisionConfig, family_of, find_family
+from m3i_scale.backbones.families import FAMILIES, TokenFamily, find_family
 from m3i_scale.backbones.families.internimage import fusion_width
 from m3i_scale.backbones.internimage import InternImageConfig
-from m3i_scale.backbones.sources.base import Placement, Renamed, Source, Unused, normalisation
+from m3i_scale.backbones.sources.base import Place, Placement, Source, Unused, normalisation
 from m3i_scale.backbones.sources.files import read_config
 from m3i_scale.errors import ConfigError
 
@@ -42,13 +42,13 @@ _FIXES = {
 }
 
 
-def hub_config(source: str, where: str) -> VisionConfig:
-    """Return the configuration of a `transformers` folder or Hub id."""
+def hub_source(given: str, folder: Path, where: str) -> Source:
+    """Return the source for a folder with a `transformers` config.json."""
     try:
-        config: Any = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"cannot read a model from '{source}': {str(error).splitlines()[0]}",
+            f"cannot read a model from '{folder}': {str(error).splitlines()[0]}",
             where=where,
             fix="give a folder with config.json and model.safetensors, or a Hub id (needs a network); of a detector the"
             " export of its run by --task features",
@@ -59,18 +59,12 @@ def hub_config(source: str, where: str) -> VisionConfig:
     if family is None:
         *others, last = MODEL_TYPES
         raise ConfigError(
-            f"'{source}' is a {config.model_type}, and a backbone is a {', '.join(others)} or {last}",
+            f"'{folder}' is a {config.model_type}, and a backbone is a {', '.join(others)} or {last}",
             where=where,
             fix=_FIXES.get(config.model_type),
         )
     family.adapt(config)
-    return config
-
-
-def hub_source(given: str, folder: Path, where: str) -> Source:
-    """Return the source for a folder with a `transformers` config.json."""
-    config, assumed = hub_config(str(folder), where), {}
-    family = family_of(config)
+    assumed = {}
     if isinstance(config, InternImageConfig) and config.fusion_width is None:
         config.fusion_width = fusion_width(config)
         assumed["fusion_width"] = "the source has no fusion head"
@@ -96,12 +90,12 @@ def hub_places(model: PreTrainedModel) -> Placement:
     known = {name: True for name, _ in model.named_parameters()}
     ignored = getattr(type(model), "_keys_to_ignore_on_load_unexpected", None) or ()
 
-    def place(name: str) -> Renamed | Unused | None:
+    def place(name: str) -> Place:
         renamed, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, known)
         if pattern is not None:
-            return Renamed(_split(renamed, next(item for item in converters if pattern in item.source_patterns), name))
+            return _split(renamed, next(item for item in converters if pattern in item.source_patterns), name)
         if renamed in known:
-            return Renamed((renamed,))
+            return (renamed,)
         if any(re.search(pattern, name) for pattern in ignored):
             return Unused("classifier")
         return next((Unused(reason) for pattern, reason in _LEFT_OUT if re.match(pattern, name)), None)

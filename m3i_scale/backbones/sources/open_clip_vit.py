@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from transformers import CLIPVisionConfig, ViTConfig
 
-from m3i_scale.backbones.families import VisionConfig, token_family
 from m3i_scale.backbones.sources.base import MismatchError, NameMap, Shapes, Source, normalisation
-from m3i_scale.backbones.sources.plain import NO_PATCH_BIAS, Facts, plain_config
+from m3i_scale.backbones.sources.plain import NO_PATCH_BIAS, Facts, named_source, plain_source
 
-_MARK = "transformer.resblocks.0.ln_1.weight"
-_PREFIXES = ("visual.", "module.visual.")
+OPEN_CLIP_MARK = "transformer.resblocks.0.ln_1.weight"
+OPEN_CLIP_PREFIXES = ("visual.", "module.visual.")
 _REFUSED = (
     (r"attn_pool", "its norm stands behind an attention pooling"),
     (r".*\.ls_[12]\.", "it has LayerScale"),
@@ -48,24 +46,13 @@ _INNER = {
 }
 
 
-def open_clip_prefix(shapes: Shapes) -> str | None:
-    """Return the name prefix of the vision tower, or None."""
-    return next((prefix for prefix in _PREFIXES if prefix + _MARK in shapes), None)
-
-
 def open_clip_source(given: str, file: Path, prefix: str, shapes: Shapes, fields: Mapping[str, Any]) -> Source:
-    """Return the vision tower of a bare open_clip file; `prefix` is from `open_clip_prefix`."""
-    config, assumed, zeros = plain_config(_names(prefix), shapes, Facts(class_row=True), fields, _REFUSED)
-    return replace(_source(given, file, prefix, config), assumed=assumed, zeros=zeros)
+    """Return the vision tower of a bare open_clip file; names have a prefix of `OPEN_CLIP_PREFIXES`."""
+    return plain_source(given, file, _names(prefix), shapes, Facts(class_row=True), fields, _REFUSED)
 
 
 def _names(prefix: str) -> NameMap:
-    return NameMap(prefix, "text tower", "transformer.resblocks.", _OUTER, _INNER, _LEFT_OUT)
-
-
-def _source(given: str, place: Path, prefix: str, config: VisionConfig) -> Source:
-    names, ours = _names(prefix), token_family(config).parts
-    return Source(given, "open_clip", place, config, lambda _: lambda name: names.place(name, ours))
+    return NameMap("open_clip", prefix, "text tower", "transformer.resblocks.", _OUTER, _INNER, _LEFT_OUT)
 
 
 def open_clip_folder(given: str, folder: Path, values: Mapping[str, Any]) -> Source:
@@ -85,8 +72,11 @@ def open_clip_folder(given: str, folder: Path, values: Mapping[str, Any]) -> Sou
             raise MismatchError(f"vision_cfg.{key} is {vision[key]!r}", why)
     pre_norm, preprocess = not vision.get("no_ln_pre"), values.get("preprocess_cfg") or {}
     config = (CLIPVisionConfig if pre_norm else ViTConfig)(**_shape(vision), hidden_act=_activation(model, vision))
-    return replace(
-        _source(given, folder, "visual.", config),
+    return named_source(
+        given,
+        folder,
+        _names("visual."),
+        config,
         zeros=() if pre_norm else (NO_PATCH_BIAS,),
         normalisation=normalisation(preprocess.get("mean"), preprocess.get("std")),
     )

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from transformers import (
@@ -17,8 +18,8 @@ from transformers import (
     ViTConfig,
 )
 
-from m3i_scale.backbones.families import FAMILIES, TokenFamily, VisionConfig, family_of, published_heads
-from m3i_scale.backbones.sources.base import MismatchError, NameMap, Renamed, Shapes, square_side
+from m3i_scale.backbones.families import FAMILIES, TokenFamily, VisionConfig, published_heads, token_family
+from m3i_scale.backbones.sources.base import MismatchError, NameMap, Shapes, Source, square_side
 
 _ROLES = {
     part: f"{{}}.{part}" if "{}" in name else part
@@ -48,15 +49,16 @@ class Facts:
     """Patches per image side, for models without learned position embeddings."""
 
 
-def plain_config(
+def plain_source(
+    given: str,
+    place: Path,
     names: NameMap,
     shapes: Shapes,
     facts: Facts,
     fields: Mapping[str, Any],
-    refused: tuple[tuple[str, str], ...] = (),
-) -> tuple[VisionConfig, dict[str, str], tuple[tuple[str, str], ...]]:
-    """Return the stock configuration that matches the tensors exactly, assumed fields with the reason, and zero
-    parameters as in `Source`.
+    refused: tuple[tuple[str, str], ...],
+) -> Source:
+    """Return the source with the stock configuration that matches the tensors exactly.
 
     `facts` are known from other sources; `fields` (`backbone.config`) are for settings that are known from nowhere
     else. `refused`: (pattern, reason) of tensors that no configuration here supports.
@@ -86,7 +88,7 @@ def plain_config(
             "which is another model where it was trained on images that are not square"
         )
     # This error comes first: a model that no stock class matches needs no number of heads.
-    kind, specific = _class_of(parts, rotary, width)
+    config_class, specific = _class_of(parts, rotary, width)
     common["num_attention_heads"] = _heads(width, depth, facts, fields, assumed)
     common["hidden_act"] = _activation(parts, facts, fields, assumed)
     common["layer_norm_eps"] = facts.layer_norm_eps or (1e-5 if "pre_norm.weight" in parts else 1e-6)
@@ -97,12 +99,19 @@ def plain_config(
         )
     if rotary:
         specific["rope_theta"] = facts.rope_theta
-    config = kind(**common, **specific)
-    family_of(config).adapt(config)
+    config = config_class(**common, **specific)
+    token_family(config).adapt(config)
     zeros = [NO_KEY_BIAS] if "0.q.bias" in parts and "0.k.bias" not in parts else []
     zeros += [NO_PATCH_BIAS] if "patch.bias" not in parts else []
     zeros += [NO_MASK_TOKEN] if "registers" in parts else []
-    return config, assumed, tuple(zeros)
+    class_row = token_family(config).has_class_token and facts.class_row is not False
+    return named_source(given, place, names, config, assumed=assumed, zeros=tuple(zeros), class_row=class_row)
+
+
+def named_source(given: str, place: Path, names: NameMap, config: VisionConfig, **others: Any) -> Source:
+    """Return the source of a plain vision Transformer; `others` are further fields of `Source`."""
+    ours = token_family(config).parts
+    return Source(given, names.kind, place, config, lambda _: lambda name: names.place(name, ours), **others)
 
 
 def _parts(names: NameMap, shapes: Shapes, refused: tuple[tuple[str, str], ...]) -> dict[str, tuple[int, ...]]:
@@ -110,9 +119,9 @@ def _parts(names: NameMap, shapes: Shapes, refused: tuple[tuple[str, str], ...])
     shape_of: dict[str, tuple[int, ...]] = {}
     for name, shape in shapes.items():
         placed = names.place(name, _ROLES)
-        if isinstance(placed, Renamed):
-            share = (shape[0] // len(placed.targets), *shape[1:]) if shape else shape
-            shape_of |= dict.fromkeys(placed.targets, share)
+        if isinstance(placed, tuple):
+            share = (shape[0] // len(placed), *shape[1:]) if shape else shape
+            shape_of |= dict.fromkeys(placed, share)
         elif placed is None:
             inner = name.removeprefix(names.prefix)
             reason = next((reason for pattern, reason in refused if re.match(pattern, inner)), None)
@@ -120,7 +129,7 @@ def _parts(names: NameMap, shapes: Shapes, refused: tuple[tuple[str, str], ...])
     return shape_of
 
 
-def _require(parts: Mapping[str, tuple[int, ...]], rotary: bool, facts: Facts) -> None:
+def _require(parts: Shapes, rotary: bool, facts: Facts) -> None:
     if rotary and facts.rope_theta is None:
         raise MismatchError(
             "it has registers and no table of positions, and a bare file does not say how its positions are rotated",
@@ -140,7 +149,7 @@ def _require(parts: Mapping[str, tuple[int, ...]], rotary: bool, facts: Facts) -
             raise MismatchError(why, "another model than the one that was trained would start")
 
 
-def _grid_side(parts: Mapping[str, tuple[int, ...]], facts: Facts) -> int:
+def _grid_side(parts: Shapes, facts: Facts) -> int:
     rows = parts["positions"][-2]
     if "class" in parts and facts.class_row is None and math.isqrt(rows) ** 2 == rows:
         side = math.isqrt(rows)
@@ -171,12 +180,7 @@ def _heads(width: int, depth: int, facts: Facts, fields: Mapping[str, Any], assu
     return heads
 
 
-def _activation(
-    parts: Mapping[str, tuple[int, ...]],
-    facts: Facts,
-    fields: Mapping[str, Any],
-    assumed: dict[str, str],
-) -> str:
+def _activation(parts: Shapes, facts: Facts, fields: Mapping[str, Any], assumed: dict[str, str]) -> str:
     if facts.hidden_act is not None:
         return facts.hidden_act
     name, choices = "", ""
@@ -194,9 +198,7 @@ def _activation(
     return str(fields.get("hidden_act", "gelu"))
 
 
-def _class_of(
-    parts: Mapping[str, tuple[int, ...]], rotary: bool, width: int
-) -> tuple[type[VisionConfig], dict[str, Any]]:
+def _class_of(parts: Shapes, rotary: bool, width: int) -> tuple[type[VisionConfig], dict[str, Any]]:
     """Return the configuration class, and the fields that not all classes have. Parts without a place in the model of
     that class, and missing ones, are found when tensors and parameters are matched."""
     gated, qkv_bias = "0.gate_proj.weight" in parts, "0.q.bias" in parts

@@ -11,12 +11,11 @@ from typing import Any
 
 import torch
 
-from m3i_scale.backbones.families import token_family
 from m3i_scale.backbones.sources.base import MismatchError, NameMap, Shapes, Source, normalisation
-from m3i_scale.backbones.sources.plain import Facts, plain_config
+from m3i_scale.backbones.sources.plain import Facts, plain_source
 
-_MARK = "patch_embed.proj.weight"
-_PREFIXES = ("", "module.", "model.", "visual.", "module.visual.")
+TIMM_MARK = "patch_embed.proj.weight"
+TIMM_PREFIXES = ("", "module.", "model.", "visual.", "module.visual.")
 _REFUSED = (
     (r"dist_token|head_dist", "it has a distillation token beside the class token"),
     (r".*(q_norm|k_norm)", "it normalises queries and keys"),
@@ -39,11 +38,6 @@ _INSTEAD = "EVA-01 (eva_giant_patch14_224), or with rotary positions DINOv3 (vit
 _ACTIVATIONS = {"GELU": "gelu", "GELUTanh": "gelu_pytorch_tanh", "QuickGELU": "quick_gelu", "SiLU": "silu"}
 
 
-def timm_prefix(shapes: Shapes) -> str | None:
-    """Return the prefix of timm's names, or None."""
-    return next((prefix for prefix in _PREFIXES if prefix + _MARK in shapes), None)
-
-
 def timm_source(
     given: str, place: Path, prefix: str, shapes: Shapes, fields: Mapping[str, Any], facts: Facts | None = None
 ) -> Source:
@@ -52,18 +46,7 @@ def timm_source(
     names = _names(prefix, shapes)
     if f"{prefix}blocks.0.mlp.norm.weight" in shapes:
         raise MismatchError("it has a norm inside its MLP, as EVA-02 has", _NO_EVA02, fix=_INSTEAD)
-    config, assumed, zeros = plain_config(names, shapes, facts or Facts(), fields, _REFUSED)
-    ours = token_family(config).parts
-    return Source(
-        given,
-        "timm",
-        place,
-        config,
-        lambda _: lambda name: names.place(name, ours),
-        assumed=assumed,
-        zeros=zeros,
-        class_row=token_family(config).has_class_token and (facts is None or facts.class_row is not False),
-    )
+    return plain_source(given, place, names, shapes, facts or Facts(), fields, _REFUSED)
 
 
 def _names(prefix: str, shapes: Shapes) -> NameMap:
@@ -73,6 +56,7 @@ def _names(prefix: str, shapes: Shapes) -> NameMap:
     # DINOv3's gate is a separate layer. So is EVA-02's, but a model with learned position embeddings is not supported.
     own_gate = f"{prefix}reg_token" in shapes and f"{prefix}pos_embed" not in shapes
     return NameMap(
+        "timm",
         prefix,
         outside="not of the vision tower" if prefix else "",
         block="blocks.",

@@ -18,7 +18,7 @@ from m3i_scale.config.kinds import Kind
 from m3i_scale.config.sections import MAX_CANDIDATES
 from m3i_scale.objective.distributions import Boltzmann, Density, Distribution, Loss, unit
 from m3i_scale.objective.ranks import Ranks, standardize
-from m3i_scale.objective.regularizers.base import Correlation, Memory, Queue, Regularizer
+from m3i_scale.objective.regularizers import Correlation, Memory, Queue, Regularizer
 
 
 class PooledRegularizer(Regularizer):

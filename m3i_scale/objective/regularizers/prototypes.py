@@ -14,7 +14,7 @@ from m3i_scale.config.kinds import Kind
 from m3i_scale.config.sections import MAX_LAYERS
 from m3i_scale.objective.distributions import Assigned, Boltzmann, Loss
 from m3i_scale.objective.ranks import Ranks, mean_row
-from m3i_scale.objective.regularizers.base import Center, Memory, Regularizer
+from m3i_scale.objective.regularizers import Center, Memory, Regularizer
 from m3i_scale.objective.schedule import Positive, Scheduled, always_below, number, values_of
 
 _LEAST_TEMPERATURE = 0.025
@@ -43,9 +43,7 @@ class PrototypeRegularizer(Regularizer):
         return None
 
     @abstractmethod
-    def assign(
-        self, p: Boltzmann, target_NK: Tensor, memory: Memory, ranks: Ranks, share_N: Tensor | None = None
-    ) -> Tensor:
+    def assign(self, p: Boltzmann, target_NK: Tensor, memory: Memory, ranks: Ranks, share_N: Tensor | None) -> Tensor:
         """Return the target's distributions over prototypes, fp32 (N, K). Called once per target.
 
         Args:
@@ -54,9 +52,7 @@ class PrototypeRegularizer(Regularizer):
             share_N: weight of every row.
         """
 
-    def remembered(
-        self, target_NK: Tensor, memory: Memory, ranks: Ranks, share_N: Tensor | None = None
-    ) -> Tensor | None:
+    def remembered(self, target_NK: Tensor, memory: Memory, ranks: Ranks, share_N: Tensor | None) -> Tensor | None:
         """Return the values for `Memory.update` after the batch."""
         return None
 
@@ -91,13 +87,11 @@ class Centering(Sharpened):
     def memory(self, width: int, prototypes: int) -> Memory:
         return Center(width, prototypes, self.momentum)
 
-    def assign(
-        self, p: Boltzmann, target_NK: Tensor, memory: Memory, ranks: Ranks, share_N: Tensor | None = None
-    ) -> Tensor:
+    def assign(self, p: Boltzmann, target_NK: Tensor, memory: Memory, ranks: Ranks, share_N: Tensor | None) -> Tensor:
         """Return softmax((cosines − c) / τ')."""
         return ((target_NK.float() - memory.center_K) / number(self.target_temperature)).softmax(dim=-1)
 
-    def remembered(self, target_NK: Tensor, memory: Memory, ranks: Ranks, share_N: Tensor | None = None) -> Tensor:
+    def remembered(self, target_NK: Tensor, memory: Memory, ranks: Ranks, share_N: Tensor | None) -> Tensor:
         """Return cosines (1 or N, K); their mean updates the center. If all weights are 0, return the center itself."""
         if share_N is None:
             return target_NK
@@ -126,9 +120,7 @@ class Sinkhorn(Sharpened):
             )
         return super().error(p)
 
-    def assign(
-        self, p: Boltzmann, target_NK: Tensor, memory: Memory, ranks: Ranks, share_N: Tensor | None = None
-    ) -> Tensor:
+    def assign(self, p: Boltzmann, target_NK: Tensor, memory: Memory, ranks: Ranks, share_N: Tensor | None) -> Tensor:
         """Return exp(cosines / τ'), with prototypes and rows normalized alternately (Sinkhorn-Knopp). Rows with weight
         0 are 0 and do not contribute."""
         # The largest cosine is 1, so exp fits in fp32. Common factors cancel, including the numbers of prototypes and
@@ -160,9 +152,7 @@ class MeanEntropy(PrototypeRegularizer):
     weight: float = Field(default=1.0, gt=0)
     """Weight of the entropy."""
 
-    def assign(
-        self, p: Boltzmann, target_NK: Tensor, memory: Memory, ranks: Ranks, share_N: Tensor | None = None
-    ) -> Tensor:
+    def assign(self, p: Boltzmann, target_NK: Tensor, memory: Memory, ranks: Ranks, share_N: Tensor | None) -> Tensor:
         """Return softmax(cosines / τ)^(1/T), normalized."""
         return ((target_NK / number(p.temperature)).float() / number(self.target_temperature)).softmax(dim=-1)
 

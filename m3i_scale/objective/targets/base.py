@@ -26,7 +26,7 @@ from m3i_scale.objective.encoders import TeacherSpec
 from m3i_scale.objective.heads import HeadSpec
 from m3i_scale.objective.inputs import EncodedInput, InputSpec, MixSpec
 from m3i_scale.objective.ranks import Ranks
-from m3i_scale.objective.regularizers.base import Memory
+from m3i_scale.objective.regularizers import Memory
 from m3i_scale.objective.schedule import NotNegative, Scheduled, values_of
 from m3i_scale.tasks.base import TARGETS
 
@@ -212,8 +212,9 @@ class Target(Kind):
     # -------------------------------------------------------------------- modules
 
     def build_head(self, sizes: Sizes) -> nn.Module:
-        """Return the module after the decoder, if the recipe has no head for it."""
-        raise NotImplementedError
+        """Return the module after the decoder, if the recipe has no head for it. By default, it has no weights: the
+        decoder's output is used directly."""
+        return nn.Identity()
 
     @property
     def reads(self) -> Reads:

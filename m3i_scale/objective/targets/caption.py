@@ -19,7 +19,7 @@ from m3i_scale.objective.distributions import Loss
 from m3i_scale.objective.masks import hash_uniform
 from m3i_scale.objective.positions import token_position
 from m3i_scale.objective.ranks import Ranks, global_mean
-from m3i_scale.objective.regularizers.base import OtherCandidates
+from m3i_scale.objective.regularizers import OtherCandidates
 from m3i_scale.objective.targets.base import Context, Encoded, Sizes, Target, TargetModules
 
 _STREAM = 1 << 20
@@ -62,7 +62,6 @@ class Caption(Target):
         return TokenHead(sizes.vocabulary, sizes.decoded)
 
     def present(self, batch: Batch) -> Tensor:
-        """Return which samples have a caption: bool (B)."""
         return batch.has_text_B
 
     def loss(self, given: TargetModules, context: Context, encoded: Encoded) -> Loss:

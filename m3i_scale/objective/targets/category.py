@@ -16,7 +16,7 @@ from m3i_scale.data.shards import LABELS
 from m3i_scale.objective.distributions import Loss
 from m3i_scale.objective.heads import RunningStatistics
 from m3i_scale.objective.ranks import Ranks, global_count, global_mean
-from m3i_scale.objective.regularizers.base import OtherCandidates
+from m3i_scale.objective.regularizers import OtherCandidates
 from m3i_scale.objective.targets.base import Context, Encoded, Sizes, Target, TargetModules
 
 
@@ -82,7 +82,6 @@ class Category(Target):
         return CategoryHead(sizes.decoded, sizes.classes, norm)
 
     def present(self, batch: Batch) -> Tensor:
-        """Return which samples have a label: bool (B)."""
         return (batch.labels_B >= 0) & (batch.label_sets_B >= 0)
 
     def loss(self, given: TargetModules, context: Context, encoded: Encoded) -> Loss:

@@ -15,10 +15,10 @@ from m3i_scale.backbones.base import gather_tokens
 from m3i_scale.config.sections import MAX_LAYERS
 from m3i_scale.objective.diagnostics import gaussian_moments
 from m3i_scale.objective.distributions import Boltzmann, Density, Gaussian, Loss, unit
-from m3i_scale.objective.regularizers.dense import DenseRegularizer, NoRegularizer
+from m3i_scale.objective.regularizers import DenseRegularizer, NoRegularizer
 from m3i_scale.objective.regularizers.pooled import QueuedNegatives
 from m3i_scale.objective.targets.base import Context, Encoded, HeadTarget, Parts, Sizes, TargetModules
-from m3i_scale.objective.targets.patches import PatchTarget, PredictedPatches
+from m3i_scale.objective.targets.patches import PatchTarget, PredictedPatches, standardize_tokens
 
 
 class Dense(PatchTarget):
@@ -42,7 +42,6 @@ class Dense(PatchTarget):
         return DenseHead(sizes.decoded, sizes.encoded)
 
     def loss(self, given: TargetModules, context: Context, encoded: Encoded) -> Loss:
-        """Return this rank's share of −log P̂ of the predicted patches."""
         if self.projected and given.projector is not None:
             tokens_BSD = given.projector(torch.cat([encoded.cls_BND, encoded.tokens_BLD], dim=1))
             encoded = replace(encoded, cls_BND=tokens_BSD[:, :1], tokens_BLD=tokens_BSD[:, 1:])
@@ -130,7 +129,6 @@ class DenseNegatives(PatchTarget, HeadTarget):
         return self.match == "similarity"
 
     def loss(self, given: TargetModules, context: Context, encoded: Encoded) -> Loss:
-        """Return this rank's share of −log P̂ of the patches with the queue as negatives."""
         query_BQ, decoded_BQD = self.decode(given, context, encoded)
         prediction_BQE = given.head(decoded_BQD, predict=True)
         tokens_BND = context.encoded_views[self.encoder_key, self.view][1]
@@ -154,12 +152,6 @@ def average_layers(layers: list[Tensor]) -> Tensor:
     Same as the targets of data2vec 2.0 (`instance_norm_target_layer`)."""
     normed = [F.instance_norm(map_BDHW.detach().float()) for map_BDHW in layers]
     return torch.stack(normed).mean(dim=0).flatten(2).transpose(1, 2)
-
-
-def standardize_tokens(tokens_BND: Tensor) -> Tensor:
-    """Standardize each token to mean 0 and variance 1 over its channels (LayerNorm without affine), fp32. Of a target,
-    this is z̄ of SIM."""
-    return F.layer_norm(tokens_BND.float(), (tokens_BND.shape[-1],), eps=1e-5)
 
 
 class DenseHead(nn.Module):

@@ -1,20 +1,26 @@
-"""Base class of targets that predict patches: validation of inputs and decoders, and the decoder call."""
+"""Base class of targets that predict patches with a decoder, and targets that distill the visible patches of another
+encoder without a trained decoder or head: the features themselves, or their similarities."""
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator
 from typing import ClassVar, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from m3i_scale.backbones.base import gather_tokens
 from m3i_scale.data.batch import Batch
+from m3i_scale.errors import ConfigError
 from m3i_scale.objective.convolution import ConvolutionSpec
 from m3i_scale.objective.decoders import Pointwise, PointwiseSpec, TransformerDecoder, TransformerSpec
+from m3i_scale.objective.distributions import Gaussian, Loss, unit
 from m3i_scale.objective.masks import TargetBlocks
 from m3i_scale.objective.positions import relative_position
-from m3i_scale.objective.targets.base import Context, Encoded, ImageTarget, Parts, TargetModules
+from m3i_scale.objective.regularizers import DenseStopGradient
+from m3i_scale.objective.targets.base import Context, Encoded, ImageTarget, Parts, Sizes, TargetModules
 
 PredictedPatches = Literal["masked", "blocks", "all"]
 
@@ -101,17 +107,87 @@ def _positions(
 ) -> tuple[Tensor | None, Tensor | None]:
     if not isinstance(decoder, TransformerDecoder) or decoder.position != "relative":
         return None, None
+    own = relative_position(batch, view, view, grid, decoder.width)
+    return own, own if target_view == view else relative_position(batch, view, target_view, grid, decoder.width)
 
-    def relative(to: int) -> Tensor:
-        return relative_position(
-            batch.crops_VB4[view],
-            batch.crops_VB4[to],
-            batch.flips_VB[view],
-            batch.flips_VB[to],
-            batch.sizes_B2[:, 1],
-            grid,
-            decoder.width,
-        )
 
-    own = relative(view)
-    return own, own if target_view == view else relative(target_view)
+class ShownPatches(ImageTarget):
+    """A target that compares visible patches of an input with the same patches of the full view, encoded by f_φ."""
+
+    dense: ClassVar[bool] = True
+    compares_tokens: ClassVar[bool] = True
+    tokens: ClassVar[str] = "shown"
+    distribution: Gaussian = Gaussian()
+    regularizer: DenseStopGradient = DenseStopGradient()
+
+    @abstractmethod
+    def compared(self, tokens_BLD: Tensor) -> Tensor:
+        """Return the compared quantity of the patches: fp32 (B, L, …)."""
+
+    def loss(self, given: TargetModules, context: Context, encoded: Encoded) -> Loss:
+        tokens_BND = context.encoded_views[self.encoder_key, self.view][1]
+        with torch.no_grad():
+            wanted = self.compared(gather_tokens(tokens_BND, encoded.where.visible_BL))
+        predicted = self.compared(given.decoder(encoded.tokens_BLD))
+        return Loss(self.distribution.maps(predicted, wanted, given.ranks), watched={"z": tokens_BND})
+
+    def _errors(self, parts: Parts) -> Iterator[str]:
+        yield from super()._errors(parts)
+        if any(view != self.view for _, view in self.predicted_from(parts)):
+            yield (
+                f"{self.title} compares patches of one view: inputs of view {self.view}, or `pairs: own` where they "
+                "have several"
+            )
+
+
+class Anchor(ShownPatches):
+    """Feature distillation from a frozen teacher of equal width; each patch is standardized over its channels.
+
+    In continued pretraining, the teacher is the initial backbone. Loss and gradient then start at 0 for an input that
+    sees the full view.
+    """
+
+    kind: ClassVar[str] = "anchor"
+    representation: ClassVar[str] = "dense feature"
+    encoder: Literal["teacher"] = "teacher"
+
+    def build_head(self, sizes: Sizes) -> nn.Module:
+        if sizes.encoded != sizes.decoded:
+            raise ConfigError(
+                f"target '{self.name}' compares {sizes.decoded} channels of the backbone with {sizes.encoded} of "
+                f"teacher '{self.teacher}'",
+                where="recipe.targets",
+                why="no layer stands between the features of an anchor",
+                fix="`kind: dense`, which has one; `kind: gram`, which compares no channels; or the teacher `student`",
+            )
+        return super().build_head(sizes)
+
+    def compared(self, tokens_BLD: Tensor) -> Tensor:
+        return standardize_tokens(tokens_BLD)
+
+
+class Gram(ShownPatches):
+    """Gram anchoring: ‖X Xᵀ − Z Zᵀ‖²_F / L² of unit vectors X and Z per patch (Siméoni et al., 2025, DINOv3).
+
+    Features may rotate and change if similarities between patches are preserved. Every image has a separate matrix, and
+    negative similarities count, as in DINOv3's training.
+    """
+
+    kind: ClassVar[str] = "gram"
+    representation: ClassVar[str] = "Gram matrix"
+    encoder: Literal["ema", "teacher"]
+
+    @property
+    def collapses_alone(self) -> bool:
+        return self.encoder == "ema"
+
+    def compared(self, tokens_BLD: Tensor) -> Tensor:
+        """Return the cosine of every pair of patches of an image: fp32 (B, L, L)."""
+        unit_BLD = unit(tokens_BLD)
+        return unit_BLD @ unit_BLD.transpose(1, 2)
+
+
+def standardize_tokens(tokens_BND: Tensor) -> Tensor:
+    """Standardize each token to mean 0 and variance 1 over its channels (LayerNorm without affine), fp32. Of a target,
+    this is z̄ of SIM."""
+    return F.layer_norm(tokens_BND.float(), (tokens_BND.shape[-1],), eps=1e-5)

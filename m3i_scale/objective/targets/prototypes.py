@@ -14,7 +14,7 @@ from m3i_scale.backbones.base import gather_tokens
 from m3i_scale.config.sections import MAX_CANDIDATES
 from m3i_scale.objective.distributions import Assigned, Boltzmann, Loss, assigned, unit
 from m3i_scale.objective.heads import HeadSpec, PrototypeLayer
-from m3i_scale.objective.regularizers.base import Memory
+from m3i_scale.objective.regularizers import Memory
 from m3i_scale.objective.regularizers.prototypes import PrototypeRegularizer, Sinkhorn, sinkhorn
 from m3i_scale.objective.schedule import number
 from m3i_scale.objective.targets.base import Context, Encoded, HeadTarget, Parts, Sizes, TargetModules
@@ -39,11 +39,9 @@ class Prototypes(HeadTarget):
 
     @property
     def averages_prototypes(self) -> bool:
-        """Return whether z_y is compared with the EMA copy of its head's prototypes."""
         return self.regularizer.averages_prototypes
 
     def loss(self, given: TargetModules, context: Context, encoded: Encoded) -> Loss:
-        """Return this rank's share of −log P̂ of the view's distribution over prototypes."""
         if self.name not in context.assigned:
             context.assigned[self.name] = self._assign(given, pooled_target(self, given, context))
         prediction_BE = given.head(encoded.pooled(given.decoder), predict=True)

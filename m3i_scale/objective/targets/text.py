@@ -18,7 +18,7 @@ from m3i_scale.config.sections import MAX_WIDTH
 from m3i_scale.data.batch import Batch
 from m3i_scale.objective.distributions import Loss
 from m3i_scale.objective.ranks import Ranks, global_mean
-from m3i_scale.objective.regularizers.base import OtherCandidates
+from m3i_scale.objective.regularizers import OtherCandidates
 from m3i_scale.objective.targets.base import Context, Encoded, Sizes, Target, TargetModules
 
 
@@ -148,11 +148,9 @@ class Text(Target):
         return TextHead(sizes.decoded, self.width, self.distribution.temperature, self.distribution.first_bias)
 
     def present(self, batch: Batch) -> Tensor:
-        """Return which samples have a text: bool (B)."""
         return batch.has_text_B
 
     def loss(self, given: TargetModules, context: Context, encoded: Encoded) -> Loss:
-        """Return this rank's share of −log P̂ of the paired text."""
         texts: PairTargets = context.text
         prediction_BE, scale, bias = given.head(encoded.pooled(given.decoder))
         value, nats = self.distribution.loss(prediction_BE, texts, scale, bias, given.ranks)

@@ -1,4 +1,5 @@
-"""`DINOv3ViTModel`: registers, and rotary positions instead of learned position embeddings."""
+"""DINOv2 (a ViT with LayerScale), DINOv2 with registers, and DINOv3 (registers, and rotary positions instead of learned
+position embeddings)."""
 
 from __future__ import annotations
 
@@ -6,14 +7,38 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import DINOv3ViTConfig, DINOv3ViTModel
+from transformers import (
+    Dinov2Config,
+    Dinov2Model,
+    Dinov2WithRegistersConfig,
+    Dinov2WithRegistersModel,
+    DINOv3ViTConfig,
+    DINOv3ViTModel,
+)
 from transformers.models.dinov3_vit.modeling_dinov3_vit import DINOv3ViTRopePositionEmbedding, apply_rotary_pos_emb
 
 from m3i_scale.backbones.families.base import Angles, TokenFamily
-from m3i_scale.backbones.families.vit import VIT_SHAPE
+from m3i_scale.backbones.families.vit import VIT_SHAPE, vit_fields
 from m3i_scale.errors import ConfigError
 
-_SIZES = {
+DINOV2_SIZES = {
+    "s": (384, 12, 6, False),
+    "b": (768, 12, 12, False),
+    "l": (1024, 24, 16, False),
+    "g": (1536, 40, 24, True),
+}
+"""Width, depth, heads, SwiGLU (Oquab et al.)."""
+
+_SHAPE = (
+    *("hidden_size", "num_hidden_layers", "num_attention_heads", "mlp_ratio", "hidden_act", "layer_norm_eps"),
+    *("image_size", "patch_size", "num_channels", "qkv_bias", "use_swiglu_ffn"),
+)
+_TRAINING = (
+    *("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate", "initializer_range"),
+    "layerscale_value",
+)
+
+_DINOV3_SIZES = {
     "s": (384, 12, 6, 1536, False),
     "s+": (384, 12, 6, 1536, True),
     "b": (768, 12, 12, 3072, False),
@@ -24,6 +49,67 @@ _SIZES = {
 """Width, depth, heads, MLP, gated (Siméoni et al., and the Hub folders of facebook)."""
 _BIASES = ("query_bias", "key_bias", "value_bias", "proj_bias", "mlp_bias")
 _AUGMENTED = ("pos_embed_shift", "pos_embed_jitter", "pos_embed_rescale")
+
+
+def _sized(width: int, depth: int, heads: int, gated: bool) -> dict[str, Any]:
+    """Return the fields of a size in `DINOV2_SIZES`."""
+    return {
+        "hidden_size": width,
+        "num_hidden_layers": depth,
+        "num_attention_heads": heads,
+        "patch_size": 14,
+        "use_swiglu_ffn": gated,
+    }
+
+
+class Dinov2(TokenFamily):
+    """Vision Transformers of DINOv2 (Oquab et al.)."""
+
+    config_class, model_class = Dinov2Config, Dinov2Model
+    name, first_preset = "DINOv2", "dinov2-s/14"
+    shape_fields = (*_SHAPE, "use_mask_token")
+    training_fields = _TRAINING
+    mlp_field = "mlp_ratio"
+    parts: ClassVar[dict[str, str]] = {
+        "patch": "embeddings.patch_embeddings.projection",
+        "class": "embeddings.cls_token",
+        "positions": "embeddings.position_embeddings",
+        "norm1": "encoder.layer.{}.norm1",
+        **{part: f"encoder.layer.{{}}.attention.{part}_proj" for part in "qkvo"},
+        "scale1": "encoder.layer.{}.layer_scale1.lambda1",
+        "norm2": "encoder.layer.{}.norm2",
+        **{part: f"encoder.layer.{{}}.mlp.{part}" for part in ("fc1", "fc2", "gate_proj", "up_proj", "down_proj")},
+        "scale2": "encoder.layer.{}.layer_scale2.lambda1",
+        "norm": "layernorm",
+    }
+
+    def presets(self) -> dict[str, dict[str, Any]]:
+        return {
+            f"dinov2-{size}/14": _sized(*numbers) | {"use_mask_token": False} for size, numbers in DINOV2_SIZES.items()
+        }
+
+    def adapt(self, config: Any) -> None:
+        """Remove the mask token, which would not be trained: the recipe has a separate one."""
+        config.use_mask_token = False
+
+
+class Dinov2WithRegisters(TokenFamily):
+    """Vision Transformers of DINOv2 with registers, tokens without position before the patches (Darcet et al.)."""
+
+    config_class, model_class = Dinov2WithRegistersConfig, Dinov2WithRegistersModel
+    name, first_preset = "DINOv2 with registers", "dinov2-reg-s/14"
+    shape_fields = (*_SHAPE, "num_register_tokens")
+    training_fields = _TRAINING
+    mlp_field = "mlp_ratio"
+    untrained = ("embeddings.mask_token",)
+    antialias = True
+    parts: ClassVar[dict[str, str]] = Dinov2.parts | {"registers": "embeddings.register_tokens"}
+
+    def presets(self) -> dict[str, dict[str, Any]]:
+        return {
+            f"dinov2-reg-{size}/14": _sized(*numbers) | {"num_register_tokens": 4}
+            for size, numbers in DINOV2_SIZES.items()
+        }
 
 
 class Dinov3(TokenFamily):
@@ -53,10 +139,7 @@ class Dinov3(TokenFamily):
         """Return the published sizes; the largest has no biases of queries and values."""
         return {
             f"dinov3-{size}/16": {
-                "hidden_size": width,
-                "num_hidden_layers": depth,
-                "num_attention_heads": heads,
-                "intermediate_size": mlp,
+                **vit_fields(width, depth, heads, mlp, 16),
                 "use_gated_mlp": gated,
                 "hidden_act": "silu" if gated else "gelu",
                 "query_bias": size != "7b",
@@ -64,7 +147,7 @@ class Dinov3(TokenFamily):
                 "num_register_tokens": 4,
                 **dict.fromkeys(_AUGMENTED),
             }
-            for size, (width, depth, heads, mlp, gated) in _SIZES.items()
+            for size, (width, depth, heads, mlp, gated) in _DINOV3_SIZES.items()
         }
 
     def adapt(self, config: Any) -> None:
@@ -73,7 +156,6 @@ class Dinov3(TokenFamily):
             setattr(config, key, None)
 
     def angles(self, model: Any, images_BCHW: Tensor) -> Angles | None:
-        """Return the rotary angles of all patches, (N, D / heads) each."""
         keep_frequencies(model.rope_embeddings)
         # The module only uses shape, device and dtype.
         dtype = model.embeddings.patch_embeddings.weight.dtype
