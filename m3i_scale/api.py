@@ -20,7 +20,7 @@ from m3i_scale.objective.information import Objective
 from m3i_scale.objective.ranks import Ranks, SingleProcess
 from m3i_scale.objective.recipe import Recipe, load_run_and_recipe
 from m3i_scale.objective.start_weights import start_weights, update_ema_teacher
-from m3i_scale.run import with_data
+from m3i_scale.run import data_checks
 
 
 def load_run(name_or_path: str | Path, overrides: list[str] | None = None) -> RunConfig:
@@ -67,7 +67,7 @@ def open_stream(run: RunConfig, *, validation: bool = False) -> TrainStream:
     _check_run(run, "open_stream")
     if validation and not run.data.validation:
         raise ConfigError("the run has no validation data", where="data.validation")
-    return with_data.open_stream(_checked(run, ranks, "open_stream"), ranks, validation=validation)
+    return data_checks.open_stream(_checked(run, ranks, "open_stream"), ranks, validation=validation)
 
 
 def build_objective(run: RunConfig) -> Objective:
@@ -171,7 +171,7 @@ def _ranks() -> Ranks:
     return ProcessGroupRanks() if dist.is_available() and dist.is_initialized() else SingleProcess()
 
 
-def _checked(run: RunConfig, ranks: Ranks, where: str) -> with_data.RunWithData:
+def _checked(run: RunConfig, ranks: Ranks, where: str) -> data_checks.RunWithData:
     _check_run(run, where)
     if run.task is not None:
         raise ConfigError(
@@ -179,4 +179,4 @@ def _checked(run: RunConfig, ranks: Ranks, where: str) -> with_data.RunWithData:
             where="task",
             fix="m3i-scale finetune, or a run file with a recipe",
         )
-    return with_data.check_with_data(run, ranks.world_size)
+    return data_checks.check_with_data(run, ranks.world_size)

@@ -350,7 +350,7 @@ def evaluate(
 ) -> None:
     """Measure what frozen features are worth (kNN, linear and dense probe, zero-shot, retrieval). Also measure how
     often a trained head is right (top-1, top-5, mIoU of a segmenter, AP of a detector). Intervals are by concept."""
-    from m3i_scale.config.kinds import import_given
+    from m3i_scale.config.sections import import_given
     from m3i_scale.evaluate.commands import evaluate as run_evaluation
     from m3i_scale.evaluate.image_text import TEMPLATES
     from m3i_scale.evaluate.report import render
@@ -410,7 +410,7 @@ def export(
 ) -> None:
     """Write a Hugging Face folder for standard classes, verified in a fresh process."""
     leave_out_accelerator_warning()
-    from m3i_scale.config.kinds import import_given
+    from m3i_scale.config.sections import import_given
     from m3i_scale.export.export import export_and_push
     from m3i_scale.export.push import push_summary
     from m3i_scale.export.write import ExportContents

@@ -10,8 +10,7 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from m3i_scale.config.kinds import Kind
-from m3i_scale.config.sections import Section, SectionT
+from m3i_scale.config.sections import Kind, Section, SectionT
 from m3i_scale.errors import AggregateError, ConfigError, did_you_mean
 from m3i_scale.text import redact_text
 from m3i_scale.upgrade import KEYS

@@ -33,7 +33,7 @@ from m3i_scale.objective.build import build_objective, ema_pairs, initialize_mod
 from m3i_scale.objective.information import EMA_PREFIX, TEACHERS_PREFIX, Objective
 from m3i_scale.objective.recipe import without_folders
 from m3i_scale.objective.teacher import Teacher, teachers_sha256
-from m3i_scale.run.with_data import RunWithData, open_stream
+from m3i_scale.run.data_checks import RunWithData, open_stream
 
 
 @dataclass

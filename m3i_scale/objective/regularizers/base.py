@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from m3i_scale.config.kinds import Kind
+from m3i_scale.config.sections import Kind
 from m3i_scale.objective.ranks import Ranks
 from m3i_scale.objective.state import Fp32State
 
