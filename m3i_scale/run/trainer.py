@@ -24,10 +24,9 @@ from m3i_scale.run.callbacks import RunInfo, StageInfo
 from m3i_scale.run.check import stage_lines
 from m3i_scale.run.data_supply import DeviceCopies, Fetcher, StepBatches, stop_if_bad
 from m3i_scale.run.flops import Work, flop_of
-from m3i_scale.run.hooks import Hook, MicroBatchResult, TrainState
+from m3i_scale.run.hooks import Hook, MicroBatchResult, Preemption, TrainState, give_back_collector
 from m3i_scale.run.hooks.checkpointing import Checkpointing
 from m3i_scale.run.hooks.metrics import gradient_scale
-from m3i_scale.run.hooks.process import Preemption, give_back_collector
 from m3i_scale.run.meter import Meter
 from m3i_scale.run.setup import ResolvedRun
 

@@ -7,6 +7,7 @@ import itertools
 import math
 
 import torch
+from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
 from m3i_scale.checkpoint.probe import evaluating
@@ -20,8 +21,8 @@ from m3i_scale.run.hooks import Hook, TrainState
 class Evaluation(Hook):
     """Validation of the current student weights during training, on the stream of the validation datasets."""
 
-    def __init__(self, state: TrainState, stream: TrainStream, device: torch.device) -> None:
-        self._state, self._stream, self._device = state, stream, device
+    def __init__(self, state: TrainState, stream: TrainStream) -> None:
+        self._state, self._stream = state, stream
         self._start = stream.state_dict()
         run = state.resolved.run
         self._every = run.evaluation.every_steps
@@ -65,7 +66,7 @@ class Evaluation(Hook):
         with evaluating(engine.module), contextlib.closing(iter(self._stream)) as stream:
             batches = Fetcher(stream)
             for batch in itertools.islice(batches, count):
-                loss, metrics = engine(batch.to(self._device))
+                loss, metrics = engine(batch.to(get_accelerator().current_device_name()))
                 for name, value in {"loss": loss, **metrics}.items():
                     if not name.endswith("/weight"):  # training records have the loss weights
                         values.setdefault(name, []).append(value.detach())
