@@ -20,7 +20,7 @@ from m3i_scale.engine.optimizer_step import spread_nonfinite, take_step, undone_
 from m3i_scale.engine.peak import device_name
 from m3i_scale.errors import UserError
 from m3i_scale.host.heartbeat import Heartbeat
-from m3i_scale.run.callbacks import RunInfo, StageInfo
+from m3i_scale.run.callbacks import RunInfo
 from m3i_scale.run.check import stage_lines
 from m3i_scale.run.data_supply import DeviceCopies, Fetcher, StepBatches, stop_if_bad
 from m3i_scale.run.flops import Work, flop_of
@@ -153,10 +153,12 @@ class Trainer:
             for hook in self.hooks:
                 hook.on_stage()
             state.tell(stage_lines(self.run)[self.run.stage_at(state.step)])
-        micro_batch_size = state.stage.run.optim.micro_batch_size
-        state.callbacks.on_stage(
-            StageInfo(state.step, state.stage.image_size, micro_batch_size, self.work.flop["model"])
-        )
+        stage = {
+            "image_size": state.stage.image_size,
+            "micro_batch_size": state.stage.run.optim.micro_batch_size,
+            "flop_per_step": self.work.flop["model"],
+        }
+        state.callbacks.on_stage(state.step, stage)
 
     def _data_ended(self, batches: StepBatches) -> bool:
         """Return whether the data is exhausted, and log it if so."""

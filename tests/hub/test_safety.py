@@ -98,25 +98,7 @@ def write_metrics(folder, *, world_size, start, steps, device=None):
     writer = MetricsWriter()
     writer.on_start(RunInfo("tiny", folder, 12, start, world_size, {}, flop_per_step=2e12, device=device))
     for step, step_s in steps.items():
-        record = StepRecord(
-            step=step,
-            total_steps=12,
-            samples=step,
-            loss=1.0,
-            lr=0.1,
-            grad_norm=None,
-            groups={},
-            information=0.0,
-            health={},
-            ema_decay=None,
-            step_s=step_s,
-            data_wait_s=0.0,
-            samples_per_s=1.0,
-            tokens_per_s=1.0,
-            quarantined=0,
-            memory_gib=1.0,
-        )
-        writer.on_step(record)
+        writer.on_step(StepRecord(step, 12, (), {"samples": step, "time/step": step_s}))
     writer.on_end("finished")
 
 

@@ -93,8 +93,9 @@ def test_steps_go_on_while_the_host_computes() -> None:
     loop.state.callbacks.on_end("finished")
     assert loop.noting.events[1:] == [("step", 1), ("end", 0)]
     (record,) = loop.noting.records
-    assert (record.health, record.groups["g"]) == ({"dense_std": 1.0}, {"loss": 3.0, "nats": 2.0})
-    assert (record.information, record.loss) == (2.0, 3.0)
+    wanted = {"health/dense_std": 1.0, "loss/g": 3.0, "mi/g": 2.0, "information": 2.0, "loss": 3.0}
+    assert {name: record.figures.get(name) for name in wanted} == wanted
+    assert not {"loss_scale", "skipped_steps"} & record.figures.keys()  # of fp16
 
 
 EVENTS: dict[str, Callable[[Loop], object]] = {

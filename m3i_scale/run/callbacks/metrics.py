@@ -13,7 +13,7 @@ from typing import Any, TextIO
 from m3i_scale.files import atomic_write, json_line
 from m3i_scale.host.machine import processor
 from m3i_scale.host.output_dir import METRICS
-from m3i_scale.run.callbacks import Callback, Rewind, RunInfo, StageInfo, StepRecord, flatten, write_errors
+from m3i_scale.run.callbacks import Callback, Rewind, RunInfo, StepRecord, flatten, write_errors
 from m3i_scale.run.software import commit, software_versions
 
 REPLACED = "metrics.replaced.jsonl"
@@ -58,10 +58,10 @@ class MetricsWriter(Callback):
         self._write("run", run_info.start_step, {key: value for key, value in facts.items() if value is not None})
 
     def on_step(self, record: StepRecord) -> None:
-        self._write("train", record.step, record.scalars())
+        self._write("train", record.step, record.figures)
 
-    def on_stage(self, stage: StageInfo) -> None:
-        self._write("stage", stage.step, asdict(stage))
+    def on_stage(self, step: int, stage: dict[str, float]) -> None:
+        self._write("stage", step, stage)
 
     def on_evaluation(self, step: int, values: dict[str, Any]) -> None:
         self._write("evaluation", step, flatten(values, "evaluation"))

@@ -98,8 +98,9 @@ class ProgressDisplay(Callback):
         self._first = self._first or (step, now)
 
     def on_step(self, record: StepRecord) -> None:
-        self._step_s = smooth(self._step_s, record.step_s)
-        left, rate = self._left(record.step, self._step_s), f"{record.samples_per_s:,.1f} samples/s"
+        self._step_s = smooth(self._step_s, record.figures["time/step"])
+        left = self._left(record.step, self._step_s)
+        rate = f"{record.figures['throughput/samples_per_s']:,.1f} samples/s"
         figures = summary(record, moving=self._moving)
         if self._bar is None:
             self._print("  ".join([f"step {record.step:,}/{record.total_steps:,}", left, *figures, rate]))
@@ -144,20 +145,22 @@ def smooth(mean_s: float | None, newest_s: float) -> float:
 def summary(record: StepRecord, *, moving: bool = False) -> tuple[str, ...]:
     """Return the metrics of a step as text, the most important ones first. If loss weights change (`moving`), show
     every group, because the total loss is not comparable."""
-    groups = [(name, figures) for name, figures in record.groups.items() if "loss" in figures]
+    figures = record.figures
+    of_groups = {name: figures[f"loss/{name}"] for name in record.targets if f"loss/{name}" in figures}
     losses = ", ".join(
-        f"{name} {figures['loss']:.4g}" + (f" × {figures['weight']:.3g}" if moving else "") for name, figures in groups
+        f"{name} {loss:.4g}" + (f" × {figures[f'loss_weight/{name}']:.3g}" if moving else "")
+        for name, loss in of_groups.items()
     )
-    if len(groups) > _MOST_GROUPS:
-        every = [figures["loss"] for _, figures in groups]
-        losses = f"of {len(groups)} groups, each {min(every):.4g} to {max(every):.4g}"
-    total = f"loss {record.loss:.4g}" + (f" ({losses})" if losses else "")
+    if len(of_groups) > _MOST_GROUPS:
+        every = of_groups.values()
+        losses = f"of {len(of_groups)} groups, each {min(every):.4g} to {max(every):.4g}"
+    total = f"loss {figures['loss']:.4g}" + (f" ({losses})" if losses else "")
     parts = [f"loss {losses}" if moving else total]
-    if record.skipped_nonfinite:
-        parts.append(f"not finite, skipped {record.skipped_nonfinite:,}")
-    if record.quarantined:
-        parts.append(f"quarantined {record.quarantined:,}")
-    parts += [f"lr {record.lr:.2e}", f"data wait {record.data_wait_share:.0%}"]
-    if record.mfu is not None:
-        parts.append(f"MFU {record.mfu:.1%}")
-    return (*parts, f"{record.tokens_per_s:,.0f} tokens/s")
+    if figures["skipped_nonfinite"]:
+        parts.append(f"not finite, skipped {figures['skipped_nonfinite']:,}")
+    if figures["quarantined"]:
+        parts.append(f"quarantined {figures['quarantined']:,}")
+    parts += [f"lr {figures['lr']:.2e}", f"data wait {figures['time/data_wait_share']:.0%}"]
+    if "perf/mfu" in figures:
+        parts.append(f"MFU {figures['perf/mfu']:.1%}")
+    return (*parts, f"{figures['throughput/tokens_per_s']:,.0f} tokens/s")

@@ -51,7 +51,7 @@ class TensorBoardWriter(Callback):
         self._writer.add_text("run", f"```yaml\n{config}```", run_info.start_step)
 
     def on_step(self, record: StepRecord) -> None:
-        self._add(record.step, record.scalars())
+        self._add(record.step, record.figures)
 
     def on_evaluation(self, step: int, values: dict[str, Any]) -> None:
         self._add(step, flatten(values, "evaluation"))
@@ -129,7 +129,7 @@ class WandbWriter(Callback):
         self._run.define_metric("*", step_metric="step")
 
     def on_step(self, record: StepRecord) -> None:
-        self._run.log({"step": record.step, **record.scalars()})
+        self._run.log({"step": record.step, **record.figures})
 
     def on_evaluation(self, step: int, values: dict[str, Any]) -> None:
         self._run.log({"step": step, **flatten(values, "evaluation")})
