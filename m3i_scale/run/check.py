@@ -27,7 +27,7 @@ from m3i_scale.objective.fit import check_fit
 from m3i_scale.objective.information import Objective
 from m3i_scale.objective.recipe import Recipe, load_run_and_recipe, parse_recipe
 from m3i_scale.objective.teacher import FrozenTeacher
-from m3i_scale.run.callbacks.trackers import trackers_of
+from m3i_scale.run.callbacks.loggers import trackers_of
 from m3i_scale.run.data_checks import DataFacts, check_batch, check_text, find_shards, read_facts
 from m3i_scale.run.resume import check_resume, find_resume
 from m3i_scale.run.setup import ResolvedRun, resolve_engine

@@ -34,8 +34,7 @@ from m3i_scale.host.rank_record import recorded
 from m3i_scale.output import wide_console
 from m3i_scale.rank_variables import ranks_on_host
 from m3i_scale.run.callbacks import Callback, CallbackList
-from m3i_scale.run.callbacks.metrics import MetricsWriter
-from m3i_scale.run.callbacks.trackers import trackers_of
+from m3i_scale.run.callbacks.loggers import MetricsWriter, trackers_of
 from m3i_scale.run.check import resolve_run, stage_lines
 from m3i_scale.run.data_supply import check_sources_last
 from m3i_scale.run.flops import count_work

@@ -82,20 +82,16 @@ class Trainer:
 
     def _run_info(self) -> RunInfo:
         run, state, work = self.run, self.state, self.work
-        return RunInfo(
-            run.name,
-            run.output_dir,
-            run.optim.steps,
-            state.step,
-            state.ranks.world_size,
-            run.model_dump(mode="json"),
-            flop_per_step=work.flop["model"],
-            peak_tflops=work.peak.tflops,
-            peak_source=work.peak.source,
-            data_sheet_tflops=work.peak.data_sheet_tflops,
-            device=device_name(),
-            micro_batch_size=state.stage.run.optim.micro_batch_size,
-        )
+        facts = {
+            "flop_per_step": work.flop["model"],
+            "peak_tflops": work.peak.tflops,
+            "peak_source": work.peak.source,
+            "data_sheet_tflops": work.peak.data_sheet_tflops,
+            "device": device_name(),
+            "micro_batch_size": state.stage.run.optim.micro_batch_size,
+        }
+        config = run.model_dump(mode="json")
+        return RunInfo(run.name, run.output_dir, run.optim.steps, state.step, state.ranks.world_size, config, facts)
 
     def _loop(self) -> None:
         state = self.state

@@ -26,8 +26,7 @@ from m3i_scale.errors import ConfigError, UserError
 from m3i_scale.host.heartbeat import PHASES
 from m3i_scale.host.picture_files import Picture
 from m3i_scale.run.callbacks import Callback, CallbackList, RunInfo, StepRecord, flatten
-from m3i_scale.run.callbacks.metrics import MetricsWriter
-from m3i_scale.run.callbacks.trackers import TensorBoardWriter, WandbWriter
+from m3i_scale.run.callbacks.loggers import MetricsWriter, TensorBoardWriter, WandbWriter
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
@@ -244,7 +243,7 @@ import os, signal, sys
 sys.path[:0] = [{str(Path(__file__).parent)!r}]
 from pathlib import Path
 from callback_records import info, record
-from m3i_scale.run.callbacks.metrics import MetricsWriter
+from m3i_scale.run.callbacks.loggers import MetricsWriter
 writer = MetricsWriter()
 writer.on_start(info(Path({str(tmp_path)!r})))
 for step in (1, 2, 3):

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec
 
@@ -37,18 +37,9 @@ class RunInfo:
     world_size: int
     config: dict[str, Any]
     """Config of the run as plain values."""
-    flop_per_step: float | None = None
-    """FLOPs per step over all ranks, without recomputation."""
-    peak_tflops: float | None = None
-    """Peak compute of one rank's device in TFLOP/s (10¹² FLOP/s), the reference for MFU."""
-    peak_source: str | None = None
-    """`measured`, `given`, or the name of the preset."""
-    data_sheet_tflops: float | None = None
-    """If the peak was measured: the peak in the vendor's data sheet, for known devices."""
-    device: str | None = None
-    """Device of a rank: `cpu`, or the name of rank 0's GPU."""
-    micro_batch_size: int | None = None
-    """Per-device batch size of a forward pass in the current stage."""
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    """`flop_per_step`, `peak_tflops`, `peak_source`, `data_sheet_tflops`, `device` and `micro_batch_size`; see
+    docs/metrics.md. None, or left out, if unknown."""
 
 
 @dataclass(frozen=True)

@@ -65,11 +65,11 @@ class ProgressDisplay(Callback):
         start = f"resumes after step {run_info.start_step:,}" if run_info.start_step else "starts"
         ranks = f"{run_info.world_size:,} rank" + ("s" if run_info.world_size != 1 else "")
         self._print(f"{run_info.name} {start}, {run_info.total_steps:,} steps on {ranks}, in {run_info.output_dir}")
-        if run_info.flop_per_step is not None and run_info.peak_tflops is not None:
-            sheet = run_info.data_sheet_tflops
-            source = f"{run_info.peak_source}, data sheet {sheet:,.4g}" if sheet else run_info.peak_source
-            peak = f"{run_info.peak_tflops:,.4g} TFLOP/s a rank ({source})"
-            self._print(f"{run_info.flop_per_step / 1e12:,.4g} TFLOP a step; MFU is a share of {peak}")
+        if facts := run_info.facts:
+            sheet = facts["data_sheet_tflops"]
+            source = f"{facts['peak_source']}, data sheet {sheet:,.4g}" if sheet else facts["peak_source"]
+            peak = f"{facts['peak_tflops']:,.4g} TFLOP/s a rank ({source})"
+            self._print(f"{facts['flop_per_step'] / 1e12:,.4g} TFLOP a step; MFU is a share of {peak}")
         if not self.console.is_terminal:
             return
         self._bar = _Bar(
