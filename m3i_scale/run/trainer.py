@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -33,28 +33,25 @@ from m3i_scale.run.setup import ResolvedRun
 Status = Literal["finished", "preempted"]
 
 
+@dataclass
 class Trainer:
-    """Training loop of one run on one rank, from the latest valid checkpoint to the last step or to a stop signal."""
+    """Training loop of one run on one rank, from the latest valid checkpoint to the last step or to a stop signal. See
+    `start_trainer`."""
 
-    def __init__(
-        self,
-        state: TrainState,
-        stages: Sequence[ResolvedRun],
-        work: Work,
-        meter: Meter,
-        validation: TrainStream | None,
-        heartbeat: Heartbeat,
-        hooks: list[Hook],
-        preemption: Preemption,
-        checkpointing: Checkpointing,
-    ) -> None:
-        """Take the parts that `start_trainer` builds. `stages` are the run with the settings of each stage. `hooks`
-        include `preemption` and `checkpointing`."""
-        self.run, self.state, self.stages = state.resolved.run, state, stages
-        self.work, self.meter = work, meter
-        self.validation, self.heartbeat, self.hooks = validation, heartbeat, hooks
-        self.preemption, self.checkpointing = preemption, checkpointing
-        self.step_times = meter.step_times
+    state: TrainState
+    stages: Sequence[ResolvedRun]
+    """The run with the settings of each stage."""
+    work: Work
+    meter: Meter
+    validation: TrainStream | None
+    heartbeat: Heartbeat
+    hooks: list[Hook]
+    """They include the next two."""
+    preemption: Preemption
+    checkpointing: Checkpointing
+
+    def __post_init__(self) -> None:
+        self.run, self.step_times = self.state.resolved.run, self.meter.step_times
         self.fetcher, self.copy = Fetcher(iter(())), DeviceCopies()
 
     def fit(self) -> Status:

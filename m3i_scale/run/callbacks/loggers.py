@@ -13,7 +13,7 @@ from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Literal, TextIO
+from typing import Any, Literal, TextIO
 
 import numpy as np
 import yaml
@@ -27,9 +27,6 @@ from m3i_scale.host.picture_files import Picture
 from m3i_scale.run.callbacks import Callback, Rewind, RunInfo, StepRecord, flatten, write_errors
 from m3i_scale.run.software import commit, software_versions
 from m3i_scale.text import redact
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
 
 REPLACED = "metrics.replaced.jsonl"
 """File for lines of a killed run that a resumed run repeats, so that plots do not include them."""
@@ -171,7 +168,7 @@ class TensorBoardWriter(Callback):
     def __init__(self) -> None:
         """Check that the package is installed, long before the first step."""
         _require("tensorboard", extra="tensorboard", setting="log.tensorboard")
-        self._writer: SummaryWriter | None = None
+        self._writer: Any = None
         self._folder = Path()
 
     def on_start(self, run_info: RunInfo) -> None:
@@ -187,8 +184,6 @@ class TensorBoardWriter(Callback):
         self._add(step, flatten(values, "evaluation"))
 
     def on_pictures(self, step: int, pictures: Sequence[Picture]) -> None:
-        if self._writer is None:
-            raise RuntimeError("on_start has not been called")
         for picture in pictures:
             pixels_HWC = np.asarray(picture.image.convert("RGB"))
             self._writer.add_image(f"pictures/{picture.name}", pixels_HWC, step, dataformats="HWC")
@@ -203,14 +198,12 @@ class TensorBoardWriter(Callback):
             self._writer.close()
             self._writer = None
 
-    def _open(self, step: int) -> SummaryWriter:
+    def _open(self, step: int) -> Any:
         from torch.utils.tensorboard import SummaryWriter
 
         return SummaryWriter(str(self._folder), purge_step=step + 1 if step else 0)
 
     def _add(self, step: int, values: dict[str, float]) -> None:
-        if self._writer is None:
-            raise RuntimeError("on_start has not been called")
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
         self._writer.flush()
