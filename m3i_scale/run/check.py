@@ -139,9 +139,9 @@ class Checks:
         """Run all checks. Return the resolved run, or None if there are errors."""
         run, before = self.run, len(self.errors.errors)
         recipe = self.collect("recipe", parse_recipe, run.recipe)
-        access, there = None, False
+        access = None
         if self.holds("data") and self.unpacked is None:
-            access, there = find_shards(run, self.errors, self.ranks if self.holds("optim") else None)
+            access = find_shards(run, self.errors, self.ranks if self.holds("optim") else None)
         model = self.collect("backbone", backbone_config, run.backbone)
         self.collect("output_dir", check_output_dir, run.output_dir)
         self.collect("log", trackers_of, run.log)
@@ -154,7 +154,7 @@ class Checks:
         if recipe is not None:
             self._check_without_data(recipe)
             if self.holds("data"):
-                read = read_facts(run, recipe, access, self.errors, there=there, text=self.holds("text"))
+                read = read_facts(run, recipe, access, self.errors, text=self.holds("text"))
                 facts = read if self.unpacked is None else self.unpacked
         run = facts.run
         deepspeed = self._resolve_engine(run, _ANY_WIDTH if model is None else model.hidden_size)

@@ -80,13 +80,13 @@ def check_with_data(run: RunConfig, world_size: int) -> RunWithData:
     run, errors = run.in_stage(0), ErrorCollector()
     errors.collect(check_output_dir, run.output_dir)
     recipe = errors.collect(parse_recipe, run.recipe)
-    access, there = find_shards(run, errors, world_size)
+    access = find_shards(run, errors, world_size)
     model = errors.collect(backbone_config, run.backbone)
     facts = DataFacts(run)
     if recipe is not None:
         errors.collect(check_text, run, recipe)
         errors.collect(check_batch, run, recipe, world_size)
-        facts = read_facts(run, recipe, access, errors, there=there)
+        facts = read_facts(run, recipe, access, errors)
     errors.raise_any()
     if recipe is None or model is None:
         raise RuntimeError("there is no error, and nothing was read")
@@ -152,9 +152,9 @@ def check_text(run: RunConfig, recipe: Recipe) -> None:
         )
 
 
-def find_shards(run: RunConfig, errors: ErrorCollector, ranks: int | None) -> tuple[Access | None, bool]:
-    """Return the access to remote servers, and whether the shards of all datasets exist. Without `ranks`, the shares of
-    the datasets in a micro-batch are not checked."""
+def find_shards(run: RunConfig, errors: ErrorCollector, ranks: int | None) -> Access | None:
+    """Return the access to remote servers, or None unless the shards of all datasets exist. Without `ranks`, the shares
+    of the datasets in a micro-batch are not checked."""
     data, size = run.data, run.optim.micro_batch_size
     if ranks is not None:
         errors.collect(check_shares, data, micro_batch_size=size, world_size=ranks)
@@ -165,21 +165,17 @@ def find_shards(run: RunConfig, errors: ErrorCollector, ranks: int | None) -> tu
         for kind, sources in (("datasets", data.datasets), ("validation", data.validation)):
             for name, source in sources.items():
                 errors.collect(require_shards, source.path, f"data.{kind}.{name}.path", access)
-    return access, len(errors.errors) == before
+    return access if len(errors.errors) == before else None
 
 
 def read_facts(
-    run: RunConfig, recipe: Recipe, access: Access | None, errors: ErrorCollector, *, there: bool, text: bool = True
+    run: RunConfig, recipe: Recipe, access: Access | None, errors: ErrorCollector, *, text: bool = True
 ) -> DataFacts:
-    """Check the datasets against the recipe and read their properties.
-
-    Args:
-        there: whether the shards exist, as returned by `find_shards`.
-        text: whether the `text` section is valid. Otherwise the tokenizer is not read.
-    """
+    """Check the datasets against the recipe and read their properties. `access` is the result of `find_shards`. If the
+    `text` section is not valid (`text`), the tokenizer is not read."""
     facts = DataFacts(run)
-    errors.collect(_check_sources, run, recipe, access, there=there)
-    if access is None or not there:
+    errors.collect(_check_sources, run, recipe, access)
+    if access is None:
         return facts
     file = recipe.labels_file
     if file is not None:
@@ -194,9 +190,9 @@ def read_facts(
     return facts
 
 
-def _check_sources(run: RunConfig, recipe: Recipe, access: Access | None, *, there: bool) -> None:
-    """Validate that dataset settings have an effect, and that every target has a dataset. If the shards do not exist
-    (`there`), files next to them are not checked."""
+def _check_sources(run: RunConfig, recipe: Recipe, access: Access | None) -> None:
+    """Validate that dataset settings have an effect, and that every target has a dataset. Without `access`, files next
+    to the shards are not checked."""
     sources, file = run.data.datasets, recipe.labels_file
     for name, source in sources.items():
         where = f"data.datasets.{name}"
@@ -210,7 +206,7 @@ def _check_sources(run: RunConfig, recipe: Recipe, access: Access | None, *, the
             raise ConfigError("`label_set` has no effect: the recipe predicts no classes", where=where)
         setting = "`labels: false`" if not source.labels else None if source.label_set is None else "`label_set`"
         read = {name: source.model_copy(update={"labels": True})}
-        if setting and there and not read_label_sets(read, access, file or LABELS):
+        if setting and access is not None and not read_label_sets(read, access, file or LABELS):
             raise ConfigError(
                 f"{setting} has no effect: the dataset has no {file}",
                 where=f"{where}: {without_secrets(source.path)}",
@@ -219,7 +215,7 @@ def _check_sources(run: RunConfig, recipe: Recipe, access: Access | None, *, the
     if recipe.reads != "labels" and file is not None:
         for kind, named in (("datasets", sources), ("validation", run.data.validation)):
             for name, source in named.items():
-                _check_class_names(source, f"data.{kind}.{name}", access, file, there=there)
+                _check_class_names(source, f"data.{kind}.{name}", access, file)
     if recipe.uses_text and sources and all(source.captions == "none" for source in sources.values()):
         raise ConfigError(
             "the recipe has a text target, and every dataset has `captions: none`",
@@ -236,18 +232,20 @@ def _check_sources(run: RunConfig, recipe: Recipe, access: Access | None, *, the
             )
 
 
-def _check_class_names(source: DatasetConfig, where: str, access: Access | None, file: str, *, there: bool) -> None:
+def _check_class_names(source: DatasetConfig, where: str, access: Access | None, file: str) -> None:
     """Validate that a file next to the shards names the classes of the masks or boxes."""
     what, fix = _NAMED[file]
     if not source.labels:
         raise ConfigError(f"`labels: false` leaves {file} unread, and {what} need it", where=where)
-    if there and not read_label_sets({"source": source}, access, file):
+    if access is None:
+        return
+    if not read_label_sets({"source": source}, access, file):
         raise ConfigError(
             f"the dataset has no {file}, which names the classes of its {what}",
             where=f"{where}: {without_secrets(source.path)}",
             fix=fix,
         )
-    if there and file == CATEGORIES:
+    if file == CATEGORIES:
         shard_categories(shard_folder(source.path), f"{where}: ", access)
 
 
