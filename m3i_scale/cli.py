@@ -449,11 +449,6 @@ app.add_typer(checkpoint_app, name="checkpoint")
 app.add_typer(finetune_app, name="finetune")
 
 
-def _without_local_rank(arguments: list[str]) -> list[str]:
-    """Drop --local_rank=N, which the `deepspeed` launcher adds; LOCAL_RANK has the same value."""
-    return [item for item in arguments if not item.startswith("--local_rank=")]
-
-
 def _check_dotted_options(arguments: list[str]) -> None:
     """Reject options with a dot, such as `--optim.lr 1e-3`: settings have no leading dashes here."""
     for item in arguments:
@@ -464,7 +459,8 @@ def _check_dotted_options(arguments: list[str]) -> None:
 
 def main() -> None:
     """Run the command line; a UserError is printed, and its exit code is used."""
-    sys.argv[1:] = _without_local_rank(sys.argv[1:])
+    # The `deepspeed` launcher adds --local_rank=N; LOCAL_RANK has the same value.
+    sys.argv[1:] = [item for item in sys.argv[1:] if not item.startswith("--local_rank=")]
     if "--json" in sys.argv:
         reserve_stdout()
     try:
