@@ -44,7 +44,6 @@ def _print_version(asked: bool) -> None:
 
 
 def _print_result(as_json: bool, document: Any, table: Callable[[], RenderableType]) -> None:
-    """Print the JSON document, or the table for people."""
     if as_json:
         print_json(document)
     else:

@@ -126,7 +126,6 @@ class ErrorCollector:
         return None
 
     def raise_any(self) -> None:
-        """Raise the collected errors, if any."""
         if len(self.errors) == 1:
             raise self.errors[0]
         if self.errors:

@@ -104,7 +104,6 @@ class BackboneConfig(Section):
 
     @property
     def compiles(self) -> bool:
-        """Return whether Transformer layers are compiled."""
         return self.compile is True
 
     @model_validator(mode="after")

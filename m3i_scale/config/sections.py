@@ -150,7 +150,6 @@ def _types_in(annotation: Any) -> Iterator[Any]:
 
 
 def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield scalar values in nested lists and mappings with their dotted keys."""
     items: Any = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
     if items is None:
         yield key, value
@@ -206,7 +205,6 @@ class Kind(Section):
 
     @classmethod
     def choices(cls) -> list[str]:
-        """Return the names of the kinds below this class."""
         modules = cls.__dict__.get("modules", {})
         return [*(name for name, kind in cls.kinds.items() if issubclass(kind, cls) and name not in modules), *modules]
 

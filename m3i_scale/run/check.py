@@ -187,7 +187,6 @@ class Checks:
             self.collect("optim", check_batch, run, recipe, self.ranks)
 
     def _resolve_engine(self, run: RunConfig, width: int) -> ResolvedConfig | None:
-        """Resolve and check the DeepSpeed config."""
         peak = run.hardware.peak_tflops
         deepspeed = self.collect("optim deepspeed", resolve_engine, run, self.ranks, width)
         if not self.holds("optim"):  # its "auto" values are resolved from `optim`
@@ -208,7 +207,6 @@ class Checks:
         return deepspeed
 
     def _check_stages(self, resolved: ResolvedRun) -> None:
-        """Check that the modules can be built, and each stage as if the run consisted of it alone."""
         run = resolved.run
         of_all_stages = run.model_copy(update={"stages": []})
         built = self.errors.collect(

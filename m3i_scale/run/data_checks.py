@@ -65,7 +65,6 @@ class RunWithData:
 
     @property
     def vocab_size(self) -> int | None:
-        """Return the vocabulary size of the tokenizer, or None without a text target."""
         return len(self.tokenizer) if self.tokenizer is not None else None
 
 

@@ -87,8 +87,6 @@ class StepTimes:
 
 
 class _Sums:
-    """Running sums of metrics by name."""
-
     def __init__(self) -> None:
         self._totals: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
@@ -119,7 +117,6 @@ class Meter:
         self.reset()
 
     def reset(self) -> None:
-        """Discard everything since the last record."""
         self._good, self._left_out = _Sums(), _Sums()
         self._figures: list[tuple[str, Tensor]] = []
         self.gradients: list[tuple[str, Tensor]] = []
@@ -140,7 +137,6 @@ class Meter:
         self._caption_tokens += caption_tokens
 
     def add_wait(self, data_wait_s: float) -> None:
-        """Add seconds that this rank waited for data."""
         self._data_wait_s += data_wait_s
 
     def add_gradients(self, scale: float) -> None:

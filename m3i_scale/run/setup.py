@@ -205,7 +205,6 @@ def print_start(report: dict[str, Any], run: RunConfig) -> None:
 
 
 def _report_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
-    """Return (topic, text) rows of a report."""
     rows = [
         ("start from", f"{report['source']} ({report['kind']}, files: {len(report['files'])})"),
         ("loaded", f"{report['loaded']} tensors, {report['parameters']:,} parameters"),

@@ -55,7 +55,6 @@ class MetricsWriter(Callback):
         self._step = 0
 
     def on_start(self, run_info: RunInfo) -> None:
-        """Truncate the file to the step that the run resumes from, and write a `run` line."""
         self._path = run_info.output_dir / METRICS
         self._step = run_info.start_step
         with self._write_errors():
@@ -87,7 +86,6 @@ class MetricsWriter(Callback):
         self._write("warning", step, dict(warning))
 
     def on_rewind(self, rewind: Rewind) -> None:
-        """Move the lines of undone steps to the file of replaced lines, and write a `rewind` line."""
         with self._write_errors():
             self._opened().close()
             self._open_at(rewind.rewound_to)

@@ -31,8 +31,6 @@ class _Figures:
 
 
 class _Bar(Progress):
-    """Progress bar with the latest metrics below it."""
-
     figures = _Figures()
 
     def get_renderables(self) -> Iterable[RenderableType]:
@@ -56,7 +54,6 @@ class ProgressDisplay(Callback):
         """First completed step and its time."""
 
     def on_start(self, run_info: RunInfo) -> None:
-        """Print the first step and the size of the run, and start the bar on a terminal."""
         recipe = run_info.config.get("recipe", {})
         balance = recipe.get("balance") or {}
         scheduled = any(isinstance(target.get("weight"), list) for target in recipe.get("targets", []))
@@ -84,7 +81,6 @@ class ProgressDisplay(Callback):
         self._bar.start()
 
     def on_progress(self, step: int) -> None:
-        """Update the bar. Without a bar, print the completion of the first step."""
         now = time.monotonic()
         if self._bar is not None:
             step_s = self._step_s

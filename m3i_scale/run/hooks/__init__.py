@@ -47,13 +47,11 @@ class Timeouts:
         self._steps = 0
 
     def end_step(self) -> None:
-        """Count a completed step."""
         self._steps += 1
         if self._steps == _LONG_STEPS:
             self._set(self._timeouts.collective_s)
 
     def begin_stage(self) -> None:
-        """Apply the startup timeout to the next steps."""
         self._steps = 0
         self._set(self._timeouts.startup_s)
 

@@ -113,7 +113,6 @@ class Guard(Hook):
         return names or (["the weighted sum"] if bad else []), keys
 
     def warn(self, step: int, what: str, why: str, fix: str) -> None:
-        """Send a warning of the guard to the callbacks."""
         self._state.callbacks.on_warning(step, {"group": "guard", "what": what, "why": why, "fix": fix})
 
     def state(self) -> dict[str, Any]:

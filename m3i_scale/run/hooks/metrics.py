@@ -54,7 +54,6 @@ class Metrics(Hook):
         self._shares.start()
 
     def on_rewind(self) -> None:
-        """Discard data collected since the step that the run was rolled back to."""
         self._meter.reset()
         self._shares.start()
         self._diagnosis = Diagnosis()
