@@ -9,7 +9,7 @@ from pathlib import Path
 from PIL import Image
 
 from m3i_scale.host.picture_files import Picture
-from m3i_scale.run.callbacks import Rewind, RunInfo, StepRecord
+from m3i_scale.run.callbacks import RunInfo, StepRecord
 
 CONFIG = {"name": "demo", "data": {"datasets": {"a": {"path": "https://me:hunter2@host/x.tar?signature=abc"}}}}
 
@@ -62,13 +62,13 @@ def picture() -> Picture:
     return Picture("dense_pca", "Dense features", "A green field.", Image.new("RGB", (12, 8), "green"))
 
 
-REWIND = Rewind(
-    rewound_from=25,
-    rewound_to=20,
-    skipped_samples=320,
-    spike_since=23,
-    loss=math.nan,
-    limit=4.5,
-    number=1,
-    most=3,
-)
+REWIND = {
+    "rewound_from": 25,
+    "rewound_to": 20,
+    "skipped_samples": 320,
+    "spike_since": 23,
+    "loss": math.nan,
+    "limit": 4.5,
+    "number": 1,
+    "most": 3,
+}

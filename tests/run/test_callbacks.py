@@ -193,7 +193,7 @@ def test_a_rewind_stands_in_the_file_in_place_of_the_steps_that_it_undoes(tmp_pa
     writer.on_start(info(tmp_path))
     for step in range(1, 26):
         writer.on_step(record(step))
-    writer.on_rewind(REWIND)
+    writer.on_rewind(20, REWIND)
     for step in range(21, 23):
         writer.on_step(record(step))
     train(tmp_path, 20, 30)  # after a kill
@@ -302,7 +302,7 @@ def test_tensorboard_is_read_back_and_a_resume_hides_what_is_written_again(tmp_p
     writer.on_start(info(tmp_path / "rewound"))
     for step in range(1, 26):
         writer.on_step(record(step, {"loss": 1.0}))
-    writer.on_rewind(REWIND)
+    writer.on_rewind(20, REWIND)
     writer.on_step(record(21, {"loss": 2.0}))
     writer.on_end("finished")
     rewound = EventAccumulator(str(tmp_path / "rewound" / "tensorboard"))

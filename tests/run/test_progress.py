@@ -69,7 +69,7 @@ def test_a_bar_goes_back_with_the_run(tmp_path: Path) -> None:
     display = ProgressDisplay(Console(file=io.StringIO(), force_terminal=True, width=160))
     display.on_start(info(tmp_path))
     display.on_step(record(25))
-    display.on_rewind(REWIND)
+    display.on_rewind(20, REWIND)
     assert display._bar is not None
     assert display._bar.tasks[0].completed == 20
     display.on_end("finished")

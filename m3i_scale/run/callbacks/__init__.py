@@ -69,35 +69,6 @@ class StepRecord:
         return replace(self, figures=joined)
 
 
-@dataclass(frozen=True)
-class Rewind:
-    """Rollback to a checkpoint after a loss spike. Training skips the data that was read until then."""
-
-    rewound_from: int
-    """Steps completed when the spike was confirmed. The steps after `rewound_to` are undone."""
-    rewound_to: int
-    """Step of the checkpoint."""
-    skipped_samples: int
-    """Samples of the undone steps, over all ranks. They are not used again."""
-    spike_since: int
-    """First step with a loss above the limit."""
-    loss: float
-    """Loss of the step `rewound_from`; NaN if it was not finite."""
-    limit: float
-    """Upper limit of the loss."""
-    number: int
-    """Number of this rollback within the run, from 1."""
-    most: int
-    """guard.spike.max_rewinds."""
-
-    def __str__(self) -> str:
-        return (
-            f"loss {self.loss:.4g} above {self.limit:.4g} since step {self.spike_since:,}: back from step "
-            f"{self.rewound_from:,} to {self.rewound_to:,}, without the {self.skipped_samples:,} samples in between "
-            f"(rewind {self.number} of {self.most})"
-        )
-
-
 class Callback:
     """Observer of the run on rank 0. Every method is optional.
 
@@ -128,8 +99,9 @@ class Callback:
         """Called with a warning about a problem that does not crash the run: `group`, `what`, `why`, `fix`
         (docs/metrics.md)."""
 
-    def on_rewind(self, rewind: Rewind) -> None:
-        """Called after a rollback to a checkpoint. Steps after `rewind.rewound_to` are repeated."""
+    def on_rewind(self, step: int, rewind: dict[str, Any]) -> None:
+        """Called after a rollback to the checkpoint of `step`, because of a loss spike. Later steps are repeated, with
+        other samples. `rewind` are the fields of the line in metrics.jsonl (docs/metrics.md)."""
 
     def on_end(self, status: str) -> None:
         """Called once, however the run ends, with `finished`, `preempted` or `failed`."""

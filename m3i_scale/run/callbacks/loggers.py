@@ -9,7 +9,6 @@ import os
 import secrets
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
 from types import ModuleType
@@ -24,7 +23,7 @@ from m3i_scale.files import atomic_write, json_line
 from m3i_scale.host.machine import processor
 from m3i_scale.host.output_dir import METRICS
 from m3i_scale.host.picture_files import Picture
-from m3i_scale.run.callbacks import Callback, Rewind, RunInfo, StepRecord, flatten, write_errors
+from m3i_scale.run.callbacks import Callback, RunInfo, StepRecord, flatten, write_errors
 from m3i_scale.run.software import commit, software_versions
 from m3i_scale.text import redact
 
@@ -85,12 +84,12 @@ class MetricsWriter(Callback):
     def on_warning(self, step: int, warning: dict[str, str]) -> None:
         self._write("warning", step, dict(warning))
 
-    def on_rewind(self, rewind: Rewind) -> None:
+    def on_rewind(self, step: int, rewind: dict[str, Any]) -> None:
         with self._write_errors():
             self._opened().close()
-            self._open_at(rewind.rewound_to)
-        self._step = rewind.rewound_to
-        self._write("rewind", rewind.rewound_to, asdict(rewind))
+            self._open_at(step)
+        self._step = step
+        self._write("rewind", step, rewind)
 
     def on_end(self, status: str) -> None:
         if self._file is None:  # the run failed before it began
@@ -187,9 +186,9 @@ class TensorBoardWriter(Callback):
             self._writer.add_image(f"pictures/{picture.name}", pixels_HWC, step, dataformats="HWC")
         self._writer.flush()
 
-    def on_rewind(self, rewind: Rewind) -> None:
+    def on_rewind(self, step: int, rewind: dict[str, Any]) -> None:
         self.on_end("rewound")
-        self._writer = self._open(rewind.rewound_to)
+        self._writer = self._open(step)
 
     def on_end(self, status: str) -> None:
         if self._writer is not None:

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.text import Text
 
 from m3i_scale.output import wide_console
-from m3i_scale.run.callbacks import Callback, Rewind, RunInfo, StepRecord, flatten
+from m3i_scale.run.callbacks import Callback, RunInfo, StepRecord, flatten
 from m3i_scale.text import filled
 
 _SMOOTHING = 0.3  # weight of the newest step time in the ETA
@@ -118,10 +118,10 @@ class ProgressDisplay(Callback):
         )
         self.console.print(Text(text, style="yellow"))
 
-    def on_rewind(self, rewind: Rewind) -> None:
+    def on_rewind(self, step: int, rewind: dict[str, Any]) -> None:
         """Move the bar back. A warning gives the reason."""
         if self._bar is not None:
-            self._bar.update(self._task, completed=rewind.rewound_to)
+            self._bar.update(self._task, completed=step)
 
     def on_end(self, status: str) -> None:
         if self._bar is not None:

@@ -188,11 +188,13 @@ class Rewinding(Hook):
             return False
         checkpoint, rewind = begun
         self._checkpointing.go_back(checkpoint)
-        state.callbacks.on_rewind(rewind)
+        state.callbacks.on_rewind(state.step, rewind)
         self._guard.warn(
-            rewind.rewound_to,
+            state.step,
             "the loss has spiked, and the run has gone back to a checkpoint",
-            str(rewind),
-            f"nothing yet: the run ends at the next spike after {rewind.most} rewinds; a lower optim.lr",
+            f"loss {spike.loss:.4g} above {spike.limit:.4g} since step {spike.since:,}: back from step "
+            f"{spike.step:,} to {state.step:,}, without the {rewind['skipped_samples']:,} samples in between "
+            f"(rewind {rewind['number']} of {config.max_rewinds})",
+            f"nothing yet: the run ends at the next spike after {config.max_rewinds} rewinds; a lower optim.lr",
         )
         return True
