@@ -108,10 +108,9 @@ class Meter:
     """Running means of one rank. Metrics stay on the device until a step is logged, so that steps do not
     synchronize."""
 
-    def __init__(self, objective: Objective, total_steps: int, batch_size: int, work: Work | None = None) -> None:
+    def __init__(self, objective: Objective, total_steps: int, batch_size: int, work: Work) -> None:
         self.objective = objective
         self.work = work
-        """None: do not report MFU."""
         self.step_times = StepTimes()
         self.total_steps, self.batch_size = total_steps, batch_size
         self.reset()
@@ -183,11 +182,10 @@ class Meter:
             "memory_gib": peaks["memory"],
         }
         figures |= {f"time/{name}": share * step_s for name, share in shares.items()}
-        if self.work is not None:
-            figures["perf/flops_per_s"] = self.work.step_flop(sums["captions"]) / step_s
-            mfu = figures["perf/flops_per_s"] / (self.work.peak.tflops * 1e12 * world_size)
-            if mfu <= 1:  # otherwise the peak is wrong
-                figures["perf/mfu"] = mfu
+        figures["perf/flops_per_s"] = self.work.step_flop(sums["captions"]) / step_s
+        mfu = figures["perf/flops_per_s"] / (self.work.peak.tflops * 1e12 * world_size)
+        if mfu <= 1:  # otherwise the peak is wrong
+            figures["perf/mfu"] = mfu
         self.reset()
         targets = tuple(target.name for target in self.objective.recipe.targets)
         return StepRecord(step, self.total_steps, targets, figures).with_figures(means)

@@ -20,10 +20,10 @@ from m3i_scale.engine.optimizer_step import spread_nonfinite, take_step, undone_
 from m3i_scale.engine.peak import device_name
 from m3i_scale.errors import UserError
 from m3i_scale.host.heartbeat import Heartbeat
+from m3i_scale.run import flops
 from m3i_scale.run.callbacks import RunInfo
 from m3i_scale.run.check import stage_lines
 from m3i_scale.run.data_supply import DeviceCopies, Fetcher, StepBatches, stop_if_bad
-from m3i_scale.run.flops import Work, flop_of
 from m3i_scale.run.hooks import Hook, MicroBatchResult, Preemption, TrainState, give_back_collector
 from m3i_scale.run.hooks.checkpointing import Checkpointing
 from m3i_scale.run.hooks.metrics import gradient_scale
@@ -41,7 +41,6 @@ class Trainer:
     state: TrainState
     stages: Sequence[ResolvedRun]
     """The run with the settings of each stage."""
-    work: Work
     meter: Meter
     validation: TrainStream | None
     heartbeat: Heartbeat
@@ -78,7 +77,7 @@ class Trainer:
         return status
 
     def _run_info(self) -> RunInfo:
-        run, state, work = self.run, self.state, self.work
+        run, state, work = self.run, self.state, self.meter.work
         facts = {
             "flop_per_step": work.flop["model"],
             "peak_tflops": work.peak.tflops,
@@ -133,7 +132,8 @@ class Trainer:
                 stream.resize(stage.image_size, size)
             state.stage = stage
             set_micro_batch_size(state.engine, size)
-            self.meter.work = self.work = replace(self.work, flop=flop_of(stage))
+            flop = flops.step_flop(stage.run, stage.label_sets, stage.vocab_size)
+            self.meter.work = replace(self.meter.work, flop=flop)
         state.timeouts.begin_stage()
         self.meter.reset()
 
@@ -149,7 +149,7 @@ class Trainer:
         stage = {
             "image_size": state.stage.image_size,
             "micro_batch_size": state.stage.run.optim.micro_batch_size,
-            "flop_per_step": self.work.flop["model"],
+            "flop_per_step": self.meter.work.flop["model"],
         }
         state.callbacks.on_stage(state.step, stage)
 

@@ -8,10 +8,14 @@ from pathlib import Path
 
 from PIL import Image
 
+from m3i_scale.engine.peak import Peak
 from m3i_scale.host.picture_files import Picture
 from m3i_scale.run.callbacks import RunInfo, StepRecord
+from m3i_scale.run.flops import Work
 
 CONFIG = {"name": "demo", "data": {"datasets": {"a": {"path": "https://me:hunter2@host/x.tar?signature=abc"}}}}
+
+WORK = Work({"model": 1.0, "text": 0.0}, 1, Peak(1.0, "given"))
 
 
 def info(output_dir: Path, start_step: int = 0, total_steps: int = 100) -> RunInfo:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from callback_records import record
+from callback_records import WORK, record
 from tiny import random_batch, tiny_objective
 
 from m3i_scale.run.callbacks import StepRecord
@@ -79,7 +79,7 @@ def test_a_healthy_run_and_a_short_fault_are_not_named() -> None:
 def run(objective: torch.nn.Module, steps: int, lr: float) -> list[tuple[int, RunWarning]]:
     """Train for real, look at the real records."""
     optimizer = torch.optim.AdamW([p for p in objective.parameters() if p.requires_grad], lr=lr)
-    meter, diagnosis, found = Meter(objective, steps, 8), Diagnosis(), []
+    meter, diagnosis, found = Meter(objective, steps, 8, WORK), Diagnosis(), []
     for step in range(1, steps + 1):
         objective.measure_health = step % EVERY == 0
         batch = random_batch(8, seed=step % 4)

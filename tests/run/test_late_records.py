@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from callback_records import WORK
 from torch import Tensor
 
 from m3i_scale.objective.diagnostics import HostFigures
@@ -68,7 +69,7 @@ class Loop:
             finite=True,
         )
         guard: Any = SimpleNamespace(skipped=0)
-        self.metrics = Metrics(self.state, Meter(self.objective, 100, 8), guard)
+        self.metrics = Metrics(self.state, Meter(self.objective, 100, 8, WORK), guard)
 
     def step(self, *, logged: bool, std: float = 1.0) -> None:
         if logged:

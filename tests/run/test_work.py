@@ -37,11 +37,3 @@ def test_more_than_the_peak_is_no_mfu():
     told = meter.record({}, step=1, quarantined=0, world_size=1).figures
     assert told["perf/flops_per_s"] > 0
     assert "perf/mfu" not in told
-
-
-def test_without_a_count_there_is_no_mfu():
-    meter = Meter(tiny_objective("supervised"), 10, 8)
-    meter.add_micro_batch(torch.tensor(1.0), {}, 1)
-    meter.end_step()
-    told = meter.record({}, step=1, quarantined=0, world_size=1).figures
-    assert not {"perf/flops_per_s", "perf/mfu"} & told.keys()
