@@ -108,11 +108,11 @@ class Meter:
     """Running means of one rank. Metrics stay on the device until a step is logged, so that steps do not
     synchronize."""
 
-    def __init__(self, objective: Objective, total_steps: int, batch_size: int, work: Work) -> None:
+    def __init__(self, objective: Objective, batch_size: int, work: Work) -> None:
         self.objective = objective
         self.work = work
         self.step_times = StepTimes()
-        self.total_steps, self.batch_size = total_steps, batch_size
+        self.batch_size = batch_size
         self.reset()
 
     def reset(self) -> None:
@@ -188,7 +188,7 @@ class Meter:
             figures["perf/mfu"] = mfu
         self.reset()
         targets = tuple(target.name for target in self.objective.recipe.targets)
-        return StepRecord(step, self.total_steps, targets, figures).with_figures(means)
+        return StepRecord(step, targets, figures).with_figures(means)
 
 
 def _means_over_ranks(*parts: dict[str, float]) -> list[dict[str, float]]:

@@ -206,7 +206,7 @@ def start_trainer(
     set_micro_batch_size(engine, stages[0].run.optim.micro_batch_size)
     policy, compiled = run.backbone.activation_checkpointing, run.backbone.compiles
     tell(describe_activations(engine.module, policy, compiled=compiled))
-    meter = Meter(engine.module, run.optim.steps, run.optim.batch_size, count_work(stages[0]))
+    meter = Meter(engine.module, run.optim.batch_size, count_work(stages[0]))
     engine.module.span = meter.step_times.span
     # The engine calls this name for the gradient reduction that remains after the backward pass.
     engine.allreduce_gradients = meter.step_times.span("reduce")(engine.allreduce_gradients)

@@ -50,7 +50,7 @@ class PrecisionCases(RankParts):
                 "zero_optimization"
             ]
         engine, momentum = start_engine(plan, self.ranks)
-        meter = Meter(engine.module, 100, GLOBAL_BATCH, Work({}, 1, Peak(1.0, "given")))
+        meter = Meter(engine.module, GLOBAL_BATCH, Work({}, 1, Peak(1.0, "given")))
 
         def kept() -> dict[str, Tensor]:
             values = {k: self._master(p).clone() for k, p in engine.module.named_parameters() if p.requires_grad}

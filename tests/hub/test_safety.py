@@ -98,7 +98,7 @@ def write_metrics(folder, *, world_size, start, steps, device=None):
     writer = MetricsWriter()
     writer.on_start(RunInfo("tiny", folder, 12, start, world_size, {}, {"flop_per_step": 2e12, "device": device}))
     for step, step_s in steps.items():
-        writer.on_step(StepRecord(step, 12, (), {"samples": step, "time/step": step_s}))
+        writer.on_step(StepRecord(step, (), {"samples": step, "time/step": step_s}))
     writer.on_end("finished")
 
 

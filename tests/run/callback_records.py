@@ -31,7 +31,6 @@ def record(
     *,
     groups: Mapping[str, dict[str, float]] = GROUPS,
     health: Mapping[str, float] | None = None,
-    total_steps: int = 100,
 ) -> StepRecord:
     """A record with some figures changed, or left out where they are None."""
     figures = {
@@ -54,9 +53,7 @@ def record(
         "memory_gib": 1.25,
         **(changes or {}),
     }
-    made = StepRecord(
-        step, total_steps, tuple(groups), {name: value for name, value in figures.items() if value is not None}
-    )
+    made = StepRecord(step, tuple(groups), {name: value for name, value in figures.items() if value is not None})
     of_groups = {f"{name}/{kind}": value for name, values in groups.items() for kind, value in values.items()}
     of_features = {"dense_std": 0.5, "pooled_rank": 12.0} if health is None else health
     return made.with_figures(of_groups | {f"health/{name}": value for name, value in of_features.items()})

@@ -79,7 +79,7 @@ def test_a_healthy_run_and_a_short_fault_are_not_named() -> None:
 def run(objective: torch.nn.Module, steps: int, lr: float) -> list[tuple[int, RunWarning]]:
     """Train for real, look at the real records."""
     optimizer = torch.optim.AdamW([p for p in objective.parameters() if p.requires_grad], lr=lr)
-    meter, diagnosis, found = Meter(objective, steps, 8, WORK), Diagnosis(), []
+    meter, diagnosis, found = Meter(objective, 8, WORK), Diagnosis(), []
     for step in range(1, steps + 1):
         objective.measure_health = step % EVERY == 0
         batch = random_batch(8, seed=step % 4)

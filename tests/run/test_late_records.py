@@ -69,7 +69,7 @@ class Loop:
             finite=True,
         )
         guard: Any = SimpleNamespace(skipped=0)
-        self.metrics = Metrics(self.state, Meter(self.objective, 100, 8, WORK), guard)
+        self.metrics = Metrics(self.state, Meter(self.objective, 8, WORK), guard)
 
     def step(self, *, logged: bool, std: float = 1.0) -> None:
         if logged:

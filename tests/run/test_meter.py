@@ -20,7 +20,7 @@ def objective_of(*targets: str) -> SimpleNamespace:
 
 def test_gradients_of_a_skipped_step_are_left_out_and_its_losses_are_not() -> None:
     objective = objective_of("text")
-    meter = Meter(objective, 10, 4, WORK)
+    meter = Meter(objective, 4, WORK)
     for norm, applied in ((8.0, True), (float("inf"), False), (16.0, True)):
         meter.add_micro_batch(torch.tensor(2.0 if applied else 5.0), {}, 3)
         objective.squared_grad_norms = {"text": [torch.tensor(norm**2)]}
@@ -36,7 +36,7 @@ def test_gradients_of_a_skipped_step_are_left_out_and_its_losses_are_not() -> No
 
 def test_losses_that_are_not_finite_are_left_out_unless_there_are_no_others() -> None:
     objective = objective_of("text")
-    meter = Meter(objective, 10, 4, WORK)
+    meter = Meter(objective, 4, WORK)
 
     def step(loss: float, *, finite: bool) -> None:
         meter.add_micro_batch(torch.tensor(loss), {"text/loss": torch.tensor(loss)}, 3)

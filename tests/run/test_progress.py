@@ -42,7 +42,7 @@ def test_a_bar_on_a_terminal(tmp_path: Path, width: int) -> None:
     display, stream = show(terminal=True, width=width)
     display.on_start(replace(info(tmp_path), total_steps=100_000))
     groups = {name: {"loss": 1.234} for name in ("dense", "text", "class", "inter")}
-    display.on_step(record(40, {"time/step": 30.0}, total_steps=100_000, groups=groups))
+    display.on_step(record(40, {"time/step": 30.0}, groups=groups))
     display.on_end("preempted")
     shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", stream.getvalue()).replace("\r", "\n")
     assert shown.rstrip().endswith("run preempted")

@@ -20,7 +20,7 @@ def test_the_text_tower_counts_by_the_length_of_captions():
 
 @pytest.mark.parametrize("world_size", [1, 4])
 def test_mfu_is_a_share_of_the_peak_of_all_ranks(world_size):
-    meter = Meter(tiny_objective("supervised"), 10, 8, Work(FLOP, 32, Peak(2e6, "given")))
+    meter = Meter(tiny_objective("supervised"), 8, Work(FLOP, 32, Peak(2e6, "given")))
     for tokens in (8, 24):
         meter.add_micro_batch(torch.tensor(1.0), {}, 1, tokens)
     meter.end_step()
@@ -31,7 +31,7 @@ def test_mfu_is_a_share_of_the_peak_of_all_ranks(world_size):
 
 
 def test_more_than_the_peak_is_no_mfu():
-    meter = Meter(tiny_objective("supervised"), 10, 8, Work(FLOP, 32, Peak(1e-9, "measured")))
+    meter = Meter(tiny_objective("supervised"), 8, Work(FLOP, 32, Peak(1e-9, "measured")))
     meter.add_micro_batch(torch.tensor(1.0), {}, 1)
     meter.end_step()
     told = meter.record({}, step=1, quarantined=0, world_size=1).figures

@@ -49,7 +49,6 @@ class StepRecord:
 
     step: int
     """Number of completed optimizer steps."""
-    total_steps: int
     targets: tuple[str, ...]
     """Names of the groups of targets."""
     figures: dict[str, float]

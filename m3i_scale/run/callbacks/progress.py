@@ -99,7 +99,7 @@ class ProgressDisplay(Callback):
         rate = f"{record.figures['throughput/samples_per_s']:,.1f} samples/s"
         figures = summary(record, moving=self._moving)
         if self._bar is None:
-            self._print("  ".join([f"step {record.step:,}/{record.total_steps:,}", left, *figures, rate]))
+            self._print("  ".join([f"step {record.step:,}/{self._total_steps:,}", left, *figures, rate]))
         else:
             self._bar.figures = _Figures(figures)
             step = max(record.step, int(self._bar.tasks[0].completed))  # a record can arrive some steps late

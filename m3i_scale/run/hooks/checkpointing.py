@@ -15,8 +15,9 @@ from m3i_scale.data.batch import Batch
 from m3i_scale.data.state import merge_states
 from m3i_scale.engine.agree import together
 from m3i_scale.engine.deepspeed.rules import precision
+from m3i_scale.errors import UserError
 from m3i_scale.run.hooks import Hook, MicroBatchResult, TrainState
-from m3i_scale.run.hooks.guard import RESTART, Guard, RunEndedError
+from m3i_scale.run.hooks.guard import RESTART, Guard
 from m3i_scale.run.resume import checkpoint_meta, saved_optim
 from m3i_scale.run.setup import run_yaml
 from m3i_scale.run.spike import Rewinds, Spike
@@ -170,7 +171,8 @@ class Rewinding(Hook):
         state = self._state
         config = state.resolved.run.guard.spike
         if config is None or len(self._rewinds) >= config.max_rewinds:
-            raise RunEndedError(f"the loss has spiked, and max_rewinds are used up: {spike}", fix=RESTART)
+            what = f"the loss has spiked, and max_rewinds are used up: {spike}"
+            raise UserError(what, fix=RESTART).raised_everywhere()
         self._checkpointing.close()  # a pending save may be one of the undone checkpoints
         begun = self._rewinds.begin(
             spike,

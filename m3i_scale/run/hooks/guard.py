@@ -25,12 +25,6 @@ RESTART = "start again from the last checkpoint with a lower optim.lr or a small
 _LISTED = 8
 
 
-class RunEndedError(UserError):
-    """Raised on all ranks together if the run must not continue."""
-
-    everywhere = True
-
-
 class Guard(Hook):
     """Hook that detects non-finite steps and loss spikes after every step. Ranks only communicate about bad steps.
     `gradients` returns names and norms of this step's gradients at the encoder output, on this rank."""
@@ -90,7 +84,7 @@ class Guard(Hook):
         elif self._in_a_row >= most and self.spike is None:
             ending = f", as {self._in_a_row} times in a row now"
         if ending is not None:
-            raise RunEndedError(text + ending, where=where, why=samples, fix=RESTART)
+            raise UserError(text + ending, where=where, why=samples, fix=RESTART).raised_everywhere()
         self.skipped += 1
         self.warn(
             step,
