@@ -194,17 +194,6 @@ def _prepare(
 def print_start(report: dict[str, Any], run: RunConfig) -> None:
     """Print the load result of the pretrained weights, and save it, with the names of all tensors, in the run's
     folder."""
-    table = Table(box=None, show_header=False)
-    for topic, text in _report_rows(report):
-        table.add_row(Text(topic, style="bold"), Text(text))
-    wide_console(stderr=True, soft_wrap=True).print(table)
-    try:
-        write_json(run.output_dir / START, report)
-    except OSError as error:
-        raise explain(error, run.output_dir / "checkpoints") from None
-
-
-def _report_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
     rows = [
         ("start from", f"{report['source']} ({report['kind']}, files: {len(report['files'])})"),
         ("loaded", f"{report['loaded']} tensors, {report['parameters']:,} parameters"),
@@ -216,7 +205,14 @@ def _report_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
     rows += [("left out", f"{len(names)} × {reason}, e.g. {names[0]}") for reason, names in report["left_out"].items()]
     rows += [("fresh", name) for name in report["fresh"]]
     rows += [("assumed", f"{name} = {why}") for name, why in report["assumed"].items()]
-    return rows
+    table = Table(box=None, show_header=False)
+    for topic, text in rows:
+        table.add_row(Text(topic, style="bold"), Text(text))
+    wide_console(stderr=True, soft_wrap=True).print(table)
+    try:
+        write_json(run.output_dir / START, report)
+    except OSError as error:
+        raise explain(error, run.output_dir / "checkpoints") from None
 
 
 def run_yaml(run: RunConfig) -> str:

@@ -138,12 +138,9 @@ class Rewinds:
         """Read the file. Every rank must call it. If the run `starts_from_0`, delete the rollbacks of an earlier run in
         this folder."""
         self._root, self._path = output_dir / "checkpoints", output_dir / REWINDS
-        self._entries: list[dict[str, Any]] = from_rank_0(lambda: self._first(starts_from_0))
-
-    def _first(self, starts_from_0: bool) -> list[dict[str, Any]]:
         if starts_from_0:
-            self._path.unlink(missing_ok=True)
-        return read_rewinds(self._path)
+            from_rank_0(lambda: self._path.unlink(missing_ok=True))
+        self._entries: list[dict[str, Any]] = from_rank_0(lambda: read_rewinds(self._path))
 
     def __len__(self) -> int:
         return len(self._entries)
