@@ -16,7 +16,7 @@ from m3i_scale.config import load_run
 from m3i_scale.engine.process_group import start_ranks, stop_ranks
 from m3i_scale.run.check import resolve_run
 from m3i_scale.run.hooks import Hook, TrainState
-from m3i_scale.run.start import start_trainer
+from m3i_scale.run.train import start_trainer
 
 
 def peak_bytes() -> int:

@@ -55,7 +55,7 @@ from m3i_scale.objective.ranks import ProcessGroupRanks
 from m3i_scale.objective.recipe import parse_recipe
 from m3i_scale.run.data_supply import Fetcher
 from m3i_scale.run.setup import ResolvedRun
-from m3i_scale.run.start import start_trainer
+from m3i_scale.run.train import start_trainer
 from m3i_scale.run.trainer import Trainer
 
 VOCABULARY, CAPTION = 30522, 32

@@ -19,7 +19,7 @@ from m3i_scale.objective.build import start_weights, update_ema_teacher
 from m3i_scale.objective.information import Objective
 from m3i_scale.objective.ranks import ProcessGroupRanks, Ranks, SingleProcess
 from m3i_scale.objective.recipe import Recipe, load_run_and_recipe
-from m3i_scale.run import with_data
+from m3i_scale.run import data_checks
 
 
 def load_run(name_or_path: str | Path, overrides: list[str] | None = None) -> RunConfig:
@@ -63,10 +63,10 @@ def open_stream(run: RunConfig, *, validation: bool = False) -> TrainStream:
         DataError: shards are missing or damaged.
     """
     ranks = _ranks()
-    _check_run(run, "open_stream")
+    checked = _checked(run, ranks, "open_stream")
     if validation and not run.data.validation:
         raise ConfigError("the run has no validation data", where="data.validation")
-    return with_data.open_stream(_checked(run, ranks, "open_stream"), ranks, validation=validation)
+    return data_checks.open_stream(checked, ranks, validation=validation)
 
 
 def build_objective(run: RunConfig) -> Objective:
@@ -159,23 +159,19 @@ def load_backbone(source: str | Path, pool: Pool = "mean") -> LoadedBackbone:
     return LoadedBackbone(load_vision(folder, pool, torch.device("cpu"))).eval()
 
 
-def _check_run(run: RunConfig, where: str) -> None:
-    if not isinstance(run, RunConfig):
-        raise ConfigError(
-            f"{where} takes the run of load_run, got {type(run).__name__}", where=where, fix=f"{where}(load_run(…))"
-        )
-
-
 def _ranks() -> Ranks:
     return ProcessGroupRanks() if dist.is_available() and dist.is_initialized() else SingleProcess()
 
 
-def _checked(run: RunConfig, ranks: Ranks, where: str) -> with_data.RunWithData:
-    _check_run(run, where)
+def _checked(run: RunConfig, ranks: Ranks, where: str) -> data_checks.RunWithData:
+    if not isinstance(run, RunConfig):
+        raise ConfigError(
+            f"{where} takes the run of load_run, got {type(run).__name__}", where=where, fix=f"{where}(load_run(…))"
+        )
     if run.task is not None:
         raise ConfigError(
             "a run of a task has no recipe to train in a loop of your own",
             where="task",
             fix="m3i-scale finetune, or a run file with a recipe",
         )
-    return with_data.check_with_data(run, ranks.world_size)
+    return data_checks.check_with_data(run, ranks.world_size)

@@ -44,7 +44,6 @@ def _print_version(asked: bool) -> None:
 
 
 def _print_result(as_json: bool, document: Any, table: Callable[[], RenderableType]) -> None:
-    """Print the JSON document, or the table for people."""
     if as_json:
         print_json(document)
     else:
@@ -350,7 +349,7 @@ def evaluate(
 ) -> None:
     """Measure what frozen features are worth (kNN, linear and dense probe, zero-shot, retrieval). Also measure how
     often a trained head is right (top-1, top-5, mIoU of a segmenter, AP of a detector). Intervals are by concept."""
-    from m3i_scale.config.kinds import import_given
+    from m3i_scale.config.sections import import_given
     from m3i_scale.evaluate.commands import evaluate as run_evaluation
     from m3i_scale.evaluate.report import render
     from m3i_scale.evaluate.towers import TEMPLATES
@@ -410,7 +409,7 @@ def export(
 ) -> None:
     """Write a Hugging Face folder for standard classes, verified in a fresh process."""
     leave_out_accelerator_warning()
-    from m3i_scale.config.kinds import import_given
+    from m3i_scale.config.sections import import_given
     from m3i_scale.export.export import export_and_push
     from m3i_scale.export.push import push_summary
     from m3i_scale.export.write import ExportContents
@@ -449,11 +448,6 @@ app.add_typer(checkpoint_app, name="checkpoint")
 app.add_typer(finetune_app, name="finetune")
 
 
-def _without_local_rank(arguments: list[str]) -> list[str]:
-    """Drop --local_rank=N, which the `deepspeed` launcher adds; LOCAL_RANK has the same value."""
-    return [item for item in arguments if not item.startswith("--local_rank=")]
-
-
 def _check_dotted_options(arguments: list[str]) -> None:
     """Reject options with a dot, such as `--optim.lr 1e-3`: settings have no leading dashes here."""
     for item in arguments:
@@ -464,7 +458,8 @@ def _check_dotted_options(arguments: list[str]) -> None:
 
 def main() -> None:
     """Run the command line; a UserError is printed, and its exit code is used."""
-    sys.argv[1:] = _without_local_rank(sys.argv[1:])
+    # The `deepspeed` launcher adds --local_rank=N; LOCAL_RANK has the same value.
+    sys.argv[1:] = [item for item in sys.argv[1:] if not item.startswith("--local_rank=")]
     if "--json" in sys.argv:
         reserve_stdout()
     try:

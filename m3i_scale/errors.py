@@ -6,6 +6,7 @@ import difflib
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TypeVar
 
 from typing_extensions import ParamSpec, Self
@@ -66,11 +67,7 @@ class UserError(Exception):
 
     def __reduce__(self) -> tuple[object, ...]:
         """Preserve keyword arguments when the error is pickled, as on its way out of a data-loader worker."""
-        return (_rebuild, (type(self), self.what, self.where, self.why, self.fix))
-
-
-def _rebuild(kind: type[UserError], what: str, where: str | None, why: str | None, fix: str | None) -> UserError:
-    return kind(what, where=where, why=why, fix=fix)
+        return (partial(type(self), where=self.where, why=self.why, fix=self.fix), (self.what,))
 
 
 @contextmanager
@@ -129,7 +126,6 @@ class ErrorCollector:
         return None
 
     def raise_any(self) -> None:
-        """Raise the collected errors, if any."""
         if len(self.errors) == 1:
             raise self.errors[0]
         if self.errors:
@@ -170,9 +166,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     near = same or difflib.get_close_matches(word, names, n=3, cutoff=0.6)
     if near:
         return "did you mean " + " or ".join(f"'{name}'" for name in near) + "?"
-    if len(names) <= _LISTED:
-        return "known: " + ", ".join(names)
-    return "known: " + ", ".join(names[:_LISTED]) + ", …"
+    return "known: " + ", ".join(names[:_LISTED]) + (", …" if len(names) > _LISTED else "")
 
 
 def _letters(word: str) -> str:

@@ -161,10 +161,8 @@ def has_ended(process: int) -> bool:
     """Return whether a process of this host has ended."""
     try:
         os.kill(process, 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:
-        return False
+    except OSError as error:  # PermissionError: a process of another user
+        return isinstance(error, ProcessLookupError)
     return False
 
 

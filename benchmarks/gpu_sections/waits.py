@@ -90,7 +90,7 @@ def _train(rows: Rows) -> None:
     from m3i_scale.engine.process_group import start_ranks, stop_ranks
     from m3i_scale.run.check import resolve_run
     from m3i_scale.run.hooks import Hook
-    from m3i_scale.run.start import start_trainer
+    from m3i_scale.run.train import start_trainer
 
     class Watch(Hook):
         """Has torch warn of every wait, after the fourth step and until the seventh is over."""

@@ -42,7 +42,6 @@ from m3i_scale.config.sections import (
     InHome,
     ModelFields,
     Section,
-    SectionT,
     WrittenPath,
     is_stored,
 )
@@ -56,17 +55,14 @@ __all__ = [
     "DataConfig",
     "DatasetConfig",
     "DistortionConfig",
-    "EvaluationConfig",
     "FixableError",
     "GuardConfig",
-    "HardwareConfig",
     "KeepBestConfig",
     "LogConfig",
     "OptimConfig",
     "RetentionConfig",
     "RunConfig",
     "Section",
-    "SectionT",
     "SpikeConfig",
     "Stage",
     "TextConfig",
@@ -108,7 +104,6 @@ class BackboneConfig(Section):
 
     @property
     def compiles(self) -> bool:
-        """Return whether Transformer layers are compiled."""
         return self.compile is True
 
     @model_validator(mode="after")
@@ -189,13 +184,9 @@ class RunConfig(Section):
         return {**values, "recipe": recipe}
 
     @model_validator(mode="after")
-    def _protocol_is_of_a_task(self) -> Self:
+    def _sections_fit_the_task(self) -> Self:
         if self.protocol is not None and self.task is None:
             raise ValueError("`protocol` has no effect without `task`")
-        return self
-
-    @model_validator(mode="after")
-    def _layers_decay_once(self) -> Self:
         if self.task is not None and self.optim.layer_decay != 1:
             raise FixableError(
                 "optim.layer_decay is of a recipe, and this run has a task",

@@ -10,8 +10,7 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from m3i_scale.config.kinds import Kind
-from m3i_scale.config.sections import Section, SectionT
+from m3i_scale.config.sections import Kind, Section, SectionT
 from m3i_scale.errors import AggregateError, ConfigError, did_you_mean
 from m3i_scale.text import redact_text
 from m3i_scale.upgrade import KEYS
@@ -75,7 +74,7 @@ def validation_error(
     error_of: dict[str, ConfigError] = {}
     for detail in error.errors():
         key = ".".join(map(str, _without_branches(detail["loc"])))
-        error_of.setdefault(key, _explain(_Sections(kind, values), detail, where_of(detail["loc"]), below))
+        error_of.setdefault(key, _explain(kind, values, detail, where_of(detail["loc"]), below))
     # Of the members of a union, the one that was parsed furthest has the most useful error.
     errors = [found for key, found in error_of.items() if not any(other.startswith(f"{key}.") for other in error_of)]
     return errors[0] if len(errors) == 1 else AggregateError(errors)
@@ -105,31 +104,22 @@ def _without_branches(place: KeyPath) -> list[int | str]:
     return [part for part in place if part not in _BRANCHES and not str(part).startswith("list[")]
 
 
-class _Sections:
-    """Lookup of config sections by key path."""
-
-    def __init__(self, kind: type[BaseModel], values: Any) -> None:
-        self.kind, self.values = kind, values
-
-    def at(self, path: KeyPath) -> type[BaseModel]:
-        """Return the section at `path`, or the last typed section if the path leaves the typed part."""
-        here, value = self.kind, self.values
-        for part in path:
-            field = here.model_fields.get(str(part))
-            annotation = field.annotation if field else None
-            candidates = [annotation, *getattr(annotation, "__args__", ())]
-            sections = [item for item in candidates if isinstance(item, type) and issubclass(item, BaseModel)]
-            here = sections[0] if sections else here
-            value = _part_of(value, part)
-            if issubclass(here, Kind) and isinstance(value, str | dict) and part != "kind":
-                try:
-                    here = here.class_of(value)
-                except ValueError:  # reported for the key `kind` itself
-                    continue
-        return here
-
-    def field_at(self, path: KeyPath) -> FieldInfo | None:
-        return self.at(path[:-1]).model_fields.get(str(path[-1])) if path else None
+def _section_at(kind: type[BaseModel], values: Any, path: KeyPath) -> type[BaseModel]:
+    """Return the section at `path` in `kind`, or the last typed section if the path leaves the typed part."""
+    here, value = kind, values
+    for part in path:
+        field = here.model_fields.get(str(part))
+        annotation = field.annotation if field else None
+        candidates = [annotation, *getattr(annotation, "__args__", ())]
+        sections = [item for item in candidates if isinstance(item, type) and issubclass(item, BaseModel)]
+        here = sections[0] if sections else here
+        value = _part_of(value, part)
+        if issubclass(here, Kind) and isinstance(value, str | dict) and part != "kind":
+            try:
+                here = here.class_of(value)
+            except ValueError:  # reported for the key `kind` itself
+                continue
+    return here
 
 
 def _part_of(value: Any, part: int | str) -> Any:
@@ -138,16 +128,17 @@ def _part_of(value: Any, part: int | str) -> Any:
     return value[part] if isinstance(value, list) and isinstance(part, int) and part < len(value) else None
 
 
-def _explain(sections: _Sections, detail: Any, where: str, below: str) -> ConfigError:
+def _explain(kind: type[BaseModel], values: Any, detail: Any, where: str, below: str) -> ConfigError:
     loc = _without_branches(detail["loc"])
     key = ".".join([*([below] if below and loc else []), *map(str, loc)])
     if detail["type"] == "extra_forbidden":
-        hint = _nearest(sections, detail["loc"])
-        return ConfigError(f"unknown key '{key}'", where=where, fix=hint)
+        return ConfigError(f"unknown key '{key}'", where=where, fix=_nearest(kind, values, detail["loc"]))
     if detail["type"] == "missing":
-        return ConfigError(f"'{key}' is missing", where=where, fix=_choices_of(sections.field_at(detail["loc"])))
+        *above, name = detail["loc"]
+        field = _section_at(kind, values, tuple(above)).model_fields.get(str(name))
+        return ConfigError(f"'{key}' is missing", where=where, fix=_choices_of(field))
     if detail["type"] == "model_type":
-        section = sections.at(detail["loc"])
+        section = _section_at(kind, values, detail["loc"])
         required = [name for name, field in section.model_fields.items() if field.is_required()]
         keys = " or ".join(f"{key}.{name}=…" for name in required or section.model_fields)
         return ConfigError(f"'{key}' is a section, and got {redact_text(repr(detail['input']))}", where=where, fix=keys)
@@ -157,16 +148,16 @@ def _explain(sections: _Sections, detail: Any, where: str, below: str) -> Config
     return ConfigError(f"'{key}': {detail['msg']} (got {redact_text(repr(detail['input']))})", where=where)
 
 
-def _nearest(sections: _Sections, path: KeyPath) -> str:
+def _nearest(kind: type[BaseModel], values: Any, path: KeyPath) -> str:
     """Suggest a replacement for an unknown key: a synonym, the same name in another section, or a similar name."""
     name = str(path[-1])
     meant = HINTS.get(name.casefold())
-    if meant is not None and re.split(r"[ ,.:]", meant)[0] in sections.kind.model_fields:
+    if meant is not None and re.split(r"[ ,.:]", meant)[0] in kind.model_fields:
         return f"did you mean {meant}?"
-    elsewhere = sorted(key for key in _keys_of(sections.kind) if key.rpartition(".")[2] == name)
+    elsewhere = sorted(key for key in _keys_of(kind) if key.rpartition(".")[2] == name)
     if elsewhere:
         return "did you mean " + " or ".join(f"'{key}'" for key in elsewhere) + "?"
-    here = sections.at(path[:-1])
+    here = _section_at(kind, values, path[:-1])
     known = [*here.model_fields, *(["kind"] if issubclass(here, Kind) else [])]
     return did_you_mean(name, known) if known else "leave it out: there is nothing to set here"
 

@@ -9,8 +9,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 from typing_extensions import Self
 
-from m3i_scale.config.kinds import Kind
-from m3i_scale.config.sections import MAX_BATCH, MAX_SIDE, FixableError, Section, is_stored
+from m3i_scale.config.sections import MAX_BATCH, MAX_SIDE, FixableError, Kind, Section, is_stored
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 

@@ -37,7 +37,6 @@ class RetentionConfig(Section):
 
     @property
     def max_bytes(self) -> int | None:
-        """Return `max_gib` in bytes, or None if there is no limit."""
         return None if self.max_gib is None else max(1, int(self.max_gib * GIB))
 
 

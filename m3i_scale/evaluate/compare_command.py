@@ -45,7 +45,7 @@ def compare(
 ) -> None:
     """Show what a training has improved and what it has forgotten: compare the frozen features of two models on the
     same samples, with confidence intervals of the differences."""
-    from m3i_scale.config.kinds import import_given
+    from m3i_scale.config.sections import import_given
     from m3i_scale.evaluate.compare import compare as run_comparison
     from m3i_scale.report.html_file import check_page
 

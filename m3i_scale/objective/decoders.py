@@ -13,8 +13,7 @@ from transformers.models.vit.modeling_vit import ViTLayer
 
 from m3i_scale.backbones.base import attend, gather_tokens, split_heads
 from m3i_scale.backbones.families import VisionConfig
-from m3i_scale.config.kinds import Kind
-from m3i_scale.config.sections import MAX_HEADS, MAX_LAYERS, MAX_WIDTH
+from m3i_scale.config.sections import MAX_HEADS, MAX_LAYERS, MAX_WIDTH, Kind
 from m3i_scale.objective.positions import grid_position
 
 

@@ -18,8 +18,7 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from m3i_scale.config.kinds import Kind
-from m3i_scale.config.sections import FixableError
+from m3i_scale.config.sections import FixableError, Kind
 from m3i_scale.objective.diagnostics import Moments
 from m3i_scale.objective.ranks import Ranks, mean_row
 from m3i_scale.objective.schedule import Positive, Scheduled, number

@@ -11,8 +11,7 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from m3i_scale.config.kinds import Kind
-from m3i_scale.config.sections import MAX_ASPECT, MAX_VIEWS
+from m3i_scale.config.sections import MAX_ASPECT, MAX_VIEWS, Kind
 from m3i_scale.objective.positions import patch_coordinates
 
 _BLOCKS = 24

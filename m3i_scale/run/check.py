@@ -26,7 +26,7 @@ from m3i_scale.objective.fit import check_fit
 from m3i_scale.objective.information import Objective
 from m3i_scale.objective.recipe import Recipe, load_run_and_recipe, parse_recipe
 from m3i_scale.objective.teacher import FrozenTeacher
-from m3i_scale.run.callbacks.trackers import trackers_of
+from m3i_scale.run.callbacks.loggers import trackers_of
 from m3i_scale.run.data_checks import DataFacts, check_batch, check_text, find_shards, read_facts
 from m3i_scale.run.resume import check_resume, find_resume
 from m3i_scale.run.setup import ResolvedRun, resolve_engine
@@ -138,9 +138,9 @@ class Checks:
         """Run all checks. Return the resolved run, or None if there are errors."""
         run, before = self.run, len(self.errors.errors)
         recipe = self.collect("recipe", parse_recipe, run.recipe)
-        access, there = None, False
+        access = None
         if self.holds("data") and self.unpacked is None:
-            access, there = find_shards(run, self.errors, self.ranks if self.holds("optim") else None)
+            access = find_shards(run, self.errors, self.ranks if self.holds("optim") else None)
         model = self.collect("backbone", backbone_config, run.backbone)
         self.collect("output_dir", check_output_dir, run.output_dir)
         self.collect("log", trackers_of, run.log)
@@ -153,7 +153,7 @@ class Checks:
         if recipe is not None:
             self._check_without_data(recipe)
             if self.holds("data"):
-                read = read_facts(run, recipe, access, self.errors, there=there, text=self.holds("text"))
+                read = read_facts(run, recipe, access, self.errors, text=self.holds("text"))
                 facts = read if self.unpacked is None else self.unpacked
         run = facts.run
         deepspeed = self._resolve_engine(run, _ANY_WIDTH if model is None else model.hidden_size)
@@ -186,7 +186,6 @@ class Checks:
             self.collect("optim", check_batch, run, recipe, self.ranks)
 
     def _resolve_engine(self, run: RunConfig, width: int) -> ResolvedConfig | None:
-        """Resolve and check the DeepSpeed config."""
         peak = run.hardware.peak_tflops
         deepspeed = self.collect("optim deepspeed", resolve_engine, run, self.ranks, width)
         if not self.holds("optim"):  # its "auto" values are resolved from `optim`
@@ -207,7 +206,6 @@ class Checks:
         return deepspeed
 
     def _check_stages(self, resolved: ResolvedRun) -> None:
-        """Check that the modules can be built, and each stage as if the run consisted of it alone."""
         run = resolved.run
         of_all_stages = run.model_copy(update={"stages": []})
         built = self.errors.collect(

@@ -1,14 +1,20 @@
-"""Validation of a config against its data, and properties read from the data: class lists and tokenizer."""
+"""Validation of a config against its data, properties read from the data (class lists, tokenizer), and data streams.
+Independent of the training engine."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from m3i_scale.backbones.build import backbone_config
 from m3i_scale.config import DatasetConfig, RunConfig, TextConfig
 from m3i_scale.data.categories import shard_categories
+from m3i_scale.data.loader import TrainStream
 from m3i_scale.data.mixing import check_shares, check_weights
+from m3i_scale.data.parts import PartWorkers
 from m3i_scale.data.remote.access import Access, check_access
 from m3i_scale.data.shards import (
     CATEGORIES,
@@ -21,7 +27,10 @@ from m3i_scale.data.shards import (
 )
 from m3i_scale.data.tokenizer import check_ends, find_tokenizer
 from m3i_scale.errors import ConfigError, ErrorCollector
-from m3i_scale.objective.recipe import Recipe
+from m3i_scale.host.output_dir import QUARANTINE, QUARANTINE_VALIDATION, check_output_dir
+from m3i_scale.objective.build import build_on_meta
+from m3i_scale.objective.ranks import Ranks
+from m3i_scale.objective.recipe import Recipe, parse_recipe
 from m3i_scale.text import redact_text, without_secrets
 
 _NAMED = {
@@ -41,6 +50,81 @@ class DataFacts:
     image_counts: list[int] | None = None
     """Number of images per category, if a dataset provides it."""
     tokenizer: PreTrainedTokenizerBase | None = None
+
+
+@dataclass
+class RunWithData:
+    """Run whose recipe, backbone and data have been validated together."""
+
+    run: RunConfig
+    recipe: Recipe
+    label_sets: dict[str, list[str]]
+    tokenizer: PreTrainedTokenizerBase | None
+    image_size: int
+    """Image size of the first stage in pixels."""
+
+    @property
+    def vocab_size(self) -> int | None:
+        return len(self.tokenizer) if self.tokenizer is not None else None
+
+
+def check_with_data(run: RunConfig, world_size: int) -> RunWithData:
+    """Validate a config against its data and the number of ranks, independent of the training engine."""
+    if len(run.stages) > 1:
+        raise ConfigError(
+            f"the run has {len(run.stages)} stages, and a custom loop has one at a time",
+            where="stages",
+            fix="give `run.in_stage(0)`, then `run.in_stage(1)` …, and each stream the state of the one before",
+        )
+    run, errors = run.in_stage(0), ErrorCollector()
+    errors.collect(check_output_dir, run.output_dir)
+    recipe = errors.collect(parse_recipe, run.recipe)
+    access = find_shards(run, errors, world_size)
+    model = errors.collect(backbone_config, run.backbone)
+    facts = DataFacts(run)
+    if recipe is not None:
+        errors.collect(check_text, run, recipe)
+        errors.collect(check_batch, run, recipe, world_size)
+        facts = read_facts(run, recipe, access, errors)
+    errors.raise_any()
+    if recipe is None or model is None:
+        raise RuntimeError("there is no error, and nothing was read")
+    image_size = run.image_size(model.image_size)
+    checked = RunWithData(facts.run, recipe, facts.label_sets, facts.tokenizer, image_size)
+    build_on_meta(checked.run, checked.label_sets, checked.vocab_size)
+    return checked
+
+
+def open_stream(
+    given: RunWithData,
+    ranks: Ranks,
+    workers: PartWorkers | None = None,
+    *,
+    validation: bool = False,
+    pin: Callable[[Tensor], Tensor] | None = None,
+) -> TrainStream:
+    """Open this rank's stream of micro-batches. Validation has no augmentation and starts at the first sample."""
+    run = given.run
+    output_dir = run.output_dir
+    return TrainStream(
+        run.data,
+        run.data.validation if validation else run.data.datasets,
+        views=given.recipe.drawn_views,
+        image_size=given.image_size,
+        micro_batch_size=run.optim.micro_batch_size,
+        world_size=ranks.world_size,
+        rank=ranks.rank,
+        seed=run.seed,
+        tokenizer=given.tokenizer,
+        max_tokens=run.text.max_tokens,
+        label_sets=given.label_sets,
+        cache_dir=output_dir / "index",
+        augment=not validation,
+        quarantine_path=output_dir / (QUARANTINE_VALIDATION if validation else QUARANTINE),
+        reads=given.recipe.reads,
+        workers=workers,
+        pin=pin,
+    )
 
 
 def check_batch(run: RunConfig, recipe: Recipe, world_size: int) -> None:
@@ -67,9 +151,9 @@ def check_text(run: RunConfig, recipe: Recipe) -> None:
         )
 
 
-def find_shards(run: RunConfig, errors: ErrorCollector, ranks: int | None) -> tuple[Access | None, bool]:
-    """Return the access to remote servers, and whether the shards of all datasets exist. Without `ranks`, the shares of
-    the datasets in a micro-batch are not checked."""
+def find_shards(run: RunConfig, errors: ErrorCollector, ranks: int | None) -> Access | None:
+    """Return the access to remote servers, or None unless the shards of all datasets exist. Without `ranks`, the shares
+    of the datasets in a micro-batch are not checked."""
     data, size = run.data, run.optim.micro_batch_size
     if ranks is not None:
         errors.collect(check_shares, data, micro_batch_size=size, world_size=ranks)
@@ -80,21 +164,17 @@ def find_shards(run: RunConfig, errors: ErrorCollector, ranks: int | None) -> tu
         for kind, sources in (("datasets", data.datasets), ("validation", data.validation)):
             for name, source in sources.items():
                 errors.collect(require_shards, source.path, f"data.{kind}.{name}.path", access)
-    return access, len(errors.errors) == before
+    return access if len(errors.errors) == before else None
 
 
 def read_facts(
-    run: RunConfig, recipe: Recipe, access: Access | None, errors: ErrorCollector, *, there: bool, text: bool = True
+    run: RunConfig, recipe: Recipe, access: Access | None, errors: ErrorCollector, *, text: bool = True
 ) -> DataFacts:
-    """Check the datasets against the recipe and read their properties.
-
-    Args:
-        there: whether the shards exist, as returned by `find_shards`.
-        text: whether the `text` section is valid. Otherwise the tokenizer is not read.
-    """
+    """Check the datasets against the recipe and read their properties. `access` is the result of `find_shards`. If the
+    `text` section is not valid (`text`), the tokenizer is not read."""
     facts = DataFacts(run)
-    errors.collect(_check_sources, run, recipe, access, there=there)
-    if access is None or not there:
+    errors.collect(_check_sources, run, recipe, access)
+    if access is None:
         return facts
     file = recipe.labels_file
     if file is not None:
@@ -109,9 +189,9 @@ def read_facts(
     return facts
 
 
-def _check_sources(run: RunConfig, recipe: Recipe, access: Access | None, *, there: bool) -> None:
-    """Validate that dataset settings have an effect, and that every target has a dataset. If the shards do not exist
-    (`there`), files next to them are not checked."""
+def _check_sources(run: RunConfig, recipe: Recipe, access: Access | None) -> None:
+    """Validate that dataset settings have an effect, and that every target has a dataset. Without `access`, files next
+    to the shards are not checked."""
     sources, file = run.data.datasets, recipe.labels_file
     for name, source in sources.items():
         where = f"data.datasets.{name}"
@@ -125,7 +205,7 @@ def _check_sources(run: RunConfig, recipe: Recipe, access: Access | None, *, the
             raise ConfigError("`label_set` has no effect: the recipe predicts no classes", where=where)
         setting = "`labels: false`" if not source.labels else None if source.label_set is None else "`label_set`"
         read = {name: source.model_copy(update={"labels": True})}
-        if setting and there and not read_label_sets(read, access, file or LABELS):
+        if setting and access is not None and not read_label_sets(read, access, file or LABELS):
             raise ConfigError(
                 f"{setting} has no effect: the dataset has no {file}",
                 where=f"{where}: {without_secrets(source.path)}",
@@ -134,7 +214,7 @@ def _check_sources(run: RunConfig, recipe: Recipe, access: Access | None, *, the
     if recipe.reads != "labels" and file is not None:
         for kind, named in (("datasets", sources), ("validation", run.data.validation)):
             for name, source in named.items():
-                _check_class_names(source, f"data.{kind}.{name}", access, file, there=there)
+                _check_class_names(source, f"data.{kind}.{name}", access, file)
     if recipe.uses_text and sources and all(source.captions == "none" for source in sources.values()):
         raise ConfigError(
             "the recipe has a text target, and every dataset has `captions: none`",
@@ -151,18 +231,20 @@ def _check_sources(run: RunConfig, recipe: Recipe, access: Access | None, *, the
             )
 
 
-def _check_class_names(source: DatasetConfig, where: str, access: Access | None, file: str, *, there: bool) -> None:
+def _check_class_names(source: DatasetConfig, where: str, access: Access | None, file: str) -> None:
     """Validate that a file next to the shards names the classes of the masks or boxes."""
     what, fix = _NAMED[file]
     if not source.labels:
         raise ConfigError(f"`labels: false` leaves {file} unread, and {what} need it", where=where)
-    if there and not read_label_sets({"source": source}, access, file):
+    if access is None:
+        return
+    if not read_label_sets({"source": source}, access, file):
         raise ConfigError(
             f"the dataset has no {file}, which names the classes of its {what}",
             where=f"{where}: {without_secrets(source.path)}",
             fix=fix,
         )
-    if there and file == CATEGORIES:
+    if file == CATEGORIES:
         shard_categories(shard_folder(source.path), f"{where}: ", access)
 
 

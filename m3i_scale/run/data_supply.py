@@ -106,7 +106,6 @@ class DeviceCopies:
         self._stream = None if accelerator.Stream is None else accelerator.Stream()
 
     def __call__(self, batch: Batch) -> Batch:
-        """Return the batch on the accelerator, ready for the current stream."""
         accelerator = get_accelerator()
         with accelerator.stream(self._stream):
             copy = batch.to(accelerator.current_device_name())

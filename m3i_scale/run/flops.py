@@ -75,12 +75,8 @@ def count_work(resolved: ResolvedRun) -> Work:
     """Count the FLOPs per step and determine the peak FLOP/s for MFU, identically on every rank."""
     given, dtype = resolved.run.hardware.peak_tflops, compute_dtype(resolved.deepspeed.config)
     peak = measured_peak(dtype) if given is None else named_peak(given, dtype)
-    return Work(flop_of(resolved), resolved.run.text.max_tokens, peak)
-
-
-def flop_of(resolved: ResolvedRun) -> dict[str, float]:
-    """Return the FLOPs per step of a stage, as computed by `step_flop`."""
-    return step_flop(resolved.run, resolved.label_sets, resolved.vocab_size)
+    flop = step_flop(resolved.run, resolved.label_sets, resolved.vocab_size)
+    return Work(flop, resolved.run.text.max_tokens, peak)
 
 
 def _count_parts(objective: Objective, batch: Batch) -> dict[str, float]:

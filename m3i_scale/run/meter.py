@@ -6,7 +6,7 @@ import contextlib
 import resource
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -87,8 +87,6 @@ class StepTimes:
 
 
 class _Sums:
-    """Running sums of metrics by name."""
-
     def __init__(self) -> None:
         self._totals: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
@@ -110,16 +108,14 @@ class Meter:
     """Running means of one rank. Metrics stay on the device until a step is logged, so that steps do not
     synchronize."""
 
-    def __init__(self, objective: Objective, total_steps: int, batch_size: int, work: Work | None = None) -> None:
+    def __init__(self, objective: Objective, batch_size: int, work: Work) -> None:
         self.objective = objective
         self.work = work
-        """None: do not report MFU."""
         self.step_times = StepTimes()
-        self.total_steps, self.batch_size = total_steps, batch_size
+        self.batch_size = batch_size
         self.reset()
 
     def reset(self) -> None:
-        """Discard everything since the last record."""
         self._good, self._left_out = _Sums(), _Sums()
         self._figures: list[tuple[str, Tensor]] = []
         self.gradients: list[tuple[str, Tensor]] = []
@@ -140,7 +136,6 @@ class Meter:
         self._caption_tokens += caption_tokens
 
     def add_wait(self, data_wait_s: float) -> None:
-        """Add seconds that this rank waited for data."""
         self._data_wait_s += data_wait_s
 
     def add_gradients(self, scale: float) -> None:
@@ -161,45 +156,39 @@ class Meter:
         self._steps += 1
         self.step_times.end_step()
 
-    def record(self, *, step: int, world_size: int, quarantined: int, **same: Any) -> StepRecord:
+    def record(self, same: Mapping[str, float | None], *, step: int, world_size: int, quarantined: int) -> StepRecord:
         """Return the means since the last record over all ranks, without `HostFigures`. Every rank must call it. `same`
-        are fields of the record that are the same on every rank."""
+        are further metrics, the same on every rank; those that are None are left out."""
         of_rank = self._good.means() or self._left_out.means()
         steps = max(self._steps, 1)
-        step_s = (time.perf_counter() - self._started) / steps
         counts = {
             "tokens": self._tokens / steps,
             "quarantined": float(quarantined),
             "captions": self._caption_tokens / max(self._micro_batches, 1),
         }
         means, shares, sums = _means_over_ranks(of_rank, self.step_times.shares(), counts)
+        step_s = (time.perf_counter() - self._started) / steps
         peaks = max_over_ranks({"memory": _memory_gib(), "wait": self._data_wait_s / steps, "step_s": step_s})
-        flop_per_s = mfu = None
-        if self.work is not None:
-            flop_per_s = self.work.step_flop(sums["captions"]) / peaks["step_s"]
-            share = flop_per_s / (self.work.peak.tflops * 1e12 * world_size)
-            mfu = share if share <= 1 else None
-        record = StepRecord(
-            step=step,
-            total_steps=self.total_steps,
-            samples=step * self.batch_size,
-            loss=means["loss"],
-            groups={target.name: {} for target in self.objective.recipe.targets},
-            information=0.0,
-            health={},
-            step_s=peaks["step_s"],
-            data_wait_s=peaks["wait"],
-            samples_per_s=self.batch_size / peaks["step_s"],
-            tokens_per_s=sums["tokens"] * world_size / peaks["step_s"],
-            quarantined=round(sums["quarantined"] * world_size),
-            memory_gib=peaks["memory"],
-            times_s={name: share * peaks["step_s"] for name, share in shares.items()},
-            flop_per_s=flop_per_s,
-            mfu=mfu,
-            **same,
-        )
+        step_s = peaks["step_s"]
+        figures = {"loss": means["loss"], **{name: value for name, value in same.items() if value is not None}}
+        figures |= {
+            "samples": step * self.batch_size,
+            "quarantined": round(sums["quarantined"] * world_size),
+            "time/step": step_s,
+            "time/data_wait": peaks["wait"],
+            "time/data_wait_share": peaks["wait"] / step_s,
+            "throughput/samples_per_s": self.batch_size / step_s,
+            "throughput/tokens_per_s": sums["tokens"] * world_size / step_s,
+            "memory_gib": peaks["memory"],
+        }
+        figures |= {f"time/{name}": share * step_s for name, share in shares.items()}
+        figures["perf/flops_per_s"] = self.work.step_flop(sums["captions"]) / step_s
+        mfu = figures["perf/flops_per_s"] / (self.work.peak.tflops * 1e12 * world_size)
+        if mfu <= 1:  # otherwise the peak is wrong
+            figures["perf/mfu"] = mfu
         self.reset()
-        return record.with_figures(means)
+        targets = tuple(target.name for target in self.objective.recipe.targets)
+        return StepRecord(step, targets, figures).with_figures(means)
 
 
 def _means_over_ranks(*parts: dict[str, float]) -> list[dict[str, float]]:

@@ -25,17 +25,6 @@ _SHOWN_CHANGES = 5
 def find_resume(run: RunConfig, *, contents: bool = True) -> tuple[Path | None, list[str]]:
     """Return the checkpoint to resume from, and notes on checkpoints that were skipped as invalid. `contents` verifies
     every byte of the checkpoint, so only use it on one rank; for False, see `verify`."""
-    checkpoint, notes = _find_resume(run, contents)
-    if checkpoint is None and run.data.changed_datasets:
-        raise ConfigError(
-            "data.changed_datasets has no effect: the run starts from step 0",
-            where="data.changed_datasets",
-            fix="remove it; to resume from another run, name its checkpoint in checkpoint.resume",
-        )
-    return checkpoint, notes
-
-
-def _find_resume(run: RunConfig, contents: bool) -> tuple[Path | None, list[str]]:
     root = run.output_dir / "checkpoints"
     if run.checkpoint.resume not in ("auto", "never"):
         named = Path(run.checkpoint.resume)
@@ -65,6 +54,12 @@ def _find_resume(run: RunConfig, contents: bool) -> tuple[Path | None, list[str]
             "there are checkpoints, and none of them is good",
             where="; ".join(notes),
             fix="move them away to start from step 0",
+        )
+    if newest is None and run.data.changed_datasets:
+        raise ConfigError(
+            "data.changed_datasets has no effect: the run starts from step 0",
+            where="data.changed_datasets",
+            fix="remove it; to resume from another run, name its checkpoint in checkpoint.resume",
         )
     return newest, notes
 

@@ -1,4 +1,5 @@
-"""Setup of a run: batch size and engine config, data streams, and an engine with initialized weights."""
+"""Setup of a run: batch size and engine config, data streams, and an engine with initialized weights, whose pretrained
+ones are reported."""
 
 from __future__ import annotations
 
@@ -9,9 +10,12 @@ from typing import Any, cast
 
 import torch
 import yaml
+from rich.table import Table
+from rich.text import Text
 
 from m3i_scale.backbones.build import backbone_config, backbone_source
 from m3i_scale.backbones.load_plan import LoadPlan, plan_load
+from m3i_scale.checkpoint.commit import explain
 from m3i_scale.config import RunConfig
 from m3i_scale.data.loader import TrainStream
 from m3i_scale.data.parts import PartWorkers
@@ -26,13 +30,16 @@ from m3i_scale.engine.device import allow_tf32, compute_dtype, pinning
 from m3i_scale.engine.engine import build_engine, stream_into
 from m3i_scale.engine.partition import initialize_sharded, keep_in_checkpoints, order_gathers
 from m3i_scale.errors import ConfigError
-from m3i_scale.files import sha256_of_json
+from m3i_scale.files import sha256_of_json, write_json
 from m3i_scale.objective.build import build_objective, ema_pairs, initialize_module, scales_of
 from m3i_scale.objective.information import EMA_PREFIX, TEACHERS_PREFIX, Objective
 from m3i_scale.objective.ranks import ProcessGroupRanks
 from m3i_scale.objective.recipe import without_folders
 from m3i_scale.objective.teacher import Teacher, teachers_sha256
-from m3i_scale.run.with_data import RunWithData, open_stream
+from m3i_scale.output import wide_console
+from m3i_scale.run.data_checks import RunWithData, open_stream
+
+START = "start.json"
 
 
 @dataclass
@@ -123,13 +130,10 @@ def open_data(
     return stream, open_together(lambda: open_stream(resolved, ranks, of_validation, validation=True, pin=pinning()))
 
 
-ReportStart = Callable[[dict[str, Any]], None]
-
-
 def start_engine(
     resolved: ResolvedRun,
     ranks: ProcessGroupRanks,
-    report_start: ReportStart = lambda report: None,
+    report_start: Callable[[dict[str, Any]], None] = lambda report: None,
     *,
     reads_source: bool = True,
 ) -> tuple[Any, ShardedEma | None]:
@@ -166,7 +170,9 @@ def _build(resolved: ResolvedRun, ranks: ProcessGroupRanks) -> Objective:
     return objective
 
 
-def _prepare(module: Objective, run: RunConfig, report_start: ReportStart, reads_source: bool) -> None:
+def _prepare(
+    module: Objective, run: RunConfig, report_start: Callable[[dict[str, Any]], None], reads_source: bool
+) -> None:
     initialize_sharded(module, initialize_module, seed=run.seed, skip=(EMA_PREFIX, TEACHERS_PREFIX))
     if run.backbone.from_pretrained is not None and reads_source:
         plans: list[LoadPlan] = []
@@ -182,6 +188,30 @@ def _prepare(module: Objective, run: RunConfig, report_start: ReportStart, reads
         stream_into(module, f"{TEACHERS_PREFIX}{name}.{frozen.prefix}", frozen.plan)
     if run.backbone.compiles:
         compile_layers(module, run.backbone.activation_checkpointing)
+
+
+def print_start(report: dict[str, Any], run: RunConfig) -> None:
+    """Print the load result of the pretrained weights, and save it, with the names of all tensors, in the run's
+    folder."""
+    rows = [
+        ("start from", f"{report['source']} ({report['kind']}, files: {len(report['files'])})"),
+        ("loaded", f"{report['loaded']} tensors, {report['parameters']:,} parameters"),
+    ]
+    rows += [
+        ("resized", f"{name}: {tuple(how['from'])} → {tuple(how['to'])}") for name, how in report["resized"].items()
+    ]
+    rows += [("zero", f"{len(names)} × {reason}") for reason, names in report["zeros"].items()]
+    rows += [("left out", f"{len(names)} × {reason}, e.g. {names[0]}") for reason, names in report["left_out"].items()]
+    rows += [("fresh", name) for name in report["fresh"]]
+    rows += [("assumed", f"{name} = {why}") for name, why in report["assumed"].items()]
+    table = Table(box=None, show_header=False)
+    for topic, text in rows:
+        table.add_row(Text(topic, style="bold"), Text(text))
+    wide_console(stderr=True, soft_wrap=True).print(table)
+    try:
+        write_json(run.output_dir / START, report)
+    except OSError as error:
+        raise explain(error, run.output_dir / "checkpoints") from None
 
 
 def run_yaml(run: RunConfig) -> str:

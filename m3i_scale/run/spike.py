@@ -12,7 +12,7 @@ import json
 import math
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -24,7 +24,6 @@ from m3i_scale.config import RunConfig, SpikeConfig
 from m3i_scale.engine.agree import from_rank_0, gather_objects
 from m3i_scale.errors import CheckpointError, ConfigError
 from m3i_scale.files import write_json
-from m3i_scale.run.callbacks import Rewind
 
 MAD_TO_DEVIATION = 1.4826
 """Standard deviation of a normal distribution per median absolute deviation."""
@@ -139,12 +138,9 @@ class Rewinds:
         """Read the file. Every rank must call it. If the run `starts_from_0`, delete the rollbacks of an earlier run in
         this folder."""
         self._root, self._path = output_dir / "checkpoints", output_dir / REWINDS
-        self._entries: list[dict[str, Any]] = from_rank_0(lambda: self._first(starts_from_0))
-
-    def _first(self, starts_from_0: bool) -> list[dict[str, Any]]:
         if starts_from_0:
-            self._path.unlink(missing_ok=True)
-        return read_rewinds(self._path)
+            from_rank_0(lambda: self._path.unlink(missing_ok=True))
+        self._entries: list[dict[str, Any]] = from_rank_0(lambda: read_rewinds(self._path))
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -159,7 +155,7 @@ class Rewinds:
 
     def begin(
         self, spike: Spike, data_state: dict[str, Any], *, batch_size: int, most: int
-    ) -> tuple[Path, Rewind] | None:
+    ) -> tuple[Path, dict[str, Any]] | None:
         """Select the checkpoint to roll back to, record the rollback, and delete later checkpoints. Return None if
         there is no valid checkpoint before the spike. Every rank must call it.
 
@@ -170,17 +166,17 @@ class Rewinds:
         if checkpoint is None:
             return None
         to = step_of(checkpoint) or 0
-        rewind = Rewind(
-            rewound_from=spike.step,
-            rewound_to=to,
-            skipped_samples=(spike.step - to) * batch_size,
-            spike_since=spike.since,
-            loss=spike.loss,
-            limit=spike.limit,
-            number=len(self) + 1,
-            most=most,
-        )
-        self._entries.append({**asdict(rewind), "data": gather_objects(data_state)})
+        rewind = {
+            "rewound_from": spike.step,
+            "rewound_to": to,
+            "skipped_samples": (spike.step - to) * batch_size,
+            "spike_since": spike.since,
+            "loss": spike.loss,
+            "limit": spike.limit,
+            "number": len(self) + 1,
+            "most": most,
+        }
+        self._entries.append({**rewind, "data": gather_objects(data_state)})
         from_rank_0(self._note)
         return checkpoint, rewind
 

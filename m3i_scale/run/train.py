@@ -15,12 +15,14 @@ from deepspeed.accelerator import get_accelerator
 from m3i_scale.checkpoint.commit import explain, sweep
 from m3i_scale.checkpoint.layout import stopped_words
 from m3i_scale.config import RunConfig
+from m3i_scale.data.loader import TrainStream
 from m3i_scale.data.parts import PartWorkers, started_workers
+from m3i_scale.engine.activations import describe_activations
 from m3i_scale.engine.agree import from_rank_0, together
 from m3i_scale.engine.deepspeed.resolve import explain_table
 from m3i_scale.engine.deepspeed.rules import precision
 from m3i_scale.engine.device import compute_deterministically, nondeterminism_explained
-from m3i_scale.engine.engine import awaited_optimizer
+from m3i_scale.engine.engine import awaited_optimizer, set_micro_batch_size
 from m3i_scale.engine.process_group import check_shared, start_ranks, stop_ranks
 from m3i_scale.errors import UserError
 from m3i_scale.files import atomic_write, write_json
@@ -30,11 +32,17 @@ from m3i_scale.host.rank_record import Heartbeat, recorded
 from m3i_scale.objective.ranks import ProcessGroupRanks
 from m3i_scale.output import wide_console
 from m3i_scale.rank_variables import ranks_on_host
-from m3i_scale.run.callbacks import Callback
-from m3i_scale.run.callbacks.metrics import MetricsWriter
-from m3i_scale.run.callbacks.trackers import trackers_of
+from m3i_scale.run.callbacks import Callback, CallbackList
+from m3i_scale.run.callbacks.loggers import MetricsWriter, trackers_of
 from m3i_scale.run.check import resolve_run, stage_lines
-from m3i_scale.run.hooks import MakeHook
+from m3i_scale.run.data_supply import check_sources_last
+from m3i_scale.run.flops import count_work
+from m3i_scale.run.hooks import Garbage, Hook, MakeHook, Preemption, Timeouts, TrainState
+from m3i_scale.run.hooks.checkpointing import Checkpointing, Rewinding
+from m3i_scale.run.hooks.evaluation import Evaluation
+from m3i_scale.run.hooks.guard import Guard
+from m3i_scale.run.hooks.metrics import Metrics
+from m3i_scale.run.meter import Meter
 from m3i_scale.run.preflight import (
     check_before_joining,
     check_distinct_cards,
@@ -44,10 +52,9 @@ from m3i_scale.run.preflight import (
 )
 from m3i_scale.run.resume import check_resume, find_resume
 from m3i_scale.run.run_warnings import run_warnings
-from m3i_scale.run.setup import ResolvedRun, open_data, run_yaml
-from m3i_scale.run.spike import finish_rewind
-from m3i_scale.run.start import start_trainer
-from m3i_scale.run.trainer import Status
+from m3i_scale.run.setup import ResolvedRun, open_data, print_start, run_yaml, start_engine
+from m3i_scale.run.spike import Rewinds, finish_rewind
+from m3i_scale.run.trainer import Status, Trainer
 
 _CONSOLE = wide_console(stderr=True, soft_wrap=True)
 
@@ -166,6 +173,60 @@ def train(
         )
         with nondeterminism_explained():
             return trainer.fit()
+
+
+def start_trainer(
+    resolved: ResolvedRun,
+    ranks: ProcessGroupRanks,
+    callbacks: Sequence[Callback] = (),
+    resume_from: Path | None = None,
+    stream: TrainStream | None = None,
+    validation: TrainStream | None = None,
+    tell: Callable[[str], None] = lambda text: None,
+    heartbeat: Heartbeat | None = None,
+    make_hooks: Sequence[MakeHook] = (),
+) -> Trainer:
+    """Build the engine and the hooks of a run. Opens its data if no stream is passed (see `open_data`). Every rank must
+    call it. `callbacks` and `tell` are only used on rank 0."""
+    run = resolved.run
+    heartbeat = heartbeat or Heartbeat(None)
+    if ranks.rank != 0:
+        callbacks, tell = [], lambda text: None
+    stages = [resolved.in_stage(number) for number in range(max(len(run.stages), 1))]
+    if stream is None:
+        stream, validation = open_data(stages[0], ranks)
+    if validation is None and run.evaluation.every_steps:
+        raise ValueError("evaluation.every_steps is set, and no validation stream is given")
+    if (note := check_sources_last(stream, run.optim.batch_size, run.optim.steps)) is not None:
+        tell(note)
+    engine, ema = start_engine(
+        resolved, ranks, lambda report: print_start(report, run), reads_source=resume_from is None
+    )
+    set_micro_batch_size(engine, stages[0].run.optim.micro_batch_size)
+    policy, compiled = run.backbone.activation_checkpointing, run.backbone.compiles
+    tell(describe_activations(engine.module, policy, compiled=compiled))
+    meter = Meter(engine.module, run.optim.batch_size, count_work(stages[0]))
+    engine.module.span = meter.step_times.span
+    # The engine calls this name for the gradient reduction that remains after the backward pass.
+    engine.allreduce_gradients = meter.step_times.span("reduce")(engine.allreduce_gradients)
+    timeouts = Timeouts(run.timeouts, meter.step_times, heartbeat)
+    state = TrainState(resolved, stages[0], ranks, engine, ema, stream, CallbackList(callbacks), tell, timeouts)
+    rewinds = Rewinds(run.output_dir, starts_from_0=resume_from is None)
+    guard = Guard(state, lambda: meter.gradients)
+    preemption = Preemption(state, run.output_dir if ranks.rank == 0 else None)
+    checkpointing = Checkpointing(state, resume_from, guard, rewinds)
+    # The guard must judge a step before its record is written, and undone steps must not be evaluated.
+    hooks: list[Hook] = [
+        Garbage(),
+        preemption,
+        guard,
+        Metrics(state, meter, guard),
+        Rewinding(state, guard, checkpointing, rewinds),
+        *([Evaluation(state, validation)] if validation is not None else []),
+        *filter(None, (make(state, validation) for make in make_hooks)),
+        checkpointing,
+    ]
+    return Trainer(state, stages, meter, validation, heartbeat, hooks, preemption, checkpointing)
 
 
 def _lock(run: RunConfig, stack: contextlib.ExitStack) -> None:

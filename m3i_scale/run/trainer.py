@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -19,42 +19,37 @@ from m3i_scale.engine.device import device_name
 from m3i_scale.engine.engine import set_micro_batch_size, spread_nonfinite, take_step, undone_if_skipped
 from m3i_scale.errors import UserError
 from m3i_scale.host.rank_record import Heartbeat
-from m3i_scale.run.callbacks import RunInfo, StageInfo
+from m3i_scale.run import flops
+from m3i_scale.run.callbacks import RunInfo
 from m3i_scale.run.check import stage_lines
 from m3i_scale.run.data_supply import DeviceCopies, Fetcher, StepBatches, stop_if_bad
-from m3i_scale.run.flops import Work, flop_of
-from m3i_scale.run.hooks import Hook, MicroBatchResult, TrainState
+from m3i_scale.run.hooks import Hook, MicroBatchResult, Preemption, TrainState, give_back_collector
 from m3i_scale.run.hooks.checkpointing import Checkpointing
 from m3i_scale.run.hooks.metrics import gradient_scale
-from m3i_scale.run.hooks.process import Preemption, give_back_collector
 from m3i_scale.run.meter import Meter
 from m3i_scale.run.setup import ResolvedRun
 
 Status = Literal["finished", "preempted"]
 
 
+@dataclass
 class Trainer:
-    """Training loop of one run on one rank, from the latest valid checkpoint to the last step or to a stop signal."""
+    """Training loop of one run on one rank, from the latest valid checkpoint to the last step or to a stop signal. See
+    `start_trainer`."""
 
-    def __init__(
-        self,
-        state: TrainState,
-        stages: Sequence[ResolvedRun],
-        work: Work,
-        meter: Meter,
-        validation: TrainStream | None,
-        heartbeat: Heartbeat,
-        hooks: list[Hook],
-        preemption: Preemption,
-        checkpointing: Checkpointing,
-    ) -> None:
-        """Take the parts that `start_trainer` builds. `stages` are the run with the settings of each stage. `hooks`
-        include `preemption` and `checkpointing`."""
-        self.run, self.state, self.stages = state.resolved.run, state, stages
-        self.work, self.meter = work, meter
-        self.validation, self.heartbeat, self.hooks = validation, heartbeat, hooks
-        self.preemption, self.checkpointing = preemption, checkpointing
-        self.step_times = meter.step_times
+    state: TrainState
+    stages: Sequence[ResolvedRun]
+    """The run with the settings of each stage."""
+    meter: Meter
+    validation: TrainStream | None
+    heartbeat: Heartbeat
+    hooks: list[Hook]
+    """They include the next two."""
+    preemption: Preemption
+    checkpointing: Checkpointing
+
+    def __post_init__(self) -> None:
+        self.run, self.step_times = self.state.resolved.run, self.meter.step_times
         self.fetcher, self.copy = Fetcher(iter(())), DeviceCopies()
 
     def fit(self) -> Status:
@@ -81,21 +76,17 @@ class Trainer:
         return status
 
     def _run_info(self) -> RunInfo:
-        run, state, work = self.run, self.state, self.work
-        return RunInfo(
-            run.name,
-            run.output_dir,
-            run.optim.steps,
-            state.step,
-            state.ranks.world_size,
-            run.model_dump(mode="json"),
-            flop_per_step=work.flop["model"],
-            peak_tflops=work.peak.tflops,
-            peak_source=work.peak.source,
-            data_sheet_tflops=work.peak.data_sheet_tflops,
-            device=device_name(),
-            micro_batch_size=state.stage.run.optim.micro_batch_size,
-        )
+        run, state, work = self.run, self.state, self.meter.work
+        facts = {
+            "flop_per_step": work.flop["model"],
+            "peak_tflops": work.peak.tflops,
+            "peak_source": work.peak.source,
+            "data_sheet_tflops": work.peak.data_sheet_tflops,
+            "device": device_name(),
+            "micro_batch_size": state.stage.run.optim.micro_batch_size,
+        }
+        config = run.model_dump(mode="json")
+        return RunInfo(run.name, run.output_dir, run.optim.steps, state.step, state.ranks.world_size, config, facts)
 
     def _loop(self) -> None:
         state = self.state
@@ -140,7 +131,8 @@ class Trainer:
                 stream.resize(stage.image_size, size)
             state.stage = stage
             set_micro_batch_size(state.engine, size)
-            self.meter.work = self.work = replace(self.work, flop=flop_of(stage))
+            flop = flops.step_flop(stage.run, stage.label_sets, stage.vocab_size)
+            self.meter.work = replace(self.meter.work, flop=flop)
         state.timeouts.begin_stage()
         self.meter.reset()
 
@@ -153,10 +145,12 @@ class Trainer:
             for hook in self.hooks:
                 hook.on_stage()
             state.tell(stage_lines(self.run)[self.run.stage_at(state.step)])
-        micro_batch_size = state.stage.run.optim.micro_batch_size
-        state.callbacks.on_stage(
-            StageInfo(state.step, state.stage.image_size, micro_batch_size, self.work.flop["model"])
-        )
+        stage = {
+            "image_size": state.stage.image_size,
+            "micro_batch_size": state.stage.run.optim.micro_batch_size,
+            "flop_per_step": self.meter.work.flop["model"],
+        }
+        state.callbacks.on_stage(state.step, stage)
 
     def _data_ended(self, batches: StepBatches) -> bool:
         """Return whether the data is exhausted, and log it if so."""

@@ -6,7 +6,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from m3i_scale.config import RunConfig
-from m3i_scale.config.kinds import Kind
+from m3i_scale.config.sections import Kind
 from m3i_scale.errors import ConfigError
 from m3i_scale.tasks.base import Task
 

@@ -12,8 +12,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
-from m3i_scale.config.kinds import Kind
-from m3i_scale.config.sections import MAX_WIDTH, Section
+from m3i_scale.config.sections import MAX_WIDTH, Kind, Section
 
 TARGETS = {  # modules of the targets that only a task has, by kind
     "segmentation": "m3i_scale.tasks.segmentation.segmentation_target",

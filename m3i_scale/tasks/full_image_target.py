@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import ClassVar, Literal
 
-from m3i_scale.config.kinds import Kind
+from m3i_scale.config.sections import Kind
 from m3i_scale.objective.regularizers import OtherCandidates
 from m3i_scale.objective.targets.base import Parts, Target
 from m3i_scale.objective.targets.category import BoltzmannClasses

@@ -17,9 +17,8 @@ from m3i_scale.data.stream import Account
 from m3i_scale.engine.engine import spread_nonfinite, take_step, undone_if_skipped
 from m3i_scale.errors import UserError
 from m3i_scale.run.data_supply import Fetcher
-from m3i_scale.run.hooks import MicroBatchResult
+from m3i_scale.run.hooks import MicroBatchResult, Preemption
 from m3i_scale.run.hooks.guard import Guard
-from m3i_scale.run.hooks.process import Preemption
 from m3i_scale.run.setup import start_engine
 from m3i_scale.run.trainer import Trainer
 

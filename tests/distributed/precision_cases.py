@@ -13,8 +13,10 @@ from torch import Tensor
 
 from m3i_scale.checkpoint.load import load_checkpoint
 from m3i_scale.checkpoint.saver import Saver
+from m3i_scale.engine.device import Peak
 from m3i_scale.engine.engine import loss_scale, take_step, undone_if_skipped
 from m3i_scale.objective.build import build_objective
+from m3i_scale.run.flops import Work
 from m3i_scale.run.meter import Meter
 from m3i_scale.run.setup import start_engine
 
@@ -48,7 +50,7 @@ class PrecisionCases(RankParts):
                 "zero_optimization"
             ]
         engine, momentum = start_engine(plan, self.ranks)
-        meter = Meter(engine.module, 100, GLOBAL_BATCH)
+        meter = Meter(engine.module, GLOBAL_BATCH, Work({}, 1, Peak(1.0, "given")))
 
         def kept() -> dict[str, Tensor]:
             values = {k: self._master(p).clone() for k, p in engine.module.named_parameters() if p.requires_grad}

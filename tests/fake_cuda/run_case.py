@@ -25,7 +25,7 @@ from m3i_scale.objective.recipe import parse_recipe
 from m3i_scale.run import flops
 from m3i_scale.run.setup import ResolvedRun
 from m3i_scale.run.spike import Spike
-from m3i_scale.run.start import start_trainer
+from m3i_scale.run.train import start_trainer
 from m3i_scale.run.trainer import Trainer
 
 MICRO_BATCH = 4

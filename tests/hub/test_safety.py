@@ -13,7 +13,7 @@ from m3i_scale.errors import ExportError
 from m3i_scale.export import tensors as tensors_module
 from m3i_scale.export.export import export
 from m3i_scale.run.callbacks import RunInfo, StepRecord
-from m3i_scale.run.callbacks.metrics import MetricsWriter
+from m3i_scale.run.callbacks.loggers import MetricsWriter
 from m3i_scale.text import redact
 
 TOKEN = "hf_abcdefghijklmnopqrstuvwxyz"
@@ -96,27 +96,9 @@ def test_masks():
 def write_metrics(folder, *, world_size, start, steps, device=None):
     """As a run does it: seconds of a step by the step of the record."""
     writer = MetricsWriter()
-    writer.on_start(RunInfo("tiny", folder, 12, start, world_size, {}, flop_per_step=2e12, device=device))
+    writer.on_start(RunInfo("tiny", folder, 12, start, world_size, {}, {"flop_per_step": 2e12, "device": device}))
     for step, step_s in steps.items():
-        record = StepRecord(
-            step=step,
-            total_steps=12,
-            samples=step,
-            loss=1.0,
-            lr=0.1,
-            grad_norm=None,
-            groups={},
-            information=0.0,
-            health={},
-            ema_decay=None,
-            step_s=step_s,
-            data_wait_s=0.0,
-            samples_per_s=1.0,
-            tokens_per_s=1.0,
-            quarantined=0,
-            memory_gib=1.0,
-        )
-        writer.on_step(record)
+        writer.on_step(StepRecord(step, (), {"samples": step, "time/step": step_s}))
     writer.on_end("finished")
 
 

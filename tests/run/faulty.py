@@ -26,8 +26,8 @@ from m3i_scale.checkpoint.tensors import SavedTensors
 from m3i_scale.data.loader import TrainStream
 from m3i_scale.errors import DataError, UserError
 from m3i_scale.objective.information import Objective
-from m3i_scale.run.callbacks.metrics import MetricsWriter
-from m3i_scale.run.hooks.process import Preemption
+from m3i_scale.run.callbacks.loggers import MetricsWriter
+from m3i_scale.run.hooks import Preemption
 from m3i_scale.run.trainer import Trainer
 
 WORLD, AT_A_TIME = 2, 2

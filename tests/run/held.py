@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from m3i_scale.__main__ import run
-from m3i_scale.run.hooks import process
+from m3i_scale.run import hooks
 from m3i_scale.run.trainer import Trainer
 
 HELD_AT = 6
@@ -27,7 +27,7 @@ def install(go: Path) -> None:
             ends = time.monotonic() + LIMIT_S
             while not go.exists() and time.monotonic() < ends:
                 time.sleep(0.01)
-            time.sleep(process._CHECK_S)  # what was asked before is seen in this step, and not after the last one
+            time.sleep(hooks._CHECK_S)  # what was asked before is seen in this step, and not after the last one
         return next_batch(trainer)
 
     Trainer._next_batch = held

@@ -17,7 +17,7 @@ from tiny import DINOV2, DINOV3, MAPS
 from torch import nn
 
 from m3i_scale.config import RunConfig, Section, parse_section, run_values
-from m3i_scale.config.kinds import Kind
+from m3i_scale.config.sections import Kind
 from m3i_scale.errors import ConfigError
 from m3i_scale.objective.recipe import Recipe, load_run_and_recipe
 from m3i_scale.run.check import errors_of

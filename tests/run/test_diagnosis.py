@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Mapping
+from typing import Any
 
 import pytest
 import torch
-from callback_records import record
+from callback_records import WORK, record
 from tiny import random_batch, tiny_objective
 
 from m3i_scale.run.callbacks import StepRecord
@@ -17,10 +18,10 @@ EVERY = 5
 """Steps between two records in these trainings."""
 
 
-def healthy(step: int, **changes: object) -> StepRecord:
+def healthy(step: int, changes: Mapping[str, float | None] | None = None, **parts: Any) -> StepRecord:
     groups = {"text": {"loss": 1.5, "grad_norm": 0.02}, "intra": {"loss": 2.0, "grad_norm": 0.01}}
     health = {"dense_std": 0.5, "pooled_std": 0.4, "text_spread": 0.6, "text_scale": 14.0, "intra_spread": 0.7}
-    return replace(record(step, groups=groups, health=health), **changes)
+    return record(step, changes, **{"groups": groups, "health": health, **parts})
 
 
 def named(records: list[StepRecord]) -> list[list[RunWarning]]:
@@ -41,7 +42,11 @@ FAULTS = {
         "it dominates the gradient",
     ),
     "absent": ({"groups": {"text": {"count": 0.0}, "intra": {"count": 64.0}}}, "text", "no sample has its target"),
-    "peak": ({"flop_per_s": 1e12, "mfu": None}, "speed", "the peak that MFU is a share of is wrong"),
+    "peak": (
+        {"changes": {"perf/flops_per_s": 1e12, "perf/mfu": None}},
+        "speed",
+        "the peak that MFU is a share of is wrong",
+    ),
 }
 
 
@@ -74,7 +79,7 @@ def test_a_healthy_run_and_a_short_fault_are_not_named() -> None:
 def run(objective: torch.nn.Module, steps: int, lr: float) -> list[tuple[int, RunWarning]]:
     """Train for real, look at the real records."""
     optimizer = torch.optim.AdamW([p for p in objective.parameters() if p.requires_grad], lr=lr)
-    meter, diagnosis, found = Meter(objective, steps, 8), Diagnosis(), []
+    meter, diagnosis, found = Meter(objective, 8, WORK), Diagnosis(), []
     for step in range(1, steps + 1):
         objective.measure_health = step % EVERY == 0
         batch = random_batch(8, seed=step % 4)
@@ -86,7 +91,7 @@ def run(objective: torch.nn.Module, steps: int, lr: float) -> list[tuple[int, Ru
         meter.add_gradients(1.0)
         meter.end_step()
         if objective.measure_health:
-            told = meter.record(step=step, lr=lr, grad_norm=None, ema_decay=None, quarantined=0, world_size=1)
+            told = meter.record({}, step=step, quarantined=0, world_size=1)
             told = told.with_figures(objective.host_figures.copy()())
             found += [(step, fault) for fault in diagnosis.check(told)]
     return found

@@ -10,7 +10,7 @@ from unittest.mock import MagicMock
 import pytest
 
 from m3i_scale.errors import DataError
-from m3i_scale.run.hooks.process import Garbage, give_back_collector
+from m3i_scale.run.hooks import Garbage, give_back_collector
 from m3i_scale.run.trainer import Trainer
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from callback_records import WORK
 from torch import Tensor
 
 from m3i_scale.objective.diagnostics import HostFigures
@@ -68,7 +69,7 @@ class Loop:
             finite=True,
         )
         guard: Any = SimpleNamespace(skipped=0)
-        self.metrics = Metrics(self.state, Meter(self.objective, 100, 8), guard)
+        self.metrics = Metrics(self.state, Meter(self.objective, 8, WORK), guard)
 
     def step(self, *, logged: bool, std: float = 1.0) -> None:
         if logged:
@@ -93,8 +94,9 @@ def test_steps_go_on_while_the_host_computes() -> None:
     loop.state.callbacks.on_end("finished")
     assert loop.noting.events[1:] == [("step", 1), ("end", 0)]
     (record,) = loop.noting.records
-    assert (record.health, record.groups["g"]) == ({"dense_std": 1.0}, {"loss": 3.0, "nats": 2.0})
-    assert (record.information, record.loss) == (2.0, 3.0)
+    wanted = {"health/dense_std": 1.0, "loss/g": 3.0, "mi/g": 2.0, "information": 2.0, "loss": 3.0}
+    assert {name: record.figures.get(name) for name in wanted} == wanted
+    assert not {"loss_scale", "skipped_steps"} & record.figures.keys()  # of fp16
 
 
 EVENTS: dict[str, Callable[[Loop], object]] = {

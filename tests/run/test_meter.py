@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from callback_records import WORK
 
 from m3i_scale.objective.diagnostics import HostFigures
 from m3i_scale.run.meter import Meter
@@ -19,47 +20,31 @@ def objective_of(*targets: str) -> SimpleNamespace:
 
 def test_gradients_of_a_skipped_step_are_left_out_and_its_losses_are_not() -> None:
     objective = objective_of("text")
-    meter = Meter(objective, 10, 4)
+    meter = Meter(objective, 4, WORK)
     for norm, applied in ((8.0, True), (float("inf"), False), (16.0, True)):
         meter.add_micro_batch(torch.tensor(2.0 if applied else 5.0), {}, 3)
         objective.squared_grad_norms = {"text": [torch.tensor(norm**2)]}
         meter.add_gradients(4.0)
         meter.end_step(applied=applied)
-    record = meter.record(
-        step=3, lr=0.1, grad_norm=None, ema_decay=None, quarantined=0, world_size=1, loss_scale=64.0, skipped_steps=1
-    )
-    assert record.groups["text"]["grad_norm"] == pytest.approx(3.0)
-    assert record.loss == pytest.approx(3.0)
-    assert {key: record.scalars()[key] for key in ("loss_scale", "skipped_steps")} == {
-        "loss_scale": 64.0,
-        "skipped_steps": 1,
-    }
-    assert "grad_norm" not in record.scalars()
-
-
-def test_runs_without_fp16_say_nothing_of_a_loss_scale() -> None:
-    objective = objective_of()
-    meter = Meter(objective, 10, 4)
-    meter.add_micro_batch(torch.tensor(2.0), {}, 3)
-    meter.end_step()
-    record = meter.record(step=1, lr=0.1, grad_norm=1.0, ema_decay=None, quarantined=0, world_size=1)
-    assert not {"loss_scale", "skipped_steps"} & record.scalars().keys()
+    of_ranks = {"grad_norm": None, "loss_scale": 64.0, "skipped_steps": 1}
+    figures = meter.record(of_ranks, step=3, quarantined=0, world_size=1).figures
+    assert figures["grad_norm/text"] == pytest.approx(3.0)
+    assert figures["loss"] == pytest.approx(3.0)
+    assert {key: figures[key] for key in ("loss_scale", "skipped_steps")} == {"loss_scale": 64.0, "skipped_steps": 1}
+    assert "grad_norm" not in figures
 
 
 def test_losses_that_are_not_finite_are_left_out_unless_there_are_no_others() -> None:
     objective = objective_of("text")
-    meter = Meter(objective, 10, 4)
+    meter = Meter(objective, 4, WORK)
 
     def step(loss: float, *, finite: bool) -> None:
         meter.add_micro_batch(torch.tensor(loss), {"text/loss": torch.tensor(loss)}, 3)
         meter.end_step(applied=finite, finite=finite)
 
     def record(step: int) -> tuple[float, float]:
-        told = meter.record(
-            step=step, lr=0.1, grad_norm=None, ema_decay=None, quarantined=0, world_size=1, skipped_nonfinite=2
-        )
-        assert told.scalars()["skipped_nonfinite"] == 2
-        return told.loss, told.groups["text"]["loss"]
+        figures = meter.record({}, step=step, quarantined=0, world_size=1).figures
+        return figures["loss"], figures["loss/text"]
 
     step(2.0, finite=True)
     step(float("nan"), finite=False)

@@ -17,7 +17,7 @@ from m3i_scale.config import OptimConfig
 from m3i_scale.config.optim import learning_rate
 from m3i_scale.data.workers import PREEMPTION_SIGNALS
 from m3i_scale.objective.encoders import EmaSpec
-from m3i_scale.run.hooks.process import Preemption
+from m3i_scale.run.hooks import Preemption
 from m3i_scale.tasks.classification.classification_task import Classification
 
 

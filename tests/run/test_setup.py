@@ -16,8 +16,7 @@ from m3i_scale.config.optim import Poly, learning_rate
 from m3i_scale.engine.deepspeed.resolve import load_ds_config
 from m3i_scale.errors import CheckpointError, ConfigError
 from m3i_scale.run.resume import _difference, check_resume
-from m3i_scale.run.setup import resolve_engine
-from m3i_scale.run.start import print_start
+from m3i_scale.run.setup import print_start, resolve_engine
 
 
 @pytest.mark.parametrize(

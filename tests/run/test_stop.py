@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from m3i_scale.cli import app
 from m3i_scale.errors import CheckpointError, ConfigError
 from m3i_scale.host.output_dir import launch_lock, launch_of, lock_directory
-from m3i_scale.run.hooks.process import Preemption
+from m3i_scale.run.hooks import Preemption
 from m3i_scale.run.stop import stop
 
 

@@ -5,6 +5,7 @@ import torch
 from tiny import tiny_objective
 
 from m3i_scale.engine.device import Peak
+from m3i_scale.host.rank_record import PHASES
 from m3i_scale.run.flops import Work
 from m3i_scale.run.meter import Meter
 
@@ -19,30 +20,20 @@ def test_the_text_tower_counts_by_the_length_of_captions():
 
 @pytest.mark.parametrize("world_size", [1, 4])
 def test_mfu_is_a_share_of_the_peak_of_all_ranks(world_size):
-    meter = Meter(tiny_objective("supervised"), 10, 8, Work(FLOP, 32, Peak(2e6, "given")))
+    meter = Meter(tiny_objective("supervised"), 8, Work(FLOP, 32, Peak(2e6, "given")))
     for tokens in (8, 24):
         meter.add_micro_batch(torch.tensor(1.0), {}, 1, tokens)
     meter.end_step()
-    told = meter.record(step=1, lr=1.0, grad_norm=None, ema_decay=None, quarantined=0, world_size=world_size)
-    assert told.flop_per_s == pytest.approx(8e9 / told.step_s)
-    assert told.mfu == pytest.approx(told.flop_per_s / (2e18 * world_size))
-    assert sum(told.times_s.values()) == pytest.approx(told.step_s)
+    told = meter.record({}, step=1, quarantined=0, world_size=world_size).figures
+    assert told["perf/flops_per_s"] == pytest.approx(8e9 / told["time/step"])
+    assert told["perf/mfu"] == pytest.approx(told["perf/flops_per_s"] / (2e18 * world_size))
+    assert sum(told[f"time/{name}"] for name in PHASES) == pytest.approx(told["time/step"])
 
 
 def test_more_than_the_peak_is_no_mfu():
-    meter = Meter(tiny_objective("supervised"), 10, 8, Work(FLOP, 32, Peak(1e-9, "measured")))
+    meter = Meter(tiny_objective("supervised"), 8, Work(FLOP, 32, Peak(1e-9, "measured")))
     meter.add_micro_batch(torch.tensor(1.0), {}, 1)
     meter.end_step()
-    told = meter.record(step=1, lr=1.0, grad_norm=None, ema_decay=None, quarantined=0, world_size=1)
-    assert told.flop_per_s > 0
-    assert told.mfu is None
-    assert "perf/mfu" not in told.scalars()
-
-
-def test_without_a_count_there_is_no_mfu():
-    meter = Meter(tiny_objective("supervised"), 10, 8)
-    meter.add_micro_batch(torch.tensor(1.0), {}, 1)
-    meter.end_step()
-    told = meter.record(step=1, lr=1.0, grad_norm=None, ema_decay=None, quarantined=0, world_size=1)
-    assert told.flop_per_s is None
-    assert told.mfu is None
+    told = meter.record({}, step=1, quarantined=0, world_size=1).figures
+    assert told["perf/flops_per_s"] > 0
+    assert "perf/mfu" not in told

@@ -207,7 +207,7 @@ def test_the_last_step_is_evaluated_where_the_data_end_before(stopping: bool, wa
         callbacks=SimpleNamespace(on_evaluation=lambda step, figures: found.append(step)),
     )
     stream: Any = SimpleNamespace(state_dict=dict)
-    hook = Evaluated(state, stream, torch.device("cpu"))
+    hook = Evaluated(state, stream)
     for state.step in range(1, 7):
         hook.post_step()
     state.stopping = stopping  # what is stopped goes on later

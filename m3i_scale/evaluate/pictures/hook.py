@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
+from deepspeed.accelerator import get_accelerator
 
 from m3i_scale.checkpoint.layout import checkpoints, step_name, step_of
 from m3i_scale.checkpoint.probe import evaluating, first_samples
@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     from m3i_scale.evaluate.pictures.training import EncodedSamples
 
 
-def make_pictures(state: TrainState, validation: TrainStream | None, device: torch.device) -> Hook | None:
+def make_pictures(state: TrainState, validation: TrainStream | None) -> Hook | None:
     """Return the hook of a run with `log.pictures_every_steps`."""
-    return Pictures(state, validation, device) if state.resolved.run.log.pictures_every_steps else None
+    return Pictures(state, validation) if state.resolved.run.log.pictures_every_steps else None
 
 
 class Pictures(Hook):
@@ -40,10 +40,10 @@ class Pictures(Hook):
     raise DataError.
     """
 
-    def __init__(self, state: TrainState, validation: TrainStream | None, device: torch.device) -> None:
+    def __init__(self, state: TrainState, validation: TrainStream | None) -> None:
         from m3i_scale.evaluate.pictures.training import TrainingPictures  # plotting modules take seconds to import
 
-        self._state, self._device = state, device
+        self._state = state
         self._folder = state.resolved.run.output_dir / PICTURES
         seen = self._first_of(state.stream)
         samples = seen if validation is None else self._first_of(validation)
@@ -88,7 +88,7 @@ class Pictures(Hook):
         with self._state.timeouts.outside_of_steps("pictures"):
             end_recorded_step(self._state.engine)
             with evaluating(module):
-                encoded = self._pictures.encode(self._device)
+                encoded = self._pictures.encode(get_accelerator().current_device_name())
             from_rank_0(lambda: self._draw(encoded))
 
     def _draw(self, encoded: EncodedSamples) -> None:

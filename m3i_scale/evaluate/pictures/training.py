@@ -62,7 +62,7 @@ class TrainingPictures:
         self._grid = objective.student.grid_of(samples.images_VBCHW)
 
     @torch.no_grad()
-    def encode(self, device: torch.device) -> EncodedSamples:
+    def encode(self, device: torch.device | str) -> EncodedSamples:
         """Encode the samples. Under ZeRO-3, every rank must call it."""
         objective, student, batch = self._objective, self._objective.student, self._samples.to(device)
         images_BCHW = batch.images_VBCHW[0]

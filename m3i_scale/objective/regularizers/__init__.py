@@ -11,7 +11,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from m3i_scale.config.kinds import Kind
+from m3i_scale.config.sections import Kind
 from m3i_scale.objective.distributions import Density
 from m3i_scale.objective.ranks import Ranks
 from m3i_scale.objective.state import Fp32State

@@ -14,8 +14,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from m3i_scale.config.kinds import Kind
-from m3i_scale.config.sections import MAX_CANDIDATES
+from m3i_scale.config.sections import MAX_CANDIDATES, Kind
 from m3i_scale.objective.distributions import Boltzmann, Density, Distribution, Loss, unit
 from m3i_scale.objective.ranks import Ranks, standardize
 from m3i_scale.objective.regularizers import Correlation, Memory, Queue, Regularizer

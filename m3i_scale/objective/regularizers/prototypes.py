@@ -10,8 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from m3i_scale.config.kinds import Kind
-from m3i_scale.config.sections import MAX_LAYERS
+from m3i_scale.config.sections import MAX_LAYERS, Kind
 from m3i_scale.objective.distributions import Assigned, Boltzmann, Loss
 from m3i_scale.objective.ranks import Ranks, mean_row
 from m3i_scale.objective.regularizers import Center, Memory, Regularizer

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from m3i_scale.backbones.base import Backbone, Tokens
 from m3i_scale.config import RunConfig, Section
 from m3i_scale.config.data import Reads
-from m3i_scale.config.kinds import Kind
-from m3i_scale.config.sections import MAX_VIEWS
+from m3i_scale.config.sections import MAX_VIEWS, Kind
 from m3i_scale.data.batch import Batch
 from m3i_scale.data.remote.access import Access
 from m3i_scale.errors import did_you_mean

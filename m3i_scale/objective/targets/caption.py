@@ -12,7 +12,7 @@ from transformers import BertConfig
 from transformers.models.bert.modeling_bert import BertLayer
 
 from m3i_scale.backbones.families import VisionConfig
-from m3i_scale.config.kinds import Kind
+from m3i_scale.config.sections import Kind
 from m3i_scale.data.batch import Batch
 from m3i_scale.objective.decoders import LayeredSpec
 from m3i_scale.objective.distributions import Loss

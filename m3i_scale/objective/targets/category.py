@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from m3i_scale.config.kinds import Kind
+from m3i_scale.config.sections import Kind
 from m3i_scale.data.batch import Batch, MixedBatch
 from m3i_scale.data.shards import LABELS
 from m3i_scale.objective.distributions import Loss

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from m3i_scale.config.kinds import Kind
+from m3i_scale.config.sections import Kind
 from m3i_scale.objective.decoders import ClassToken, pool
 from m3i_scale.objective.diagnostics import gaussian_moments
 from m3i_scale.objective.distributions import Distribution, Gaussian, Loss

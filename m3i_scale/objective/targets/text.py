@@ -13,8 +13,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from m3i_scale.config.kinds import Kind
-from m3i_scale.config.sections import MAX_WIDTH
+from m3i_scale.config.sections import MAX_WIDTH, Kind
 from m3i_scale.data.batch import Batch
 from m3i_scale.objective.distributions import Loss
 from m3i_scale.objective.ranks import Ranks, global_mean

@@ -38,161 +38,35 @@ class RunInfo:
     world_size: int
     config: dict[str, Any]
     """Config of the run as plain values."""
-    flop_per_step: float | None = None
-    """FLOPs per step over all ranks, without recomputation."""
-    peak_tflops: float | None = None
-    """Peak compute of one rank's device in TFLOP/s (10¹² FLOP/s), the reference for MFU."""
-    peak_source: str | None = None
-    """`measured`, `given`, or the name of the preset."""
-    data_sheet_tflops: float | None = None
-    """If the peak was measured: the peak in the vendor's data sheet, for known devices."""
-    device: str | None = None
-    """Device of a rank: `cpu`, or the name of rank 0's GPU."""
-    micro_batch_size: int | None = None
-    """Per-device batch size of a forward pass in the current stage."""
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    """`flop_per_step`, `peak_tflops`, `peak_source`, `data_sheet_tflops`, `device` and `micro_batch_size`; see
+    docs/metrics.md. None, or left out, if unknown."""
 
 
 @dataclass(frozen=True)
 class StepRecord:
-    """Metrics of one logged step. Unless stated otherwise, means over ranks and steps since the last record."""
+    """Metrics of one logged step. Unless stated otherwise in docs/metrics.md, they are means over ranks and steps since
+    the last record."""
 
     step: int
     """Number of completed optimizer steps."""
-    total_steps: int
-    samples: int
-    """Samples trained on since the first start of the run, over all ranks, without undone steps."""
-    loss: float
-    """Weighted sum over the groups of targets, in nats."""
-    lr: float
-    """Learning rate of this step."""
-    grad_norm: float | None
-    """Global gradient norm before clipping; None if the engine does not report it."""
-    groups: dict[str, dict[str, float]]
-    """Metrics per group of targets: loss, weight, grad_norm, nats, count."""
-    information: float
-    """Mutual information in nats, summed over groups: a bound for Boltzmann groups, an estimate for Gaussian groups."""
-    health: dict[str, float]
-    """Feature statistics such as standard deviation and effective rank; names may have the prefix `health/`."""
-    ema_decay: float | None
-    """EMA decay in this step; None without an EMA."""
-    step_s: float
-    """Wall-clock seconds per optimizer step on the slowest rank, including data loading."""
-    data_wait_s: float
-    """Seconds of `step_s` that the slowest rank waited for data."""
-    samples_per_s: float
-    """Samples per second over all ranks."""
-    tokens_per_s: float
-    """Visible patch tokens per second through the backbone, over all ranks."""
-    quarantined: int
-    """Number of skipped corrupt samples so far, over all ranks, counted once per epoch."""
-    memory_gib: float
-    """Peak memory of the rank with the highest usage, in GiB."""
-    lr_lowest: float | None = None
-    """Lowest learning rate of any parameter group in this step; None if all groups share one."""
-    loss_scale: float | None = None
-    """Loss scale of the next step; None except in fp16."""
-    skipped_steps: int | None = None
-    """Number of steps skipped because of gradient overflow so far; None except in fp16."""
-    skipped_nonfinite: int = 0
-    """Number of steps skipped so far because of a non-finite loss or, except in fp16, a non-finite gradient."""
-    times_s: dict[str, float] = field(default_factory=dict)
-    """Seconds of a step per profiler section (`rank_record.PHASES`): mean fraction over the ranks × `step_s`."""
-    flop_per_s: float | None = None
-    """Model FLOPs per second over all ranks, without recomputation."""
-    mfu: float | None = None
-    """`flop_per_s` as a fraction of the peak of all devices; None if it exceeds 1, because the peak is wrong."""
-    sources: dict[str, dict[str, float]] = field(default_factory=dict)
-    """Sampling statistics by dataset name; see `data_supply.Shares`."""
-
-    @property
-    def data_wait_share(self) -> float:
-        """Return the fraction of the step spent waiting for data, 0 to 1."""
-        return self.data_wait_s / self.step_s if self.step_s > 0 else 0.0
+    targets: tuple[str, ...]
+    """Names of the groups of targets."""
+    figures: dict[str, float]
+    """Metrics under the names that all loggers use."""
 
     def with_figures(self, figures: Mapping[str, float]) -> StepRecord:
-        """Return the record with additional metrics: `<group>/…` of its groups, and `health/…`."""
-
-        def below(name: str) -> dict[str, float]:
-            return {key.removeprefix(f"{name}/"): value for key, value in figures.items() if key.startswith(f"{name}/")}
-
-        groups = {name: values | below(name) for name, values in self.groups.items()}
-        information = sum(values.get("nats", 0.0) for values in groups.values())
-        return replace(self, groups=groups, health=self.health | below("health"), information=information)
-
-    def scalars(self) -> dict[str, float]:
-        """Return all metrics under the names that all loggers use (docs/metrics.md), without values that are None."""
-        fixed: dict[str, float | None] = {
-            "loss": self.loss,
-            "lr": self.lr,
-            "lr_lowest": self.lr_lowest,
-            "grad_norm": self.grad_norm,
-            "ema_decay": self.ema_decay,
-            "loss_scale": self.loss_scale,
-            "skipped_steps": self.skipped_steps,
-            "samples": self.samples,
-            "quarantined": self.quarantined,
-            "skipped_nonfinite": self.skipped_nonfinite,
-            "information": self.information,
-            "time/step": self.step_s,
-            "time/data_wait": self.data_wait_s,
-            "time/data_wait_share": self.data_wait_share,
-            "throughput/samples_per_s": self.samples_per_s,
-            "throughput/tokens_per_s": self.tokens_per_s,
-            "perf/flops_per_s": self.flop_per_s,
-            "perf/mfu": self.mfu,
-            "memory_gib": self.memory_gib,
+        """Return the record with additional metrics of the objective: `<target>/…` and `health/…`."""
+        named = {
+            f"{_OF_GROUPS[kind]}/{target}" if kind in _OF_GROUPS else f"loss/{target}/{kind}": value
+            for target in self.targets
+            for name, value in figures.items()
+            if (kind := name.removeprefix(f"{target}/")) != name
         }
-        values = {name: value for name, value in fixed.items() if value is not None}
-        values |= flatten(self.times_s, "time")
-        values |= flatten(self.sources, "dataset")
-        for name, figures in self.groups.items():
-            for kind, value in figures.items():
-                values[f"{_OF_GROUPS[kind]}/{name}" if kind in _OF_GROUPS else f"loss/{name}/{kind}"] = value
-        values |= {f"health/{name.removeprefix('health/')}": value for name, value in self.health.items()}
-        return values
-
-
-@dataclass(frozen=True)
-class Rewind:
-    """Rollback to a checkpoint after a loss spike. Training skips the data that was read until then."""
-
-    rewound_from: int
-    """Steps completed when the spike was confirmed. The steps after `rewound_to` are undone."""
-    rewound_to: int
-    """Step of the checkpoint."""
-    skipped_samples: int
-    """Samples of the undone steps, over all ranks. They are not used again."""
-    spike_since: int
-    """First step with a loss above the limit."""
-    loss: float
-    """Loss of the step `rewound_from`; NaN if it was not finite."""
-    limit: float
-    """Upper limit of the loss."""
-    number: int
-    """Number of this rollback within the run, from 1."""
-    most: int
-    """guard.spike.max_rewinds."""
-
-    def __str__(self) -> str:
-        return (
-            f"loss {self.loss:.4g} above {self.limit:.4g} since step {self.spike_since:,}: back from step "
-            f"{self.rewound_from:,} to {self.rewound_to:,}, without the {self.skipped_samples:,} samples in between "
-            f"(rewind {self.number} of {self.most})"
-        )
-
-
-@dataclass(frozen=True)
-class StageInfo:
-    """Start of a stage with a different image or micro-batch size."""
-
-    step: int
-    """Steps completed when the stage begins."""
-    image_size: int
-    """Image size in pixels."""
-    micro_batch_size: int
-    """Per-device batch size of a forward pass."""
-    flop_per_step: float
-    """FLOPs per step over all ranks, without recomputation."""
+        named |= {name: value for name, value in figures.items() if name.startswith("health/")}
+        joined = self.figures | named
+        joined["information"] = sum(joined.get(f"mi/{target}", 0.0) for target in self.targets)
+        return replace(self, figures=joined)
 
 
 @dataclass(frozen=True)
@@ -223,9 +97,9 @@ class Callback:
     def on_progress(self, step: int) -> None:
         """Called for every step that is not logged, without metrics."""
 
-    def on_stage(self, stage: StageInfo) -> None:
-        """Called when a stage with a different image or micro-batch size begins. In a run with stages, the first begins
-        after step 0."""
+    def on_stage(self, step: int, stage: dict[str, float]) -> None:
+        """Called when a stage begins after `step`, the first one after step 0: `image_size` in pixels,
+        `micro_batch_size`, and `flop_per_step` over all ranks, without recomputation."""
 
     def on_evaluation(self, step: int, values: dict[str, Any]) -> None:
         """Called with the result of an evaluation: numbers by name, possibly nested."""
@@ -237,8 +111,9 @@ class Callback:
         """Called with a warning about a problem that does not crash the run: `group`, `what`, `why`, `fix`
         (docs/metrics.md)."""
 
-    def on_rewind(self, rewind: Rewind) -> None:
-        """Called after a rollback to a checkpoint. Steps after `rewind.rewound_to` are repeated."""
+    def on_rewind(self, step: int, rewind: dict[str, Any]) -> None:
+        """Called after a rollback to the checkpoint of `step`, because of a loss spike. Later steps are repeated, with
+        other samples. `rewind` are the fields of the line in metrics.jsonl (docs/metrics.md)."""
 
     def on_end(self, status: str) -> None:
         """Called once, however the run ends, with `finished`, `preempted` or `failed`."""

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.text import Text
 
 from m3i_scale.output import wide_console
-from m3i_scale.run.callbacks import Callback, Rewind, RunInfo, StepRecord, flatten
+from m3i_scale.run.callbacks import Callback, RunInfo, StepRecord, flatten
 from m3i_scale.text import filled
 
 _SMOOTHING = 0.3  # weight of the newest step time in the ETA
@@ -31,8 +31,6 @@ class _Figures:
 
 
 class _Bar(Progress):
-    """Progress bar with the latest metrics below it."""
-
     figures = _Figures()
 
     def get_renderables(self) -> Iterable[RenderableType]:
@@ -56,7 +54,6 @@ class ProgressDisplay(Callback):
         """First completed step and its time."""
 
     def on_start(self, run_info: RunInfo) -> None:
-        """Print the first step and the size of the run, and start the bar on a terminal."""
         recipe = run_info.config.get("recipe", {})
         balance = recipe.get("balance") or {}
         scheduled = any(isinstance(target.get("weight"), list) for target in recipe.get("targets", []))
@@ -65,11 +62,11 @@ class ProgressDisplay(Callback):
         start = f"resumes after step {run_info.start_step:,}" if run_info.start_step else "starts"
         ranks = f"{run_info.world_size:,} rank" + ("s" if run_info.world_size != 1 else "")
         self._print(f"{run_info.name} {start}, {run_info.total_steps:,} steps on {ranks}, in {run_info.output_dir}")
-        if run_info.flop_per_step is not None and run_info.peak_tflops is not None:
-            sheet = run_info.data_sheet_tflops
-            source = f"{run_info.peak_source}, data sheet {sheet:,.4g}" if sheet else run_info.peak_source
-            peak = f"{run_info.peak_tflops:,.4g} TFLOP/s a rank ({source})"
-            self._print(f"{run_info.flop_per_step / 1e12:,.4g} TFLOP a step; MFU is a share of {peak}")
+        if facts := run_info.facts:
+            sheet = facts["data_sheet_tflops"]
+            source = f"{facts['peak_source']}, data sheet {sheet:,.4g}" if sheet else facts["peak_source"]
+            peak = f"{facts['peak_tflops']:,.4g} TFLOP/s a rank ({source})"
+            self._print(f"{facts['flop_per_step'] / 1e12:,.4g} TFLOP a step; MFU is a share of {peak}")
         if not self.console.is_terminal:
             return
         self._bar = _Bar(
@@ -84,7 +81,6 @@ class ProgressDisplay(Callback):
         self._bar.start()
 
     def on_progress(self, step: int) -> None:
-        """Update the bar. Without a bar, print the completion of the first step."""
         now = time.monotonic()
         if self._bar is not None:
             step_s = self._step_s
@@ -98,11 +94,12 @@ class ProgressDisplay(Callback):
         self._first = self._first or (step, now)
 
     def on_step(self, record: StepRecord) -> None:
-        self._step_s = smooth(self._step_s, record.step_s)
-        left, rate = self._left(record.step, self._step_s), f"{record.samples_per_s:,.1f} samples/s"
+        self._step_s = smooth(self._step_s, record.figures["time/step"])
+        left = self._left(record.step, self._step_s)
+        rate = f"{record.figures['throughput/samples_per_s']:,.1f} samples/s"
         figures = summary(record, moving=self._moving)
         if self._bar is None:
-            self._print("  ".join([f"step {record.step:,}/{record.total_steps:,}", left, *figures, rate]))
+            self._print("  ".join([f"step {record.step:,}/{self._total_steps:,}", left, *figures, rate]))
         else:
             self._bar.figures = _Figures(figures)
             step = max(record.step, int(self._bar.tasks[0].completed))  # a record can arrive some steps late
@@ -121,10 +118,10 @@ class ProgressDisplay(Callback):
         )
         self.console.print(Text(text, style="yellow"))
 
-    def on_rewind(self, rewind: Rewind) -> None:
+    def on_rewind(self, step: int, rewind: dict[str, Any]) -> None:
         """Move the bar back. A warning gives the reason."""
         if self._bar is not None:
-            self._bar.update(self._task, completed=rewind.rewound_to)
+            self._bar.update(self._task, completed=step)
 
     def on_end(self, status: str) -> None:
         if self._bar is not None:
@@ -144,20 +141,22 @@ def smooth(mean_s: float | None, newest_s: float) -> float:
 def summary(record: StepRecord, *, moving: bool = False) -> tuple[str, ...]:
     """Return the metrics of a step as text, the most important ones first. If loss weights change (`moving`), show
     every group, because the total loss is not comparable."""
-    groups = [(name, figures) for name, figures in record.groups.items() if "loss" in figures]
+    figures = record.figures
+    of_groups = {name: figures[f"loss/{name}"] for name in record.targets if f"loss/{name}" in figures}
     losses = ", ".join(
-        f"{name} {figures['loss']:.4g}" + (f" × {figures['weight']:.3g}" if moving else "") for name, figures in groups
+        f"{name} {loss:.4g}" + (f" × {figures[f'loss_weight/{name}']:.3g}" if moving else "")
+        for name, loss in of_groups.items()
     )
-    if len(groups) > _MOST_GROUPS:
-        every = [figures["loss"] for _, figures in groups]
-        losses = f"of {len(groups)} groups, each {min(every):.4g} to {max(every):.4g}"
-    total = f"loss {record.loss:.4g}" + (f" ({losses})" if losses else "")
+    if len(of_groups) > _MOST_GROUPS:
+        every = of_groups.values()
+        losses = f"of {len(of_groups)} groups, each {min(every):.4g} to {max(every):.4g}"
+    total = f"loss {figures['loss']:.4g}" + (f" ({losses})" if losses else "")
     parts = [f"loss {losses}" if moving else total]
-    if record.skipped_nonfinite:
-        parts.append(f"not finite, skipped {record.skipped_nonfinite:,}")
-    if record.quarantined:
-        parts.append(f"quarantined {record.quarantined:,}")
-    parts += [f"lr {record.lr:.2e}", f"data wait {record.data_wait_share:.0%}"]
-    if record.mfu is not None:
-        parts.append(f"MFU {record.mfu:.1%}")
-    return (*parts, f"{record.tokens_per_s:,.0f} tokens/s")
+    if figures["skipped_nonfinite"]:
+        parts.append(f"not finite, skipped {figures['skipped_nonfinite']:,}")
+    if figures["quarantined"]:
+        parts.append(f"quarantined {figures['quarantined']:,}")
+    parts += [f"lr {figures['lr']:.2e}", f"data wait {figures['time/data_wait_share']:.0%}"]
+    if "perf/mfu" in figures:
+        parts.append(f"MFU {figures['perf/mfu']:.1%}")
+    return (*parts, f"{figures['throughput/tokens_per_s']:,.0f} tokens/s")

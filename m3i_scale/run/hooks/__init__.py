@@ -1,27 +1,39 @@
-"""Hooks of the training loop: their base class, and the state and timeouts that they share with the loop. Every rank
-runs the same hooks at the same points."""
+"""Hooks of the training loop: their base class, the state and timeouts that they share with the loop, and the hooks for
+the process of a rank. Every rank runs the same hooks at the same points."""
 
 from __future__ import annotations
 
 import contextlib
+import gc
+import os
+import signal
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from m3i_scale.config import TimeoutsConfig
 from m3i_scale.data.batch import Batch
 from m3i_scale.data.loader import TrainStream
+from m3i_scale.data.workers import PREEMPTION_SIGNALS
 from m3i_scale.engine.averages import ShardedEma
 from m3i_scale.engine.process_group import set_timeout
+from m3i_scale.host.output_dir import stop_requested
 from m3i_scale.host.rank_record import Heartbeat
 from m3i_scale.objective.ranks import ProcessGroupRanks
 from m3i_scale.run.callbacks import CallbackList
 from m3i_scale.run.meter import StepTimes
 from m3i_scale.run.setup import ResolvedRun
 
+_CHECK_S = 1.0
+"""Interval between reads of the output folder, a shared file system that all ranks would wait for in every step."""
+_STARTED = 2
+"""Number of steps after which all long-lived objects exist."""
+_COLLECT_EVERY_STEPS = 50
 _LONG_STEPS = 2
 """First steps also allocate memory and compile, if enabled, and so do the first steps with a new image size."""
 
@@ -35,13 +47,11 @@ class Timeouts:
         self._steps = 0
 
     def end_step(self) -> None:
-        """Count a completed step."""
         self._steps += 1
         if self._steps == _LONG_STEPS:
             self._set(self._timeouts.collective_s)
 
     def begin_stage(self) -> None:
-        """Apply the startup timeout to the next steps."""
         self._steps = 0
         self._set(self._timeouts.startup_s)
 
@@ -150,5 +160,71 @@ class Hook:
         """Run before all ranks exit with the same error."""
 
 
-MakeHook = Callable[[TrainState, TrainStream | None, torch.device], Hook | None]
-"""Creates a hook from the state, the stream of the validation datasets and the device; None if the run needs none."""
+MakeHook = Callable[[TrainState, TrainStream | None], Hook | None]
+"""Creates a hook from the state and the stream of the validation datasets; None if the run needs none."""
+
+
+class Preemption(Hook):
+    """Graceful stop on SIGTERM, SIGUSR2, SIGINT or `m3i-scale stop`: finish the step, save and exit with code 75. All
+    ranks vote, so that they stop after the same step. A second SIGINT ends the run immediately. `output_dir` is checked
+    for stop requests; None on ranks that do not check."""
+
+    def __init__(self, state: TrainState, output_dir: Path | None = None) -> None:
+        self._state, self._output_dir = state, output_dir
+        self._signalled = False
+        self._interrupted = False
+        self._checked = -_CHECK_S
+
+    def vote(self) -> bool:
+        now = time.monotonic()
+        if self._output_dir is not None and now - self._checked >= _CHECK_S:
+            self._checked = now
+            self._signalled = self._signalled or stop_requested(self._output_dir)
+        return self._signalled
+
+    def pre_optimizer_step(self, voted: bool) -> None:
+        self._state.stopping = voted
+
+    def install(self) -> None:
+        """Install the signal handlers. Must be called on the main thread."""
+        for number in PREEMPTION_SIGNALS:
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT:
+            if self._interrupted:
+                signal.signal(signal.SIGINT, signal.default_int_handler)
+                raise KeyboardInterrupt
+            self._interrupted = True
+            # Not through a console: the handler may have interrupted it while it held its lock.
+            os.write(2, b"saving after this step; once more to stop at once, unsaved\n")
+        self._signalled = True
+
+
+class Garbage(Hook):
+    """Hook that disables the automatic collector after the second step and collects every 50 steps.
+
+    By default the collector runs at different moments on every rank, and each time all other ranks wait in a
+    collective. torchtitan and DINOv3 also collect after fixed steps.
+    """
+
+    def __init__(self) -> None:
+        self._steps = 0
+        """Steps taken by this process, including undone ones."""
+
+    def post_step(self) -> bool:
+        """Collect if due. Modules, engine and optimizer are frozen and not scanned again."""
+        self._steps += 1
+        if self._steps == _STARTED:
+            gc.collect()
+            gc.freeze()
+            gc.disable()
+        elif self._steps % _COLLECT_EVERY_STEPS == 0:
+            gc.collect()
+        return False
+
+
+def give_back_collector() -> None:
+    """Reenable automatic garbage collection for all objects."""
+    gc.unfreeze()
+    gc.enable()

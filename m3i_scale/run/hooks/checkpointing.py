@@ -15,8 +15,9 @@ from m3i_scale.data.batch import Batch
 from m3i_scale.data.state import merge_states
 from m3i_scale.engine.agree import together
 from m3i_scale.engine.deepspeed.rules import precision
+from m3i_scale.errors import UserError
 from m3i_scale.run.hooks import Hook, MicroBatchResult, TrainState
-from m3i_scale.run.hooks.guard import RESTART, Guard, RunEndedError
+from m3i_scale.run.hooks.guard import RESTART, Guard
 from m3i_scale.run.resume import checkpoint_meta, saved_optim
 from m3i_scale.run.setup import run_yaml
 from m3i_scale.run.spike import Rewinds, Spike
@@ -170,7 +171,8 @@ class Rewinding(Hook):
         state = self._state
         config = state.resolved.run.guard.spike
         if config is None or len(self._rewinds) >= config.max_rewinds:
-            raise RunEndedError(f"the loss has spiked, and max_rewinds are used up: {spike}", fix=RESTART)
+            what = f"the loss has spiked, and max_rewinds are used up: {spike}"
+            raise UserError(what, fix=RESTART).raised_everywhere()
         self._checkpointing.close()  # a pending save may be one of the undone checkpoints
         begun = self._rewinds.begin(
             spike,
@@ -188,11 +190,13 @@ class Rewinding(Hook):
             return False
         checkpoint, rewind = begun
         self._checkpointing.go_back(checkpoint)
-        state.callbacks.on_rewind(rewind)
+        state.callbacks.on_rewind(state.step, rewind)
         self._guard.warn(
-            rewind.rewound_to,
+            state.step,
             "the loss has spiked, and the run has gone back to a checkpoint",
-            str(rewind),
-            f"nothing yet: the run ends at the next spike after {rewind.most} rewinds; a lower optim.lr",
+            f"loss {spike.loss:.4g} above {spike.limit:.4g} since step {spike.since:,}: back from step "
+            f"{spike.step:,} to {state.step:,}, without the {rewind['skipped_samples']:,} samples in between "
+            f"(rewind {rewind['number']} of {config.max_rewinds})",
+            f"nothing yet: the run ends at the next spike after {config.max_rewinds} rewinds; a lower optim.lr",
         )
         return True

@@ -7,12 +7,12 @@ import itertools
 import math
 
 import torch
+from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
 from m3i_scale.checkpoint.probe import evaluating
 from m3i_scale.data.loader import TrainStream
 from m3i_scale.engine.agree import mean_over_ranks
-from m3i_scale.objective.targets.base import Scores
 from m3i_scale.run.data_supply import Fetcher, account_of_all, stop_if_bad
 from m3i_scale.run.hooks import Hook, TrainState
 
@@ -20,8 +20,8 @@ from m3i_scale.run.hooks import Hook, TrainState
 class Evaluation(Hook):
     """Validation of the current student weights during training, on the stream of the validation datasets."""
 
-    def __init__(self, state: TrainState, stream: TrainStream, device: torch.device) -> None:
-        self._state, self._stream, self._device = state, stream, device
+    def __init__(self, state: TrainState, stream: TrainStream) -> None:
+        self._state, self._stream = state, stream
         self._start = stream.state_dict()
         run = state.resolved.run
         self._every = run.evaluation.every_steps
@@ -56,16 +56,22 @@ class Evaluation(Hook):
         precision over all images, each image once. Neither is a mean over micro-batches.
         """
         self._stream.load_state_dict(self._start)
-        engine, run = self._state.engine, self._state.resolved.run
+        engine, resolved = self._state.engine, self._state.resolved
+        run = resolved.run
         # The same samples in every stage, as far as its micro-batch size allows.
         of_stage = self._state.stage.run.optim.micro_batch_size
         count = math.ceil(run.evaluation.batches * run.optim.micro_batch_size / of_stage)
         values: dict[str, list[Tensor]] = {}
-        scores = self._scores()
+        targets = [target for target in resolved.recipe.targets if target.name in resolved.scored]
+        scores = {
+            target.name: of_target
+            for target in targets
+            if (of_target := target.scores(resolved.label_sets)) is not None
+        }
         with evaluating(engine.module), contextlib.closing(iter(self._stream)) as stream:
             batches = Fetcher(stream)
             for batch in itertools.islice(batches, count):
-                loss, metrics = engine(batch.to(self._device))
+                loss, metrics = engine(batch.to(get_accelerator().current_device_name()))
                 for name, value in {"loss": loss, **metrics}.items():
                     if not name.endswith("/weight"):  # training records have the loss weights
                         values.setdefault(name, []).append(value.detach())
@@ -80,12 +86,3 @@ class Evaluation(Hook):
         }
         totals = {name: sum(torch.stack(of_batches).tolist()) / count for name, of_batches in values.items()}
         return mean_over_ranks(totals) | computed
-
-    def _scores(self) -> dict[str, Scores]:
-        resolved = self._state.resolved
-        scores = {
-            target.name: target.scores(resolved.label_sets)
-            for target in resolved.recipe.targets
-            if target.name in resolved.scored
-        }
-        return {name: of_target for name, of_target in scores.items() if of_target is not None}

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,25 +23,6 @@ from m3i_scale.text import listed
 
 RESTART = "start again from the last checkpoint with a lower optim.lr or a smaller optim.clip_grad_norm"
 _LISTED = 8
-
-
-class RunEndedError(UserError):
-    """Raised on all ranks together if the run must not continue."""
-
-    everywhere = True
-
-
-@dataclass(frozen=True)
-class RankReport:
-    """Non-finite values of one rank in a step."""
-
-    rank: int
-    bad: bool
-    """Whether any value of this rank is not finite."""
-    groups: list[str]
-    """Names of metrics, and of gradients at the encoder output, that are not finite on this rank."""
-    keys: list[str]
-    """Sample keys of the micro-batches with a non-finite loss, or of all micro-batches if there are none."""
 
 
 class Guard(Hook):
@@ -87,14 +67,13 @@ class Guard(Hook):
     def _skip(self, step: int, what: str) -> None:
         """Count a step with a non-finite loss or gradient (`what`), or end the run."""
         state = self._state
-        reports: list[RankReport] = gather_objects(self._report())
-        affected = [report for report in reports if report.bad]
-        ranks = [f"rank {r.rank}: {', '.join(r.groups[:_LISTED]) or 'the weighted sum'}" for r in affected]
-        where = listed(ranks, _LISTED, "; ")
+        names, keys = zip(*gather_objects(self._report()), strict=True)
+        affected = [rank for rank, of_rank in enumerate(names) if of_rank]
+        where = listed([f"rank {rank}: {', '.join(names[rank][:_LISTED])}" for rank in affected], _LISTED, "; ")
         if not affected:
             where = "no single rank: only the sum over the ranks, or layers below the encoder output"
-        first = (affected or reports)[0]
-        samples = f"samples of rank {first.rank}: {', '.join(first.keys[:_LISTED])} …"
+        first = affected[0] if affected else 0
+        samples = f"samples of rank {first}: {', '.join(keys[first][:_LISTED])} …"
         self._in_a_row += 1
         text, most = f"the {what} is not finite at step {step}", self._config.max_skipped_in_a_row
         ending: str | None = None
@@ -105,7 +84,7 @@ class Guard(Hook):
         elif self._in_a_row >= most and self.spike is None:
             ending = f", as {self._in_a_row} times in a row now"
         if ending is not None:
-            raise RunEndedError(text + ending, where=where, why=samples, fix=RESTART)
+            raise UserError(text + ending, where=where, why=samples, fix=RESTART).raised_everywhere()
         self.skipped += 1
         self.warn(
             step,
@@ -114,19 +93,20 @@ class Guard(Hook):
             f"nothing yet: the run ends after {most} such steps in a row",
         )
 
-    def _report(self) -> RankReport:
-        """Return the report of this rank on the current step. Synchronizes with the device."""
+    def _report(self) -> tuple[list[str], list[str]]:
+        """Return the names of this rank's non-finite metrics, and gradients at the encoder output, in the current step,
+        and the sample keys of the micro-batches with a non-finite loss, or of all if there are none. Synchronizes with
+        the device."""
         seen = self._state.micro_batches
         losses = torch.stack([micro.loss for micro in seen]).tolist()
         bad = [micro for micro, loss in zip(seen, losses, strict=True) if not math.isfinite(loss)]
         figures = [pair for micro in seen for pair in micro.figures.items()]
         values = [*figures, *self._gradients()]
-        groups = dict.fromkeys(name for name, value in values if not math.isfinite(float(value)))
+        names = list(dict.fromkeys(name for name, value in values if not math.isfinite(float(value))))
         keys = [key for micro in bad or seen for key in micro.keys]
-        return RankReport(self._state.ranks.rank, bool(groups or bad), list(groups), keys)
+        return names or (["the weighted sum"] if bad else []), keys
 
     def warn(self, step: int, what: str, why: str, fix: str) -> None:
-        """Send a warning of the guard to the callbacks."""
         self._state.callbacks.on_warning(step, {"group": "guard", "what": what, "why": why, "fix": fix})
 
     def state(self) -> dict[str, Any]:

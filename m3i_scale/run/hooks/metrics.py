@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 
 from m3i_scale.data.batch import Batch
 from m3i_scale.engine.engine import loss_scale
-from m3i_scale.run.callbacks import StepRecord
+from m3i_scale.run.callbacks import StepRecord, flatten
 from m3i_scale.run.data_supply import Shares
 from m3i_scale.run.hooks import Hook, MicroBatchResult, TrainState
 from m3i_scale.run.hooks.guard import Guard
@@ -54,7 +54,6 @@ class Metrics(Hook):
         self._shares.start()
 
     def on_rewind(self) -> None:
-        """Discard data collected since the step that the run was rolled back to."""
         self._meter.reset()
         self._shares.start()
         self._diagnosis = Diagnosis()
@@ -86,18 +85,20 @@ class Metrics(Hook):
         scale = loss_scale(state.engine)
         norm = state.engine.get_global_grad_norm() if state.applied else None
         lowest = min(group["lr"] for group in state.engine.optimizer.param_groups)
+        figures = {
+            "lr": state.lr,
+            "lr_lowest": lowest if lowest < state.lr else None,
+            "grad_norm": None if norm is None else float(norm),
+            "ema_decay": state.ema_decay,
+            "loss_scale": scale,
+            "skipped_steps": None if scale is None else int(state.engine.skipped_steps),
+            "skipped_nonfinite": self._guard.skipped,
+        }
         record = self._meter.record(
+            figures | flatten(self._shares.record(), "dataset"),
             step=state.step,
-            lr=state.lr,
-            lr_lowest=lowest if lowest < state.lr else None,
-            grad_norm=None if norm is None else float(norm),
-            ema_decay=state.ema_decay,
-            quarantined=sum(state.stream.quarantined.values()),
             world_size=state.ranks.world_size,
-            loss_scale=scale,
-            skipped_steps=None if scale is None else int(state.engine.skipped_steps),
-            skipped_nonfinite=self._guard.skipped,
-            sources=self._shares.record(),
+            quarantined=sum(state.stream.quarantined.values()),
         )
         if compute is not None:
             self._pending = record, self._thread.submit(compute)
@@ -142,16 +143,16 @@ class Diagnosis:
 
     def check(self, record: StepRecord) -> list[RunWarning]:
         """Return the warnings that have now held for `PATIENCE` records."""
-        health = {name.removeprefix("health/"): value for name, value in record.health.items()}
-        warnings = {(warning.group, warning.what): warning for warning in _warnings(record, health)}
+        warnings = {(warning.group, warning.what): warning for warning in _warnings(record)}
         self._seen = {key: self._seen.get(key, 0) + 1 for key in warnings}
         return [warning for key, warning in warnings.items() if self._seen[key] == PATIENCE]
 
 
-def _warnings(record: StepRecord, health: dict[str, float]) -> Iterator[RunWarning]:
-    for name, figures in record.groups.items():
-        yield from _target_warnings(record.step, name, health, figures.get("nats", 0.0))
-        if figures.get("count") == 0:
+def _warnings(record: StepRecord) -> Iterator[RunWarning]:
+    figures = record.figures
+    for name in record.targets:
+        yield from _target_warnings(record, name)
+        if figures.get(f"loss_samples/{name}") == 0:
             yield RunWarning(
                 name,
                 "no sample has its target",
@@ -159,16 +160,16 @@ def _warnings(record: StepRecord, health: dict[str, float]) -> Iterator[RunWarni
                 "look at weights and epochs of data.datasets; `m3i-scale shards stats` counts labels and captions",
             )
     yield from _share_warnings(record)
-    if record.flop_per_s is not None and record.mfu is None:
+    if "perf/flops_per_s" in figures and "perf/mfu" not in figures:
         yield RunWarning(
             "speed",
             "the peak that MFU is a share of is wrong",
-            f"all ranks compute {record.flop_per_s / 1e12:.3g} TFLOP/s, more than the peak; MFU is left out",
+            f"all ranks compute {figures['perf/flops_per_s'] / 1e12:.3g} TFLOP/s, more than the peak; MFU is left out",
             "hardware.peak_tflops, in 10¹² FLOP/s of one rank's device; a measured one is too low where other work had "
             "the machine at the start",
         )
     for name in ("dense", "pooled"):
-        value = health.get(f"{name}_std")
+        value = figures.get(f"health/{name}_std")
         if value is not None and (value < LEAST_STD or math.isnan(value)):
             yield RunWarning(
                 "backbone",
@@ -178,10 +179,11 @@ def _warnings(record: StepRecord, health: dict[str, float]) -> Iterator[RunWarni
             )
 
 
-def _target_warnings(step: int, name: str, health: dict[str, float], nats: float) -> Iterator[RunWarning]:
-    spread, evenness, scale = (health.get(f"{name}_{figure}") for figure in ("spread", "evenness", "scale"))
+def _target_warnings(record: StepRecord, name: str) -> Iterator[RunWarning]:
+    health = (f"health/{name}_{figure}" for figure in ("spread", "evenness", "scale"))
+    spread, evenness, scale = map(record.figures.get, health)
     trained_too = scale is not None  # text encoders: at initialization, all captions have nearly the same vector
-    young = trained_too and step < GROWING_UP_STEPS
+    young = trained_too and record.step < GROWING_UP_STEPS
     if spread is not None and spread < LEAST_SPREAD and not young:
         yield RunWarning(
             name,
@@ -198,7 +200,7 @@ def _target_warnings(step: int, name: str, health: dict[str, float], nats: float
             f"all samples fall to one prototype, evenness {evenness:.1e}",
             "a higher target_temperature, a larger weight of the regularizer mean_entropy, a lower optim.lr",
         )
-    hot = scale is not None and scale > MOST_SCALE and nats < LEAST_NATS
+    hot = scale is not None and scale > MOST_SCALE and record.figures.get(f"mi/{name}", 0.0) < LEAST_NATS
     if scale is not None and (hot or scale < LEAST_SCALE):
         where = "upper" if scale > MOST_SCALE else "lower"
         yield RunWarning(
@@ -210,7 +212,9 @@ def _target_warnings(step: int, name: str, health: dict[str, float], nats: float
 
 
 def _share_warnings(record: StepRecord) -> Iterator[RunWarning]:
-    norms = {name: figures["grad_norm"] for name, figures in record.groups.items() if "grad_norm" in figures}
+    norms = {
+        name: record.figures[f"grad_norm/{name}"] for name in record.targets if f"grad_norm/{name}" in record.figures
+    }
     if len(norms) < 2 or not all(math.isfinite(value) for value in norms.values()):
         return
     *_, second, first = sorted(norms, key=lambda name: norms[name])

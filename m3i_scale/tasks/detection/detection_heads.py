@@ -12,8 +12,16 @@ from typing import ClassVar, Literal
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
-from m3i_scale.config.kinds import Kind
-from m3i_scale.config.sections import MAX_ASPECT, MAX_CANDIDATES, MAX_HEADS, MAX_LAYERS, MAX_SIDE, MAX_WIDTH, Section
+from m3i_scale.config.sections import (
+    MAX_ASPECT,
+    MAX_CANDIDATES,
+    MAX_HEADS,
+    MAX_LAYERS,
+    MAX_SIDE,
+    MAX_WIDTH,
+    Kind,
+    Section,
+)
 
 
 class Windows(Section):

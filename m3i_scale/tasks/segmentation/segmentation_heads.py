@@ -7,8 +7,7 @@ from typing import ClassVar
 from pydantic import Field, field_validator, model_validator
 from typing_extensions import Self
 
-from m3i_scale.config.kinds import Kind
-from m3i_scale.config.sections import MAX_CANDIDATES, MAX_LAYERS, MAX_WIDTH
+from m3i_scale.config.sections import MAX_CANDIDATES, MAX_LAYERS, MAX_WIDTH, Kind
 
 
 class SegmentationHead(Kind):

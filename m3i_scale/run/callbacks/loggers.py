@@ -1,27 +1,33 @@
-"""Callbacks for experiment trackers, which need an optional package: TensorBoard, and Weights & Biases."""
+"""Callbacks that log metrics: metrics.jsonl in every run, and TensorBoard and Weights & Biases, which need an optional
+package."""
 
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import secrets
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from datetime import datetime, timezone
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal, TextIO
 
 import numpy as np
 import yaml
 
 from m3i_scale.config import LogConfig
 from m3i_scale.errors import ConfigError
-from m3i_scale.files import atomic_write
-from m3i_scale.run.callbacks import Callback, Picture, Rewind, RunInfo, StepRecord, flatten
+from m3i_scale.files import atomic_write, json_line
+from m3i_scale.host.machine import processor
+from m3i_scale.host.output_dir import METRICS
+from m3i_scale.run.callbacks import Callback, Picture, RunInfo, StepRecord, flatten, write_errors
+from m3i_scale.run.software import commit, software_versions
 from m3i_scale.text import redact
 
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
-
+REPLACED = "metrics.replaced.jsonl"
+"""File for lines of a killed run that a resumed run repeats, so that plots do not include them."""
 _WANDB_PROJECT = "m3i-scale"
 _WANDB_RUN_ID = "wandb-run-id"
 
@@ -34,13 +40,131 @@ def trackers_of(log: LogConfig) -> list[Callback]:
     return trackers
 
 
+class MetricsWriter(Callback):
+    """Writer of `output_dir/metrics.jsonl`. Every line is flushed, so that kill -9 loses no written line.
+
+    On a resume at step s, the lines of steps after s move to `metrics.replaced.jsonl`, because those steps are
+    repeated. No step occurs twice in the file. The same happens on a rollback.
+    """
+
+    def __init__(self) -> None:
+        self._file: TextIO | None = None
+        self._path = Path()
+        self._step = 0
+
+    def on_start(self, run_info: RunInfo) -> None:
+        self._path = run_info.output_dir / METRICS
+        self._step = run_info.start_step
+        with self._write_errors():
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._open_at(run_info.start_step)
+        software = software_versions()
+        facts: dict[str, Any] = {
+            "name": run_info.name,
+            "total_steps": run_info.total_steps,
+            "world_size": run_info.world_size,
+            **run_info.facts,
+            "deterministic": run_info.config.get("hardware", {}).get("deterministic"),
+            "processor": processor(),
+            "versions": {"python": software["version"], **software["packages"]},
+            "commit": commit(),
+        }
+        self._write("run", run_info.start_step, {key: value for key, value in facts.items() if value is not None})
+
+    def on_step(self, record: StepRecord) -> None:
+        self._write("train", record.step, record.figures)
+
+    def on_stage(self, step: int, stage: dict[str, float]) -> None:
+        self._write("stage", step, stage)
+
+    def on_evaluation(self, step: int, values: dict[str, Any]) -> None:
+        self._write("evaluation", step, flatten(values, "evaluation"))
+
+    def on_warning(self, step: int, warning: dict[str, str]) -> None:
+        self._write("warning", step, dict(warning))
+
+    def on_rewind(self, step: int, rewind: dict[str, Any]) -> None:
+        with self._write_errors():
+            self._opened().close()
+            self._open_at(step)
+        self._step = step
+        self._write("rewind", step, rewind)
+
+    def on_end(self, status: str) -> None:
+        if self._file is None:  # the run failed before it began
+            return
+        try:
+            self._write("end", self._step, {"status": status})
+        finally:
+            file, self._file = self._file, None
+            with self._write_errors():
+                file.close()  # retries writing the remaining buffer
+
+    def _open_at(self, step: int) -> None:
+        """Open the file after the lines of the first `step` steps."""
+        cut_back(self._path, step)
+        self._file = self._path.open("a", encoding="utf-8")
+
+    def _opened(self) -> TextIO:
+        if self._file is None:
+            raise RuntimeError("on_start has not been called")
+        return self._file
+
+    def _write(self, kind: str, step: int, values: dict[str, Any]) -> None:
+        file = self._opened()
+        self._step = max(self._step, step)
+        time = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+        line = json_line({"kind": kind, "step": step, "time": time, **values})
+        with self._write_errors():
+            file.write(line)
+            file.flush()
+
+    def _write_errors(self) -> AbstractContextManager[None]:
+        return write_errors("metrics", self._path, why="the run would continue unobserved")
+
+
+def cut_back(path: Path, step: int) -> None:
+    """Move lines after `step`, and lines truncated by a kill, from `path` to the file of replaced lines.
+
+    From step 0 the run starts from scratch, so all lines move. The file is replaced atomically. If killed in between,
+    the moved lines occur twice in the file of replaced lines, but none is lost.
+    """
+    if not path.exists():
+        return
+    kept: list[str] = []
+    moved: list[str] = []
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for line in file:
+            at = _step_of(line)
+            if at is None:
+                moved.append(json_line({"kind": "torn", "text": line.rstrip("\n")}))
+            else:
+                (kept if step > 0 and at <= step else moved).append(line)
+    if not moved:
+        return
+    with path.with_name(REPLACED).open("a", encoding="utf-8") as file:
+        file.writelines(moved)
+        file.flush()
+        os.fsync(file.fileno())
+    atomic_write(path, "".join(kept))
+
+
+def _step_of(line: str) -> int | None:
+    """Return the step of a complete line, or None for a truncated one (including one that only lacks its line end)."""
+    try:
+        step = json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return None
+    return step if type(step) is int and line.endswith("\n") else None
+
+
 class TensorBoardWriter(Callback):
     """Writer of event files in `output_dir/tensorboard`. A resumed run hides the points that it will repeat."""
 
     def __init__(self) -> None:
         """Check that the package is installed, long before the first step."""
         _require("tensorboard", extra="tensorboard", setting="log.tensorboard")
-        self._writer: SummaryWriter | None = None
+        self._writer: Any = None
         self._folder = Path()
 
     def on_start(self, run_info: RunInfo) -> None:
@@ -50,36 +174,32 @@ class TensorBoardWriter(Callback):
         self._writer.add_text("run", f"```yaml\n{config}```", run_info.start_step)
 
     def on_step(self, record: StepRecord) -> None:
-        self._add(record.step, record.scalars())
+        self._add(record.step, record.figures)
 
     def on_evaluation(self, step: int, values: dict[str, Any]) -> None:
         self._add(step, flatten(values, "evaluation"))
 
     def on_pictures(self, step: int, pictures: Sequence[Picture]) -> None:
-        if self._writer is None:
-            raise RuntimeError("on_start has not been called")
         for picture in pictures:
             pixels_HWC = np.asarray(picture.image.convert("RGB"))
             self._writer.add_image(f"pictures/{picture.name}", pixels_HWC, step, dataformats="HWC")
         self._writer.flush()
 
-    def on_rewind(self, rewind: Rewind) -> None:
+    def on_rewind(self, step: int, rewind: dict[str, Any]) -> None:
         self.on_end("rewound")
-        self._writer = self._open(rewind.rewound_to)
+        self._writer = self._open(step)
 
     def on_end(self, status: str) -> None:
         if self._writer is not None:
             self._writer.close()
             self._writer = None
 
-    def _open(self, step: int) -> SummaryWriter:
+    def _open(self, step: int) -> Any:
         from torch.utils.tensorboard import SummaryWriter
 
         return SummaryWriter(str(self._folder), purge_step=step + 1 if step else 0)
 
     def _add(self, step: int, values: dict[str, float]) -> None:
-        if self._writer is None:
-            raise RuntimeError("on_start has not been called")
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
         self._writer.flush()
@@ -128,7 +248,7 @@ class WandbWriter(Callback):
         self._run.define_metric("*", step_metric="step")
 
     def on_step(self, record: StepRecord) -> None:
-        self._run.log({"step": record.step, **record.scalars()})
+        self._run.log({"step": record.step, **record.figures})
 
     def on_evaluation(self, step: int, values: dict[str, Any]) -> None:
         self._run.log({"step": step, **flatten(values, "evaluation")})
