@@ -25,11 +25,16 @@ from m3i_scale.data.tar import CUT_OFF, SCATTERED, Problem, RawSample, key_at, r
 from m3i_scale.defaults import MAX_CAPTION_BYTES, MAX_SAMPLE_BYTES
 from m3i_scale.errors import DataError
 from m3i_scale.files import json_line, replacing
-from m3i_scale.shards.box_forms import BoxForms
+from m3i_scale.shards.annotation_checks import (
+    BoxForms,
+    check_class_pixels,
+    least_to_evaluate,
+    pixel_lines,
+    pixel_report,
+)
 from m3i_scale.shards.digests import Digests, digest_of, rows_of
 from m3i_scale.shards.existing_shards import Advance, read_shards
 from m3i_scale.shards.imagefolder import SPLIT_NAMES
-from m3i_scale.shards.mask_classes import check_class_pixels, least_to_evaluate, pixel_lines, pixel_report
 from m3i_scale.shards.sidecars import OF_SIDECARS, Claims, claim_problems, read_claims
 from m3i_scale.text import printable
 

@@ -13,8 +13,8 @@ from PIL import Image
 from m3i_scale.data.images import DECODE_ERRORS, mask_error
 from m3i_scale.defaults import NO_CLASS
 from m3i_scale.errors import ConfigError, DataError
+from m3i_scale.shards.annotation_checks import check_mask_classes
 from m3i_scale.shards.imagefolder import SPLIT_NAMES, key_of, list_images
-from m3i_scale.shards.mask_classes import check_mask_classes
 from m3i_scale.shards.records import ListedInput, Record, read_class_names, reading
 
 _FROM_ONE = np.append((np.arange(NO_CLASS) - 1) % 256, NO_CLASS).astype(np.uint8)
