@@ -22,7 +22,7 @@ from m3i_scale.data.reader import BadSampleError
 from m3i_scale.data.rle import packed
 from m3i_scale.errors import ConfigError, DataError
 from m3i_scale.shards.annotation_checks import BoxForms
-from m3i_scale.shards.imagefolder import SPLIT_NAMES, key_of
+from m3i_scale.shards.image_folders import SPLIT_NAMES, key_of
 from m3i_scale.shards.records import ListedInput, Record, annotations_of, reading
 
 _SPLITS = SPLIT_NAMES | {"minival"}
