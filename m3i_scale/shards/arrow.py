@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -67,50 +67,49 @@ def read_rows(path: Path, columns: list[str] | None = None) -> Iterator[dict[str
 
     Only few rows are in memory at a time.
     """
-    with _reading(path):
-        if path.is_dir():  # Spark and dask write a table as a folder
-            for part in sorted(path.glob("*.parquet")):
-                yield from read_rows(part, columns)
-        elif columns == []:
-            yield from ({} for _ in range(row_count(path)))
-        elif _is_parquet(path):
-            with _parquet_file(path) as table:
+    if path.is_dir():  # Spark and dask write a table as a folder
+        for part in sorted(path.glob("*.parquet")):
+            yield from read_rows(part, columns)
+    elif columns == []:
+        yield from ({} for _ in range(row_count(path)))
+    else:
+        with _opened(path) as table:
+            if _is_parquet(path):
                 for batch in table.iter_batches(BATCH_ROWS, columns=columns):
                     yield from batch.to_pylist()
-        else:
-            with pyarrow.memory_map(str(path)) as memory, pyarrow.ipc.open_stream(memory) as stream:
-                for batch in stream:
-                    picked = batch if columns is None else batch.select(columns)
-                    for start in range(0, picked.num_rows, BATCH_ROWS):
-                        yield from picked.slice(start, BATCH_ROWS).to_pylist()
+                return
+            for batch in table:
+                picked = batch if columns is None else batch.select(columns)
+                for start in range(0, picked.num_rows, BATCH_ROWS):
+                    yield from picked.slice(start, BATCH_ROWS).to_pylist()
 
 
 def row_count(path: Path) -> int:
     """Return the number of rows of a file from its headers."""
-    with _reading(path):
-        if _is_parquet(path):
-            with _parquet_file(path) as table:
-                return int(table.metadata.num_rows)
-        with pyarrow.memory_map(str(path)) as memory, pyarrow.ipc.open_stream(memory) as stream:
-            return sum(int(batch.num_rows) for batch in stream)
+    with _opened(path) as table:
+        return int(table.metadata.num_rows) if _is_parquet(path) else sum(int(batch.num_rows) for batch in table)
 
 
 def schema_of(path: Path) -> Any:
     """Return the Arrow schema of a file, with the metadata of `datasets`."""
-    with _reading(path):
-        if _is_parquet(path):
-            with _parquet_file(path) as table:
-                return table.schema_arrow
-        with pyarrow.memory_map(str(path)) as memory, pyarrow.ipc.open_stream(memory) as stream:
-            return stream.schema
+    with _opened(path) as table:
+        return table.schema_arrow if _is_parquet(path) else table.schema
 
 
 def _is_parquet(path: Path) -> bool:
     return path.suffix.lower() == ".parquet"
 
 
-def _reading(path: Path) -> AbstractContextManager[None]:
-    return reading(path, pyarrow.ArrowException, fix="download it again")
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """Open a Parquet file, or else an Arrow stream."""
+    with reading(path, pyarrow.ArrowException, fix="download it again"):
+        if _is_parquet(path):
+            with _parquet_file(path) as table:
+                yield table
+        else:
+            with pyarrow.memory_map(str(path)) as memory, pyarrow.ipc.open_stream(memory) as stream:
+                yield stream
 
 
 def python_value(value: Any) -> Any:

@@ -88,7 +88,6 @@ class ShardReport:
     """Result of checking one shard."""
 
     path: Path
-    number: int
     size: int
     samples: int
     problems: list[Problem]
@@ -235,7 +234,6 @@ def check_shard(task: ShardTask) -> tuple[int, ShardReport]:
     of_samples = [problem for sample in raw.samples for problem in sample.problems]
     return raw.size, ShardReport(
         path=task.path,
-        number=task.number,
         size=raw.size,
         samples=len(raw.samples),
         problems=[*raw.problems, *of_samples, *claim_problems(task.path, raw, task.claims)],
