@@ -193,23 +193,27 @@ class TableInput(Input):
     @override
     def outlines(self) -> Iterator[Record]:
         columns = [name for name in (self.columns.group, self.columns.key) if name is not None]
-        for row in self._rows(columns):
-            group = None if self.columns.group is None else str(row.values[self.columns.group])
-            yield Record(row.key, group=group, size=row.size, split=row.file.split, where=row.where)
+        for outline, values in self._rows(columns):
+            yield replace(outline, group=None if self.columns.group is None else str(values[self.columns.group]))
 
     @override
     def records(self) -> Iterator[Record]:
-        for row in self._rows(None):
+        for outline, values in self._rows(None):
             image, label, problem = b"", None, None
             try:
-                image = _image(row.values[self.columns.image or ""], row.where)
-                label = self._label(row)
+                image = _image(values[self.columns.image or ""], outline.where)
+                label = self._label(values, outline.where)
             except DataError as error:
                 problem = error
-            caption = None if self.columns.caption is None else _text(row.values[self.columns.caption])
-            size, split = max(len(image), row.size), row.file.split
-            meta = self._meta(row.values)
-            yield Record(row.key, image, caption, label, meta, split, size=size, where=row.where, problem=problem)
+            yield replace(
+                outline,
+                image=image,
+                caption=None if self.columns.caption is None else _text(values[self.columns.caption]),
+                label=label,
+                meta=self._meta(values),
+                size=max(len(image), outline.size),
+                problem=problem,
+            )
 
     @override
     def info(self) -> dict[str, Any]:
@@ -226,15 +230,16 @@ class TableInput(Input):
                 self._left_out.add(name)
         return meta
 
-    def _label(self, row: _Row) -> int | None:
-        label = None if self.columns.label is None else row.values[self.columns.label]
+    def _label(self, row: Mapping[str, Any], where: str) -> int | None:
+        label = None if self.columns.label is None else row[self.columns.label]
         if label is None or label == -1:  # the value of `datasets` for "no label"
             return None
         if not (isinstance(label, int) and 0 <= label < len(self.labels)):
-            raise DataError(f"the label is out of range: {label!r:.40}", where=row.where)
+            raise DataError(f"the label is out of range: {label!r:.40}", where=where)
         return label
 
-    def _rows(self, columns: list[str] | None) -> Iterator[_Row]:
+    def _rows(self, columns: list[str] | None) -> Iterator[tuple[Record, dict[str, Any]]]:
+        """Yield the outline of every row and its values. The size is the mean of the rows of the file."""
         numbers: dict[str | None, int] = {}
         for file in self.files:
             row_bytes = 0
@@ -247,18 +252,8 @@ class TableInput(Input):
                 key = f"{first + number:09d}" if file.split is None else f"{file.split}-{first + number:09d}"
                 if self.columns.key is not None:
                     key = _key(values[self.columns.key], where)
-                yield _Row(file, key, values, row_bytes, where)
+                yield Record(key, split=file.split, size=row_bytes, where=where), values
             numbers[file.split] = first + number + 1
-
-
-@dataclass(frozen=True)
-class _Row:
-    file: TableFile
-    key: str
-    values: dict[str, Any]
-    size: int
-    """Mean size in bytes of a row of the file."""
-    where: str
 
 
 def huggingface_input(source: Path, columns: Columns) -> TableInput:

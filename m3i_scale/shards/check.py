@@ -34,8 +34,8 @@ from m3i_scale.shards.annotation_checks import (
 )
 from m3i_scale.shards.digests import Digests, digest_of, rows_of
 from m3i_scale.shards.existing_shards import Advance, read_shards
+from m3i_scale.shards.folder import OF_SIDECARS, Claims, claim_problems, read_claims
 from m3i_scale.shards.image_folders import SPLIT_NAMES
-from m3i_scale.shards.sidecars import OF_SIDECARS, Claims, claim_problems, read_claims
 from m3i_scale.text import printable
 
 EXAMPLES = 3

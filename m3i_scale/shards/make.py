@@ -15,11 +15,11 @@ from transformers import PreTrainedTokenizerFast
 from m3i_scale.errors import DataError
 from m3i_scale.files import json_line
 from m3i_scale.shards.annotation_checks import check_class_pixels, least_to_evaluate, pixel_lines, pixel_report
+from m3i_scale.shards.folder import atomic_folder, check_output, class_names, write_samples
 from m3i_scale.shards.layout import Layout, plan_layout, training_splits
 from m3i_scale.shards.options import ProgressCallback, ShardOptions
 from m3i_scale.shards.process_pool import map_in_processes
 from m3i_scale.shards.records import Encoded, Input, Record, encode_all, hash_of
-from m3i_scale.shards.write import atomic_folder, check_output, class_names, write_samples
 
 CHUNK_BYTES = 16_000_000
 CHUNK_RECORDS = 16

@@ -29,11 +29,7 @@ from m3i_scale.shards.existing_shards import (
     outlines,
     tokenizer_folder,
 )
-from m3i_scale.shards.layout import WHOLE, plan_layout
-from m3i_scale.shards.options import ShardOptions
-from m3i_scale.shards.process_pool import map_in_processes
-from m3i_scale.shards.records import annotations_of
-from m3i_scale.shards.write import (
+from m3i_scale.shards.folder import (
     atomic_folder,
     check_output,
     class_names,
@@ -42,6 +38,10 @@ from m3i_scale.shards.write import (
     shard_facts,
     write_samples,
 )
+from m3i_scale.shards.layout import WHOLE, plan_layout
+from m3i_scale.shards.options import ShardOptions
+from m3i_scale.shards.process_pool import map_in_processes
+from m3i_scale.shards.records import annotations_of
 
 _Names = TypeVar("_Names")
 

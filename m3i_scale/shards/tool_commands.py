@@ -62,8 +62,8 @@ def check(
     Exits with code 2 if there are errors; changes nothing.
     """
     from m3i_scale.shards.check import Rules, check_shards
+    from m3i_scale.shards.folder import atomic_folder, check_output_is_new
     from m3i_scale.shards.rearrange import repair
-    from m3i_scale.shards.write import atomic_folder, check_output_is_new
 
     if link and repair_to is None:
         raise ConfigError("--link does nothing without --repair", fix="add --repair FOLDER")
