@@ -95,13 +95,7 @@ def described_rows() -> list[dict[str, Any]]:
     from m3i_scale.objective.recipe import parse_recipe
 
     recipes = known_recipes().values()
-    return paper_order(
-        [parse_recipe(upgrade_config(read_yaml(path))["recipe"], where=str(path)).summary() for path in recipes]
-    )
-
-
-def paper_order(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Sort rows by family, then unmasked before masked, then by representation, then by name."""
+    rows = [parse_recipe(upgrade_config(read_yaml(path))["recipe"], where=str(path)).summary() for path in recipes]
     return sorted(rows, key=_rank)
 
 
@@ -132,6 +126,7 @@ def _cells_of(columns: _Columns) -> int:
 
 
 def _rank(row: dict[str, Any]) -> tuple[int, bool, int, str]:
+    """Return the key that sorts by family, then unmasked before masked, then by representation, then by name."""
     hides = any(entry["mask"] for entry in row["inputs"])
     return (
         _place(row["family"], FAMILIES),

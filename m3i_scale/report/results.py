@@ -36,18 +36,14 @@ def documents_of_run(run: RunFiles) -> list[dict[str, Any]]:
         path = run.folder / name
         if path.is_file():
             try:
-                drawn.append(_document(f"{run.name}: {name}", path))
+                drawn.append(rendered_document(f"{run.name}: {name}", path))
             except ConfigError as error:
                 drawn.append({"title": f"{run.name}: {name}", "lines": [error.what], "rows": []})
     return drawn
 
 
-def documents_of_files(paths: list[Path]) -> list[dict[str, Any]]:
-    """Return the rendered documents in the given files."""
-    return [_document(path.name, path) for path in paths]
-
-
-def _document(title: str, path: Path) -> dict[str, Any]:
+def rendered_document(title: str, path: Path) -> dict[str, Any]:
+    """Return the rendered document in a file: its title, lines of text, and rows of estimates."""
     fix = "give the output of `m3i-scale evaluate … --json`, or a finetune.json"
     try:
         document = read_json(path)

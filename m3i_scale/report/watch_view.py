@@ -18,8 +18,8 @@ from rich.cells import set_cell_size
 from rich.text import Text
 
 from m3i_scale.host.failures import AttemptRecord, Failure
-from m3i_scale.report.curves import downsample
-from m3i_scale.report.marks import marks_of
+from m3i_scale.report.about import marks_of
+from m3i_scale.report.charts import downsample
 from m3i_scale.report.metrics_file import unix_s
 from m3i_scale.report.run_files import Quarantined, RankSign, RunFiles
 from m3i_scale.text import duration_text, filled, listed, printable
