@@ -107,7 +107,7 @@ class RecipeTable:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """Yield a table with one field per column, or two on a narrow console, so that no word is broken."""
-        columns = _WIDE if options.max_width >= _cells_of(_WIDE) else _NARROW
+        columns = _WIDE if options.max_width >= sum(_WIDE.values()) + len(_WIDE) - 1 else _NARROW
         table = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False)
         for fields, width in columns.items():
             table.add_column("\n".join(fields), width=width, overflow="fold")
@@ -119,10 +119,6 @@ class RecipeTable:
                     table.add_row(*(Text("\n").join(cells[field] for field in fields) for fields in columns))
             table.add_section()
         yield table
-
-
-def _cells_of(columns: _Columns) -> int:
-    return sum(columns.values()) + len(columns) - 1
 
 
 def _rank(row: dict[str, Any]) -> tuple[int, bool, int, str]:

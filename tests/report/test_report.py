@@ -27,8 +27,8 @@ from m3i_scale.report.about import differing_settings
 from m3i_scale.report.charts import CHARTS, filled_charts
 from m3i_scale.report.page import open_in_browser, script_safe, write_report
 from m3i_scale.report.run_files import read_run
-from m3i_scale.report.watch_view import RunSnapshot
-from m3i_scale.report.watch_view import render_lines as watch_lines
+from m3i_scale.report.watch import RunSnapshot
+from m3i_scale.report.watch import render_lines as watch_lines
 
 
 class Page(HTMLParser):
