@@ -17,10 +17,10 @@ import yaml
 from launch import ROOT, environment, free_port
 
 from m3i_scale.elastic import link
-from m3i_scale.elastic.doctor.agents import Agents
 from m3i_scale.elastic.doctor.command import Examination
 from m3i_scale.elastic.doctor.command import examine as doctor
 from m3i_scale.elastic.doctor.group import Group, open_store, reach, read_notes, remove, write_note
+from m3i_scale.elastic.doctor.host import Agents
 from m3i_scale.elastic.link import RemoteShell
 from m3i_scale.errors import ConfigError
 from m3i_scale.host.findings import Finding

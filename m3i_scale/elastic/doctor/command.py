@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from m3i_scale.elastic.doctor import checks
-from m3i_scale.elastic.doctor.agents import Agents
+from m3i_scale.elastic.doctor.host import Agents
 from m3i_scale.elastic.link import HostError, RemoteShell
 from m3i_scale.errors import ConfigError
 from m3i_scale.host.findings import Finding, compare_hosts, finding
