@@ -95,15 +95,15 @@ class Progress:
     def beat(self, host: str, message: Message, running: Collection[int]) -> None:
         """Process a host's heartbeat: its clock, and the states of its running ranks."""
         ahead_s = time.time() - message["time"]
-        self._ahead_s[host] = min(ahead_s, self.ahead_s(host, ahead_s))
+        self._ahead_s[host] = min(ahead_s, self._ahead_s.get(host, ahead_s))
         for rank, beat in message["beats"].items():
             if int(rank) in running:
                 self._beats[int(rank)] = beat | {"age_s": message["time"] - beat["changed"]}
                 self.count(beat)
 
-    def ahead_s(self, host: str, unknown: float = 0.0) -> float:
+    def ahead_s(self, host: str) -> float:
         """Return the seconds by which the clock of this machine is ahead of a host's."""
-        return self._ahead_s.get(host, unknown)
+        return self._ahead_s.get(host, 0.0)
 
     def count(self, beat: Message) -> None:
         """Update the first and last step with the state of a rank."""
@@ -134,12 +134,13 @@ class Progress:
 
     def furthest_behind(self, ranks: Iterable[int]) -> int:
         """Return the rank with the fewest completed steps among these."""
-        return min(ranks, key=self._order)
 
-    def _order(self, rank: int) -> tuple[int, int, float]:
-        beat = self.beat_of(rank)
-        phase = beat["phase"]
-        return beat["step"], PHASES.index(phase) if phase in PHASES else len(PHASES), beat["changed"]
+        def order(rank: int) -> tuple[int, int, float]:
+            beat = self.beat_of(rank)
+            phase = beat["phase"]
+            return beat["step"], PHASES.index(phase) if phase in PHASES else len(PHASES), beat["changed"]
+
+        return min(ranks, key=order)
 
 
 class Attempt:
@@ -286,13 +287,9 @@ class Attempt:
             if running and now - link.last_message > self._site.silence_s:
                 self._lose(link, f"no message from the host for {self._site.silence_s:g} s: it is down or disconnected")
         # All ranks must hang: while one saves alone, the others only wait for it.
-        if self._running and not self._failures and all(map(self._progress.hangs, self._running)):
-            self._report_hang()
-        if (
-            self._stop_requested is not None
-            and now - self._stop_requested > self._timeouts.startup_s
-            and not self._failures
-        ):
+        hang = all(map(self._progress.hangs, self._running))
+        late = self._stop_requested is not None and now - self._stop_requested > self._timeouts.startup_s
+        if not self._failures and (hang or late):
             self._report_hang()
 
     def _report_hang(self) -> None:
