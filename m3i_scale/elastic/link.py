@@ -85,17 +85,14 @@ def _agent_line(site: RemoteShell) -> str:
     return f"cd {shlex.quote(site.workdir)} && {path}{start}"
 
 
-ErrorKind = Literal["connect", "start", "agent"]
-"""The connection by ssh or srun failed; the interpreter, the folder or a package is missing; the agent failed, or
-reports that it cannot serve."""
-
-
 @dataclass(frozen=True)
 class HostError:
     """The reason why a host cannot be used."""
 
     what: str
-    kind: ErrorKind
+    kind: Literal["connect", "start", "agent"]
+    """The connection by ssh or srun failed; the interpreter, the folder or a package is missing; the agent failed, or
+    reports that it cannot serve."""
 
     def __str__(self) -> str:
         return self.what

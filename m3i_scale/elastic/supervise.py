@@ -191,28 +191,20 @@ class Attempt:
         return self._conclude()
 
     def _start(self) -> None:
-        first = 0
+        first, address = 0, self._address
+        shared = {"WORLD_SIZE": str(self._world), "MASTER_ADDR": address[0], "MASTER_PORT": str(address[1])}
         for link in self._links:
             slots = link.host.slots
-            ranks = [self._variables(first + local, local, slots) for local in range(slots)]
+            of_host = shared | {"LOCAL_WORLD_SIZE": str(slots)}
+            ranks = [of_host | {"RANK": str(first + local), "LOCAL_RANK": str(local)} for local in range(slots)]
             environment = dict(self._site.environment)
             link.last_message = time.monotonic()
             link.send("start", ranks=ranks, command=self._command, cwd=self._site.workdir, environment=environment)
             self._running |= {first + local: link for local in range(slots)}
             first += slots
 
-    def _variables(self, rank: int, local: int, slots: int) -> dict[str, str]:
-        return {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(local),
-            "WORLD_SIZE": str(self._world),
-            "LOCAL_WORLD_SIZE": str(slots),
-            "MASTER_ADDR": self._address[0],
-            "MASTER_PORT": str(self._address[1]),
-        }
-
-    def _receive(self, timeout_s: float = _TICK_S) -> None:
-        deadline = time.monotonic() + timeout_s
+    def _receive(self) -> None:
+        deadline = time.monotonic() + _TICK_S
         while (left := deadline - time.monotonic()) > 0:
             try:
                 link, message = self._inbox.get(timeout=left)
@@ -237,7 +229,7 @@ class Attempt:
             # An agent that sent `bye` without a request has failed, or has received nothing from here for too long.
             expected = self._over and name in self._gone
             self._gone.add(name)
-            if not expected and any(other is link for other in self._running.values()):
+            if not expected and link in self._running.values():
                 self._lose(link, f"the connection to the host ended: {link.error()}")
 
     def _handle_exit(self, name: str, message: Message) -> None:
@@ -283,8 +275,7 @@ class Attempt:
         """Find hosts without heartbeats, and ranks that hang."""
         now = time.monotonic()
         for link in self._links:
-            running = any(other is link for other in self._running.values())
-            if running and now - link.last_message > self._site.silence_s:
+            if link in self._running.values() and now - link.last_message > self._site.silence_s:
                 self._lose(link, f"no message from the host for {self._site.silence_s:g} s: it is down or disconnected")
         # All ranks must hang: while one saves alone, the others only wait for it.
         hang = all(map(self._progress.hangs, self._running))

@@ -15,7 +15,7 @@ from m3i_scale.elastic.doctor import checks
 from m3i_scale.elastic.doctor.host import Agents
 from m3i_scale.elastic.link import HostError, RemoteShell
 from m3i_scale.errors import ConfigError
-from m3i_scale.host.findings import Finding, compare_hosts, finding
+from m3i_scale.host.findings import Answers, Finding, compare_hosts, finding
 from m3i_scale.host.machine import Needs
 from m3i_scale.launch.description import Cluster
 from m3i_scale.launch.environment import travelling
@@ -23,8 +23,6 @@ from m3i_scale.launch.job import name_on_hosts
 
 _GROUP_S = 300.0
 """Time limit of the measurements of the group."""
-
-Answers = dict[str, dict[str, Any]]
 
 
 def examine(
