@@ -173,13 +173,8 @@ def _class_names(feature: Any, label: str | None, where: str) -> list[str]:
     return names
 
 
-@dataclass(frozen=True)
-class TableFile:
-    """A file of rows, with its split."""
-
-    path: Path
-    split: str | None
-    """None: assigned by the split rule."""
+TableFile = tuple[Path, str | None]
+"""A file of rows, and its split; None: assigned by the split rule."""
 
 
 class TableInput(Input):
@@ -241,19 +236,19 @@ class TableInput(Input):
     def _rows(self, columns: list[str] | None) -> Iterator[tuple[Record, dict[str, Any]]]:
         """Yield the outline of every row and its values. The size is the mean of the rows of the file."""
         numbers: dict[str | None, int] = {}
-        for file in self.files:
+        for path, split in self.files:
             row_bytes = 0
-            first = numbers.get(file.split, 0)
+            first = numbers.get(split, 0)
             number = -1
-            for number, values in enumerate(read_rows(file.path, columns)):
+            for number, values in enumerate(read_rows(path, columns)):
                 if not number:
-                    row_bytes = file.path.stat().st_size // max(1, row_count(file.path))
-                where = f"{file.path}, row {number + 1}"
-                key = f"{first + number:09d}" if file.split is None else f"{file.split}-{first + number:09d}"
+                    row_bytes = path.stat().st_size // max(1, row_count(path))
+                where = f"{path}, row {number + 1}"
+                key = f"{first + number:09d}" if split is None else f"{split}-{first + number:09d}"
                 if self.columns.key is not None:
                     key = _key(values[self.columns.key], where)
-                yield Record(key, split=file.split, size=row_bytes, where=where), values
-            numbers[file.split] = first + number + 1
+                yield Record(key, split=split, size=row_bytes, where=where), values
+            numbers[split] = first + number + 1
 
 
 def huggingface_input(source: Path, columns: Columns) -> TableInput:
@@ -262,17 +257,18 @@ def huggingface_input(source: Path, columns: Columns) -> TableInput:
     The split of a Parquet file is the start of its name, as on the Hub: `train-00000-of-00004`.
     """
     files = find_files(source)
-    schema = schema_of(files[0].path)
-    for file in files[1:]:
-        if not schema_of(file.path).equals(schema, check_metadata=False):
-            raise DataError("its files have different columns", where=f"{files[0].path}, {file.path}")
-    return TableInput(files, *find_columns(schema, columns, str(files[0].path)))
+    (first, _), *others = files
+    schema = schema_of(first)
+    for path, _ in others:
+        if not schema_of(path).equals(schema, check_metadata=False):
+            raise DataError("its files have different columns", where=f"{first}, {path}")
+    return TableInput(files, *find_columns(schema, columns, str(first)))
 
 
 def find_files(source: Path) -> list[TableFile]:
     """List the files of a dataset, in order."""
     if source.is_file() and source.suffix == ".parquet":
-        return [TableFile(source, None)]
+        return [(source, None)]
     if (source / "dataset_dict.json").is_file():
         splits = _json(source / "dataset_dict.json").get("splits", [])
         return [file for split in splits for file in _saved(_inside(source, split), str(split))]
@@ -285,14 +281,14 @@ def find_files(source: Path) -> list[TableFile]:
             where=str(source),
             fix="give a folder that datasets.save_to_disk wrote, a .parquet file, or a folder of such files",
         )
-    return [TableFile(path, _split_of(path)) for path in files]
+    return [(path, _split_of(path)) for path in files]
 
 
 def _saved(folder: Path, split: str | None) -> list[TableFile]:
     names = [entry.get("filename") for entry in _json(folder / "state.json").get("_data_files", [])]
     if not names:
         raise DataError("the saved data set names no files", where=str(folder / "state.json"))
-    return [TableFile(_inside(folder, name), split) for name in names]
+    return [(_inside(folder, name), split) for name in names]
 
 
 def _inside(folder: Path, name: Any) -> Path:

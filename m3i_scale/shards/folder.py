@@ -21,14 +21,13 @@ from m3i_scale.data.categories import Categories
 from m3i_scale.data.images import MASK
 from m3i_scale.data.index import build_index, load_sidecar_index
 from m3i_scale.data.instances import INSTANCES
-from m3i_scale.data.shards import CATEGORIES, LABELS, MASK_LABELS
 from m3i_scale.data.tar import UNREADABLE, Problem, RawShard
 from m3i_scale.errors import ConfigError, DataError
 from m3i_scale.files import atomic_dir, read_json, sha256_of, write_json
 from m3i_scale.shards.layout import WHOLE, Layout
 
 MANIFEST_FORMAT = 1
-ClassNames = Mapping[str, Sequence[str] | Mapping[str, Any] | None]
+ClassNames = Mapping[str, Sequence[str] | Categories | None]
 """Class names by file (LABELS, MASK_LABELS or CATEGORIES); None writes no file."""
 FACTS = ("samples", "with_label", "with_caption", "with_mask", "bytes")
 """Statistics per shard in the manifest."""
@@ -90,14 +89,6 @@ def check_output(output: Path, name: str) -> None:
     if not name or not name.replace("-", "").replace("_", "").isalnum():
         raise ConfigError(f"'{name}' is no name for shards", fix="letters, digits, - and _ only")
     check_output_is_new(output)
-
-
-def class_names(
-    labels: Sequence[str] | None, mask_labels: Sequence[str] | None, categories: Categories | None
-) -> ClassNames:
-    """Return the contents of the sidecar files with class names."""
-    of_boxes = None if categories is None else categories.to_json()
-    return {LABELS: labels, MASK_LABELS: mask_labels, CATEGORIES: of_boxes}
 
 
 def write_samples(
@@ -203,7 +194,7 @@ def finish_folder(
     """
     for file, of_file in names.items():
         if of_file is not None:
-            write_json(folder / file, of_file)
+            write_json(folder / file, of_file.to_json() if isinstance(of_file, Categories) else of_file)
     write_json(folder / "sizes.json", {shard: facts_of["samples"] for shard, facts_of in shards.items()})
     write_json(folder / "manifest.json", {"format": MANIFEST_FORMAT, **facts, "shards": shards})
     build_index([folder / shard for shard in shards], folder / "index")

@@ -32,7 +32,6 @@ from m3i_scale.shards.existing_shards import (
 from m3i_scale.shards.folder import (
     atomic_folder,
     check_output,
-    class_names,
     close_tar,
     finish_folder,
     shard_facts,
@@ -138,7 +137,7 @@ def _rewrite(
     layout = plan_layout(lambda: outlines(origins, options.workers, advance), shares, options)
     with atomic_folder(output) as folder:
         samples = _relabelled(origins, labels, unnamed, advance)
-        names = class_names(labels.names, mask_labels, categories)
+        names = {LABELS: labels.names, MASK_LABELS: mask_labels, CATEGORIES: categories}
         splits = write_samples(folder, name, layout, samples, names, lambda: info)
         tokenizer = _copy_tokenizer(sources, folder)
     counts = splits[WHOLE] if shares is None else {"splits": splits}
@@ -237,7 +236,7 @@ def repair(report: CheckReport, folder: Path, workers: int, link: bool) -> dict[
     write_json(folder / "shards.json", result)
     if written:
         labels, mask_labels = (common_labels(report.source, file) for file in (LABELS, MASK_LABELS))
-        names = class_names(labels, mask_labels, common_categories(report.source))
+        names = {LABELS: labels, MASK_LABELS: mask_labels, CATEGORIES: common_categories(report.source)}
         finish_folder(folder, dict(sorted(written.items())), names, {"source": "check --repair"})
     return result
 
