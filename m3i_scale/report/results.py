@@ -47,19 +47,14 @@ def rendered_document(title: str, path: Path) -> dict[str, Any]:
     fix = "give the output of `m3i-scale evaluate … --json`, or a finetune.json"
     try:
         document = read_json(path)
-        if not isinstance(document, dict) or not isinstance(document.get("measures", document.get("figures")), dict):
-            raise ConfigError("no evaluation", where=str(path), fix=fix)
-        return _drawn(title, document)
     except OSError as error:
         raise ConfigError(f"the evaluation cannot be read: {error.strerror}", where=str(path), fix=fix) from None
     except ValueError:
         raise ConfigError("the evaluation is no JSON", where=str(path), fix=fix) from None
-
-
-def _drawn(title: str, document: dict[str, Any]) -> dict[str, Any]:
-    measures = document.get("measures", document.get("figures"))
-    baseline = document.get("baseline")
-    rows = [*_rows(measures)]
+    measures = document.get("measures", document.get("figures")) if isinstance(document, dict) else None
+    if not isinstance(measures, dict):
+        raise ConfigError("no evaluation", where=str(path), fix=fix)
+    rows, baseline = [*_rows(measures)], document.get("baseline")
     if isinstance(baseline, dict):
         rows += _rows(baseline.get("measures"), "raw pixels ")
     lines = [
