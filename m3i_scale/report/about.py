@@ -16,7 +16,6 @@ from m3i_scale.report.run_files import RunFiles
 from m3i_scale.text import differences, duration_text, listed, redact, redact_text, short, without_secrets
 
 _STOPPED = "stopped without a status, or training on a host whose lock is not visible here"
-_TIME = "%Y-%m-%d %H:%M:%S"
 MOST_MARKS = 100
 """Maximum number of events per kind; only the newest are included."""
 KINDS = {
@@ -236,7 +235,7 @@ def _failed(run: RunFiles, failure: Failure | None) -> Iterator[dict[str, Any]]:
 def utc(time_s: float) -> str:
     """Format Unix seconds as text."""
     try:
-        return datetime.fromtimestamp(time_s, timezone.utc).strftime(_TIME)
+        return datetime.fromtimestamp(time_s, timezone.utc).strftime("%Y-%m-%d %H:%M:%S")
     except (OverflowError, ValueError, OSError):  # out of the supported range
         return "?"
 

@@ -136,21 +136,16 @@ def doctor_table(findings: Iterable[Mapping[str, Any]]) -> Group:
     for check, of_check in by_check.items():
         well = [finding for finding in of_check if _kind(finding) == "ok"]
         if well:
-            table.add_row(_mark("ok"), check, _hosts(well), _together(well))
+            table.add_row(Text(*_MARKS["ok"]), check, _hosts(well), _together(well))
         for finding in of_check:
             if _kind(finding) != "ok":
-                table.add_row(_mark(_kind(finding)), check, finding["host"], _found(finding))
+                table.add_row(Text(*_MARKS[_kind(finding)]), check, finding["host"], _found(finding))
     totals = f"{counts['ok']} ✓, {counts['warning']} !, {counts['error']} ✗"
     return Group(table, Text(totals, "bold red" if counts["error"] else "bold green"))
 
 
 def _kind(finding: Mapping[str, Any]) -> str:
     return "error" if not finding["ok"] else "warning" if finding["warning"] else "ok"
-
-
-def _mark(kind: str) -> Text:
-    mark, colour = _MARKS[kind]
-    return Text(mark, colour)
 
 
 def _hosts(found: list[Mapping[str, Any]]) -> str:

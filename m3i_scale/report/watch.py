@@ -115,6 +115,12 @@ def _holder(folder: Path) -> str | None:
 def _keys() -> Iterator[Callable[[], bool]]:
     """Yield a function that waits briefly for typed keys and returns whether to end: for `q`, Ctrl-C or end of input.
     The state of standard input is always restored."""
+
+    def is_ended() -> bool:
+        ready, _, _ = select.select([keyboard], [], [], _LOOK_S)
+        keys = os.read(keyboard, 1024) if ready else None
+        return interrupted.is_set() or (keys is not None and (b"q" in keys or not keys))
+
     keyboard = sys.stdin.fileno()
     before = termios.tcgetattr(keyboard)
     # A flag instead of an exception, which would be lost inside a finalizer or callback.
@@ -123,7 +129,7 @@ def _keys() -> Iterator[Callable[[], bool]]:
     handlers[signal.SIGINT] = signal.signal(signal.SIGINT, lambda number, frame: interrupted.set())
     try:
         tty.setcbreak(keyboard)
-        yield lambda: _is_ended(keyboard) or interrupted.is_set()
+        yield is_ended
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
@@ -132,15 +138,6 @@ def _keys() -> Iterator[Callable[[], bool]]:
 
 def _end(number: int, frame: object) -> None:
     raise SystemExit(128 + number)
-
-
-def _is_ended(keyboard: int) -> bool:
-    """Wait briefly for keys; return whether one of them is `q`, or input has ended."""
-    ready, _, _ = select.select([keyboard], [], [], _LOOK_S)
-    if not ready:
-        return False
-    keys = os.read(keyboard, 1024)
-    return b"q" in keys or not keys
 
 
 def is_shown(figure: str) -> bool:
@@ -250,7 +247,7 @@ def _charts(run: RunFiles, width: int, room: int | None) -> list[Text]:
 
 def _chart(run: RunFiles, name: str, words: str, value: str, width: int, height: int) -> list[Text]:
     drawn = curve(run.steps, run.figures[name], width, height - 1, _FIGURES.get(name, ("", "{:.4g}"))[1])
-    return [_title(f"{words} {value}", width), *(Text(line, "cyan") for line in drawn)]
+    return [Text(set_cell_size(f"{words} {value}", width), "bold"), *(Text(line, "cyan") for line in drawn)]
 
 
 def _step_times(run: RunFiles, width: int, height: int) -> list[Text]:
@@ -260,7 +257,7 @@ def _step_times(run: RunFiles, width: int, height: int) -> list[Text]:
     }
     total = sum(seconds.values()) or 1.0
     largest = sorted(seconds, key=lambda name: -seconds[name])[: height - 1]
-    lines = [_title("time of a step", width)]
+    lines = [Text(set_cell_size("time of a step", width), "bold")]
     for name, share in ((name, seconds[name] / total) for name in seconds if name in largest):
         bar = _bar(share, max(0, width - 16))
         lines.append(Text(set_cell_size(f"{printable(name)[:9]:9} {share:5.0%} {bar}", width), "magenta"))
@@ -297,10 +294,6 @@ def _ranges(numbers: Sequence[int]) -> str:
 def _wrapped(text: str, width: int, style: str) -> Iterator[Text]:
     lines = textwrap.wrap(printable(text), max(width, 10), max_lines=3, placeholder=" …")
     yield from (Text(line, style) for line in lines)
-
-
-def _title(text: str, width: int) -> Text:
-    return Text(set_cell_size(text, width), "bold")
 
 
 def _bar(share: float, width: int) -> str:
