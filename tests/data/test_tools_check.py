@@ -153,7 +153,7 @@ def test_keys_across_shards(tmp_path):
     assert found(report) == {"key in two shards": 1}
     example = report.examples["key in two shards"][0]
     assert (example["url"], example["key"]) == (str(root / "1.tar"), "000")
-    assert not check_shards(str(root), RULES, keys_per_shard=True).bad
+    assert not check_shards(str(root), RULES, keys_per_shard=True).reasons
 
 
 def test_what_lies_beside_is_held_against_the_shards(tmp_path):
