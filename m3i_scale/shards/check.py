@@ -120,6 +120,11 @@ class CheckReport:
     members: Counter[str] = field(default_factory=Counter)
     notes: list[str] = field(default_factory=list)
 
+    @property
+    def bad(self) -> bool:
+        """Return whether there are any errors."""
+        return bool(self.reasons)
+
     def add(self, path: Path | str, *problems: Problem) -> None:
         """Count errors of a shard or of a sidecar file."""
         for problem in problems:

@@ -91,7 +91,7 @@ def check(
         with atomic_folder(repair_to) as folder:
             summary["repair"] = {"output": str(repair_to), **repair(report, folder, workers, link)}
     print_summary(summary, as_json, _check_lines(summary, quarantine))
-    if report.reasons:
+    if report.bad:
         raise typer.Exit(EXIT_USER_ERROR)
 
 

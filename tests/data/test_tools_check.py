@@ -153,7 +153,7 @@ def test_keys_across_shards(tmp_path):
     assert found(report) == {"key in two shards": 1}
     example = report.examples["key in two shards"][0]
     assert (example["url"], example["key"]) == (str(root / "1.tar"), "000")
-    assert not check_shards(str(root), RULES, keys_per_shard=True).reasons
+    assert not check_shards(str(root), RULES, keys_per_shard=True).bad
 
 
 def test_what_lies_beside_is_held_against_the_shards(tmp_path):
@@ -196,7 +196,7 @@ def test_a_shard_that_cannot_be_read_does_not_stop_the_rest(tmp_path):
 def test_shards_of_img2dataset_are_clean(tmp_path):
     folder = foreign.img2dataset_folder(tmp_path / "i")
     report = check_shards(str(folder), RULES)
-    assert not report.reasons
+    assert not report.bad
     assert report.members == {"jpg": 6, "json": 6, "txt": 6}
 
 
@@ -209,7 +209,7 @@ def test_shards_of_gnu_tar(tmp_path):
             (folder / name).write_bytes(data)
     sorted_tar = foreign.gnu_tar(folder, tmp_path / "t" / "a.tar", "--sort=name")
     report = check_shards(str(sorted_tar), RULES)
-    assert not report.reasons
+    assert not report.bad
     assert report.summary()["samples"] == 3
     assert "belong to no sample" in " ".join(report.notes)
 
