@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 from m3i_scale.config import RunConfig, load_run, parse_section
 from m3i_scale.errors import ConfigError, DataError
 from m3i_scale.objective.recipe import parse_recipe
-from m3i_scale.shards.write import FACTS
+from m3i_scale.shards.folder import FACTS
 
 WIDTH, LAYERS, HEADS, IMAGE, PATCH, TOKENS, BATCH = 96, 4, 3, 48, 8, 24, 64
 FEWEST_STEPS = 20

@@ -30,7 +30,7 @@ from m3i_scale.errors import ConfigError, DataError, UserError
 from m3i_scale.files import atomic_dir
 from m3i_scale.options import AsJson
 from m3i_scale.output import reserve_stdout
-from m3i_scale.shards.imagefolder import list_images
+from m3i_scale.shards.image_folders import list_images
 from m3i_scale.shards.options import print_summary, sample_bar
 from m3i_scale.shards.records import reading
 

@@ -83,13 +83,14 @@ def show_recipe(
     as_json: AsJson = False,
 ) -> None:
     """Print one recipe: its inputs and targets; with --output, write a Mermaid flowchart, too."""
-    from m3i_scale.report.recipe_graph import graph_of, read_recipe, write_mermaid
+    from m3i_scale.objective.recipe import load_run_and_recipe
+    from m3i_scale.report.recipe_graph import write_mermaid
     from m3i_scale.report.recipe_table import RecipeTable
 
-    recipe = read_recipe(name)
+    _, recipe = load_run_and_recipe(name)
     row, as_json = recipe.summary(), as_json or context.obj
     if output is not None:
-        write_mermaid(graph_of(recipe), output)
+        write_mermaid(recipe, output)
     _print_result(as_json, row, lambda: RecipeTable([row]))
     if output is not None and not as_json:
         print_line(f"flowchart: {output}")
@@ -261,7 +262,7 @@ def plan(
     config, _ = load_run_and_recipe(run, overrides)
     from m3i_scale.plan.planning import machine_of
     from m3i_scale.plan.search import check_feasible, plan_run
-    from m3i_scale.report.plan_table import plan_table
+    from m3i_scale.report.terminal_tables import plan_table
 
     where = machine_of(
         device,
@@ -299,7 +300,7 @@ def doctor(
     leave_out_accelerator_warning()
     from m3i_scale.elastic.doctor.command import examine
     from m3i_scale.host.findings import errors_in
-    from m3i_scale.report.doctor_table import doctor_table
+    from m3i_scale.report.terminal_tables import doctor_table
 
     findings = examine(run, overrides or [], cluster, connect_s=connect_s, log=_ERRORS.print)
     rows = [finding.to_json() for finding in findings]

@@ -237,7 +237,9 @@ class Agent:
         now = time.monotonic()
         if now - self._beat > BEAT_S:
             self._beat = now
-            self.writer.send("beat", time=time.time(), beats=self._beats())
+            states = {rank.number: rank.state() for rank in self.ranks if rank.code is None}
+            beats = {number: asdict(state) for number, state in states.items() if state is not None}
+            self.writer.send("beat", time=time.time(), beats=beats)
         if now - self.last_message > self.silence_s or self.writer.broken:
             self.over = True
 
@@ -250,14 +252,6 @@ class Agent:
                 rank.remember(data)
         with contextlib.suppress(KeyError):
             self.selector.unregister(rank.output)
-
-    def _beats(self) -> dict[int, object]:
-        beats: dict[int, object] = {}
-        for rank in self.ranks:
-            state = rank.state() if rank.code is None else None
-            if state is not None:
-                beats[rank.number] = asdict(state)
-        return beats
 
     def _end(self) -> None:
         """End all processes of this launch on this host, in any case."""

@@ -108,7 +108,26 @@ class Launch:
         started = time.time()
         with watch:
             outcome = attempt.run(lambda: self._request(watch))
-        self._note_attempt(number, world, outcome, started, logs, reasons, watch.back)
+        self.attempts.append(
+            AttemptRecord(
+                attempt=number,
+                hosts=list(world.names),
+                ranks=world.ranks,
+                micro_batch_size=world.micro_batch_size,
+                left_out=reasons,
+                status=outcome.status,
+                first_step=outcome.first_step,
+                last_step=outcome.last_step,
+                started=started,
+                ended=time.time(),
+                logs=str(logs.folder),
+                lost=outcome.lost,
+                came_back=list(watch.back),
+                left=outcome.left,
+                cause=outcome.cause,
+            )
+        )
+        self._write(outcome)
         return outcome, watch.back
 
     def _request(self, watch: Watch) -> Request:
@@ -128,43 +147,16 @@ class Launch:
                 f"no folder for what ranks print: {error.strerror}", where=str(error.filename), fix="free some space"
             ) from None
 
-    def _note_attempt(
-        self,
-        number: int,
-        world: World,
-        outcome: AttemptResult,
-        started: float,
-        logs: Logs,
-        reasons: dict[str, str],
-        back: Sequence[str],
-    ) -> None:
-        output_dir = self.work.run.output_dir
-        self.attempts.append(
-            AttemptRecord(
-                attempt=number,
-                hosts=list(world.names),
-                ranks=world.ranks,
-                micro_batch_size=world.micro_batch_size,
-                left_out=reasons,
-                status=outcome.status,
-                first_step=outcome.first_step,
-                last_step=outcome.last_step,
-                started=started,
-                ended=time.time(),
-                logs=str(logs.folder),
-                lost=outcome.lost,
-                came_back=list(back),
-                left=outcome.left,
-                cause=outcome.cause,
-            )
-        )
+    def _write(self, outcome: AttemptResult) -> None:
+        """Write the records of all attempts, and the failure of the last one."""
+        self._last = outcome
+        output_dir, last = self.work.run.output_dir, self.attempts[-1]
         try:
             write_attempts(output_dir, self.attempts)
             if outcome.cause is not None:
-                write_failure(output_dir, outcome.cause, outcome.others, attempt=number, logs=str(logs.folder))
+                write_failure(output_dir, outcome.cause, outcome.others, attempt=last.attempt, logs=last.logs)
         except OSError as error:
             self.log(f"{output_dir / FAILURE} could not be written: {error.strerror}")
-        self._last = outcome
 
     def _end(self, code: int) -> int:
         if len(self.attempts) > 1:

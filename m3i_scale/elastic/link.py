@@ -67,11 +67,6 @@ class RemoteShell:
     """Use ssh for this machine, too, instead of a child process."""
 
 
-def local_environment() -> dict[str, str]:
-    """Return the environment of ssh and srun, without rank variables and secrets. Messages carry named secrets."""
-    return {name: value for name, value in os.environ.items() if name not in LAUNCHERS and not is_secret(name)}
-
-
 def agent_command(name: str, site: RemoteShell, ssh_timeout_s: float | None = None) -> list[str]:
     """Return the command that starts the agent of a host. ssh's default connect timeout is half of `site.connect_s`."""
     if site.transport == "srun":
@@ -90,17 +85,14 @@ def _agent_line(site: RemoteShell) -> str:
     return f"cd {shlex.quote(site.workdir)} && {path}{start}"
 
 
-ErrorKind = Literal["connect", "start", "agent"]
-"""The connection by ssh or srun failed; the interpreter, the folder or a package is missing; the agent failed, or
-reports that it cannot serve."""
-
-
 @dataclass(frozen=True)
 class HostError:
     """The reason why a host cannot be used."""
 
     what: str
-    kind: ErrorKind
+    kind: Literal["connect", "start", "agent"]
+    """The connection by ssh or srun failed; the interpreter, the folder or a package is missing; the agent failed, or
+    reports that it cannot serve."""
 
     def __str__(self) -> str:
         return self.what
@@ -135,6 +127,8 @@ class Link:
         self.last_message = time.monotonic()
         self.hello: Message | None = None
         self._stderr_lines: deque[str] = deque(maxlen=20)
+        # Without rank variables and secrets: messages carry named secrets.
+        variables = {name: value for name, value in os.environ.items() if name not in LAUNCHERS and not is_secret(name)}
         self._process = subprocess.Popen(
             agent_command(host.name, site, ssh_timeout_s),
             stdin=subprocess.PIPE,
@@ -142,7 +136,7 @@ class Link:
             stderr=subprocess.PIPE,
             start_new_session=True,  # Ctrl-C goes to the supervisor, which handles it
             bufsize=0,
-            env=local_environment(),
+            env=variables,
         )
         self._errors = threading.Thread(target=self._read_errors, args=(self._process.stderr,), daemon=True)
         self._errors.start()

@@ -70,10 +70,6 @@ class HostHistory:
         """Return the names of hosts that need not be waited for, if the others are enough."""
         return frozenset(self.without_answer) if len(self.order) - len(self.without_answer) >= fewest else frozenset()
 
-    def answered(self, reasons: dict[str, str]) -> None:
-        """Record which hosts responded, after all were contacted; `reasons` has the others by name."""
-        self.without_answer = set(reasons)
-
     def ended(self, world: World, outcome: AttemptResult) -> None:
         """Record the result of an attempt."""
         self.without_answer |= set(outcome.lost)
@@ -105,7 +101,7 @@ class Rendezvous:
         hosts = history.order
         links, errors = connect(hosts, self.work.site, self._inbox, unresponsive=history.unresponsive(fewest))
         reasons = {name: error.what for name, error in errors.items()}
-        history.answered(reasons)
+        history.without_answer = set(reasons)
         try:
             if len(links) < fewest:
                 raise CannotStartError(

@@ -5,17 +5,17 @@ from __future__ import annotations
 import queue
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Literal
 
 from m3i_scale.config import TimeoutsConfig
 from m3i_scale.elastic.link import Inbox, Link, RemoteShell
-from m3i_scale.elastic.progress import Progress
 from m3i_scale.elastic.wire import BEAT_S, Message
 from m3i_scale.errors import EXIT_PREEMPTED
 from m3i_scale.host.failures import Failure, root_cause
+from m3i_scale.host.rank_record import PHASES
 from m3i_scale.output import write_stderr
 
 Log = Callable[[str], None]
@@ -28,6 +28,8 @@ _GRACE_S, _LOST_GRACE_S = 10.0, 2.0
 _BYE_S = 20.0
 _LEAVE_S = 300.0
 """Limit between the first rank that ends normally and the last."""
+_SLACK_S = 30.0
+"""The process group's timeout fires first, because it leaves a trace on every rank."""
 
 
 @dataclass
@@ -79,6 +81,68 @@ class Logs:
                 self.error = f"logs are incomplete: {error}"
 
 
+class Progress:
+    """The last known states of the ranks."""
+
+    def __init__(self, timeouts: TimeoutsConfig) -> None:
+        self.first_step: int | None = None
+        self.last_step: int | None = None
+        self._timeouts = timeouts
+        self._beats: dict[int, Message] = {}
+        self._ahead_s: dict[str, float] = {}
+        self._began = time.time()
+
+    def beat(self, host: str, message: Message, running: Collection[int]) -> None:
+        """Process a host's heartbeat: its clock, and the states of its running ranks."""
+        ahead_s = time.time() - message["time"]
+        self._ahead_s[host] = min(ahead_s, self._ahead_s.get(host, ahead_s))
+        for rank, beat in message["beats"].items():
+            if int(rank) in running:
+                self._beats[int(rank)] = beat | {"age_s": message["time"] - beat["changed"]}
+                self.count(beat)
+
+    def ahead_s(self, host: str) -> float:
+        """Return the seconds by which the clock of this machine is ahead of a host's."""
+        return self._ahead_s.get(host, 0.0)
+
+    def count(self, beat: Message) -> None:
+        """Update the first and last step with the state of a rank."""
+        if beat["began"] >= 0:
+            self.first_step = beat["began"]
+            self.last_step = max(self.last_step or 0, beat["step"])
+
+    def last_seen(self, ranks: Iterable[int]) -> Message:
+        """Return the beat of the rank with the fewest steps among these; {} if there is none."""
+        seen = [self._beats[rank] for rank in ranks if rank in self._beats]
+        return min(seen, key=lambda beat: int(beat["step"]), default={})
+
+    def beat_of(self, rank: int) -> Message:
+        """Return the last beat of a rank, or a starting state if there is none yet."""
+        unseen = {
+            "step": -1,
+            "phase": "start",
+            "changed": self._began,
+            "timeout_s": 0.0,
+            "age_s": time.time() - self._began,
+        }
+        return self._beats.get(rank, unseen)
+
+    def hangs(self, rank: int) -> bool:
+        """Return whether a rank has not changed for longer than the collective timeout of its phase."""
+        beat = self.beat_of(rank)
+        return bool(beat["age_s"] > (beat["timeout_s"] or self._timeouts.startup_s) + _SLACK_S)
+
+    def furthest_behind(self, ranks: Iterable[int]) -> int:
+        """Return the rank with the fewest completed steps among these."""
+
+        def order(rank: int) -> tuple[int, int, float]:
+            beat = self.beat_of(rank)
+            phase = beat["phase"]
+            return beat["step"], PHASES.index(phase) if phase in PHASES else len(PHASES), beat["changed"]
+
+        return min(ranks, key=order)
+
+
 class Attempt:
     """The ranks of one world, started and monitored. `links` are in rank order. `address` is the address and port of
     rank 0. The process group's timeouts fire first."""
@@ -127,28 +191,20 @@ class Attempt:
         return self._conclude()
 
     def _start(self) -> None:
-        first = 0
+        first, address = 0, self._address
+        shared = {"WORLD_SIZE": str(self._world), "MASTER_ADDR": address[0], "MASTER_PORT": str(address[1])}
         for link in self._links:
             slots = link.host.slots
-            ranks = [self._variables(first + local, local, slots) for local in range(slots)]
+            of_host = shared | {"LOCAL_WORLD_SIZE": str(slots)}
+            ranks = [of_host | {"RANK": str(first + local), "LOCAL_RANK": str(local)} for local in range(slots)]
             environment = dict(self._site.environment)
             link.last_message = time.monotonic()
             link.send("start", ranks=ranks, command=self._command, cwd=self._site.workdir, environment=environment)
             self._running |= {first + local: link for local in range(slots)}
             first += slots
 
-    def _variables(self, rank: int, local: int, slots: int) -> dict[str, str]:
-        return {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(local),
-            "WORLD_SIZE": str(self._world),
-            "LOCAL_WORLD_SIZE": str(slots),
-            "MASTER_ADDR": self._address[0],
-            "MASTER_PORT": str(self._address[1]),
-        }
-
-    def _receive(self, timeout_s: float = _TICK_S) -> None:
-        deadline = time.monotonic() + timeout_s
+    def _receive(self) -> None:
+        deadline = time.monotonic() + _TICK_S
         while (left := deadline - time.monotonic()) > 0:
             try:
                 link, message = self._inbox.get(timeout=left)
@@ -173,7 +229,7 @@ class Attempt:
             # An agent that sent `bye` without a request has failed, or has received nothing from here for too long.
             expected = self._over and name in self._gone
             self._gone.add(name)
-            if not expected and any(other is link for other in self._running.values()):
+            if not expected and link in self._running.values():
                 self._lose(link, f"the connection to the host ended: {link.error()}")
 
     def _handle_exit(self, name: str, message: Message) -> None:
@@ -219,17 +275,12 @@ class Attempt:
         """Find hosts without heartbeats, and ranks that hang."""
         now = time.monotonic()
         for link in self._links:
-            running = any(other is link for other in self._running.values())
-            if running and now - link.last_message > self._site.silence_s:
+            if link in self._running.values() and now - link.last_message > self._site.silence_s:
                 self._lose(link, f"no message from the host for {self._site.silence_s:g} s: it is down or disconnected")
         # All ranks must hang: while one saves alone, the others only wait for it.
-        if self._running and not self._failures and all(map(self._progress.hangs, self._running)):
-            self._report_hang()
-        if (
-            self._stop_requested is not None
-            and now - self._stop_requested > self._timeouts.startup_s
-            and not self._failures
-        ):
+        hang = all(map(self._progress.hangs, self._running))
+        late = self._stop_requested is not None and now - self._stop_requested > self._timeouts.startup_s
+        if not self._failures and (hang or late):
             self._report_hang()
 
     def _report_hang(self) -> None:

@@ -7,7 +7,7 @@ get a larger micro-batch, as long as they do not run out of memory.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from m3i_scale.config import RunConfig
@@ -70,15 +70,12 @@ def _fits(run: RunConfig, ranks: int, micro_batch_size: int) -> bool:
 
 def largest_world(run: RunConfig, hosts: Sequence[Host], fewest: int) -> World | None:
     """Return the world with the most ranks on at least `fewest` hosts, preferring the first ones; None if none fits."""
-    return max(_worlds(run, hosts, fewest), key=lambda world: world.ranks, default=None)
-
-
-def _worlds(run: RunConfig, hosts: Sequence[Host], fewest: int) -> Iterator[World]:
     for count in range(len(hosts), max(fewest, 1) - 1, -1):
         chosen = tuple(hosts[:count])
         size = micro_batch_for(run, sum(host.slots for host in chosen))
         if size is not None:
-            yield World(chosen, size)
+            return World(chosen, size)
+    return None
 
 
 class ComparedSamples:

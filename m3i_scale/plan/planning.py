@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -107,31 +108,19 @@ def machine_of(
     nodes: int,
     ranks_per_node: int,
     memory_gib: float,
-    mfu: float | None = None,
     tflops: float | None = None,
-    intra_gb_s: float | None = None,
-    inter_gb_s: float | None = None,
-    latency_us: float | None = None,
-    intra_latency_us: float | None = None,
     workspace_gib: float | None = None,
     host_memory_gib: float | None = None,
+    **numbers: float | None,
 ) -> Machine:
-    """Return a machine from a hardware preset. Arguments override its numbers."""
-    preset = hardware(name)
-    hosts = name == "cpu"
-    links = Links(
-        nodes,
-        ranks_per_node,
-        preset.intra_gb_s if intra_gb_s is None else intra_gb_s,
-        preset.inter_gb_s if inter_gb_s is None else inter_gb_s,
-        preset.latency_us if latency_us is None else latency_us,
-        preset.intra_latency_us if intra_latency_us is None else intra_latency_us,
-        gloo=hosts,
-    )
+    """Return a machine from a hardware preset. `tflops` and `numbers`, fields of `Hardware`, override the preset."""
+    given: dict[str, Any] = {field: number for field, number in numbers.items() if number is not None}
+    preset, hosts = replace(hardware(name), **given), name == "cpu"
+    latencies_us = preset.latency_us, preset.intra_latency_us
+    links = Links(nodes, ranks_per_node, preset.intra_gb_s, preset.inter_gb_s, *latencies_us, gloo=hosts)
     rates = preset.tflops if tflops is None else dict.fromkeys(preset.tflops, tflops)
     workspace = non_tensor_gib(hosts=hosts) if workspace_gib is None else workspace_gib
-    reached = preset.mfu if mfu is None else mfu
-    return Machine(name, links, memory_gib, rates, reached, hosts, workspace, host_memory_gib)
+    return Machine(name, links, memory_gib, rates, preset.mfu, hosts, workspace, host_memory_gib)
 
 
 def read_vocabulary(run: RunConfig, recipe: Recipe, classes: int | None, tokens: int | None) -> Vocabulary:

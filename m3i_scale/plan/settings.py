@@ -55,12 +55,6 @@ def share(numel: int, world: int) -> int:
     return -(-numel // world)
 
 
-def share_of(numel: int, world: int, rank: int) -> int:
-    """Return the elements of `share` on `rank` without padding."""
-    size = share(numel, world)
-    return max(0, min(size, numel - size * rank))
-
-
 def places_of(parameters: Sequence[Parameter], role: Role) -> list[int]:
     """Return the indices of the parameters with a role."""
     return [place for place, parameter in enumerate(parameters) if parameter.role == role]
@@ -157,7 +151,8 @@ def shares_ema(settings: Settings) -> bool:
 def local_elements(parameters: Sequence[Parameter], settings: Settings, rank: int) -> list[int]:
     """Return for every parameter the elements that `rank` saves, without padding: its shard of the master weights or of
     the EMA, and an even share of replicated parameters."""
-    local = [share_of(parameter.numel, settings.world, rank) for parameter in parameters]
+    sizes = [share(parameter.numel, settings.world) for parameter in parameters]
+    local = [max(0, min(size, p.numel - size * rank)) for size, p in zip(sizes, parameters, strict=True)]
     if settings.stage == 3:
         return local
     for group, numel in flat_groups(parameters, settings.world):

@@ -32,7 +32,6 @@ UPDATE_US = {1: 8.0, 2: 8.0, 3: 31.0}
 PIECE_US = 2.0
 """Per rank and parameter that is gathered or reduced under stage 3 (`AllGatherCoalescedHandle.wait`,
 `reduce_scatter_coalesced`)."""
-_REACHED = "MFU of CLIP g/14 with NVIDIA's NeMo on 8 of them (docs/plan.md)"
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,6 @@ class Hardware:
     inter_gb_s: float
     mfu: float
     """Assumed fraction of the peak rate."""
-    source: str
     latency_us: float | None = None
     """Latency of a ring step between nodes, in µs. None uses NCCL's tuner values, by protocol and size
     (`PROTOCOLS`)."""
@@ -54,22 +52,12 @@ class Hardware:
 
 
 PRESETS = {
-    "h100": Hardware(
-        {**TFLOPS["h100"], "fp32": 67.0},
-        intra_gb_s=450.0,
-        inter_gb_s=50.0,
-        mfu=0.21,
-        source="NVIDIA's data sheet of the H100 SXM (dense rates, NVLink 900 GB/s both ways) and of the DGX H100 (one "
-        f"400 Gb/s port a GPU); {_REACHED}",
-    ),
-    "a100": Hardware(
-        {**TFLOPS["a100"], "fp32": 19.5},
-        intra_gb_s=300.0,
-        inter_gb_s=25.0,
-        mfu=0.39,
-        source="NVIDIA's data sheet of the A100 SXM (dense rates, NVLink 600 GB/s both ways) and of the DGX A100 (one "
-        f"200 Gb/s port a GPU); {_REACHED}",
-    ),
+    # NVIDIA's data sheet of the H100 SXM (dense rates, NVLink 900 GB/s both ways) and of the DGX H100 (one 400 Gb/s
+    # port a GPU). The MFU, here and below, is that of CLIP g/14 with NVIDIA's NeMo on 8 of them (docs/plan.md).
+    "h100": Hardware({**TFLOPS["h100"], "fp32": 67.0}, intra_gb_s=450.0, inter_gb_s=50.0, mfu=0.21),
+    # The A100 SXM (dense rates, NVLink 600 GB/s both ways) and the DGX A100 (one 200 Gb/s port a GPU).
+    "a100": Hardware({**TFLOPS["a100"], "fp32": 19.5}, intra_gb_s=300.0, inter_gb_s=25.0, mfu=0.39),
+    # Matrix products on one core of an AMD EPYC; bandwidths, latencies and the MFU are assumptions.
     "cpu": Hardware(
         {"bf16": 0.2, "fp16": 0.09, "fp32": 0.09},
         intra_gb_s=2.0,
@@ -77,7 +65,6 @@ PRESETS = {
         mfu=0.4,
         latency_us=100.0,
         intra_latency_us=100.0,
-        source="matrix products on one core of an AMD EPYC; bandwidths, latencies and the MFU are assumptions",
     ),
 }
 

@@ -1,15 +1,30 @@
-"""Charts of a report: their metrics, units and descriptions."""
+"""Charts of a report: their metrics, units and descriptions, and their data from the curves of one or several runs."""
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tsdownsample import MinMaxLTTBDownsampler
 
 from m3i_scale.report.run_files import SCORES, RunFiles
 
 PERCENT = "%"
 """Unit of metrics from 0 to 1 that are displayed in percent."""
+MOST_POINTS = 2_000
+"""Maximum points per curve."""
+ALL_POINTS = 150_000
+"""Maximum points of all curves together: about 2.5 MB of the page."""
+_SUMMARISED = 6
+"""Maximum number of curves with newest values in the text below a chart."""
+Points = tuple[NDArray[np.int64], NDArray[np.float64]]
+_ASKED = "/recent_asked"
+_IN_WORDS = {"": "", PERCENT: "", "0 to 1": " From 0 to 1."}
 
 
 @dataclass(frozen=True)
@@ -133,3 +148,108 @@ def evaluation_charts(runs: Sequence[RunFiles]) -> list[Chart]:
         )
         for kind in kinds
     ]  # fmt: skip
+
+
+def filled_charts(runs: Sequence[RunFiles], names: Sequence[str], charts: Sequence[Chart]) -> list[dict[str, Any]]:
+    """Return the charts with data from any run, as JSON values. Curves of one `group` share their color. A curve is
+    downsampled to `MOST_POINTS` points, or fewer to stay below `ALL_POINTS` in total."""
+    curves = [
+        _evaluations_of(run) | {name: (run.steps, values) for name, values in run.figures.items()} for run in runs
+    ]
+    wanted = [(chart, list(_series_of(chart, curves))) for chart in charts]
+    total = sum(len(found) for _, found in wanted)
+    count = max(3, min(MOST_POINTS, ALL_POINTS // max(1, total)))
+    return [_filled(chart, found, count, names) for chart, found in wanted if found]
+
+
+def _evaluations_of(run: RunFiles) -> dict[str, Points]:
+    by_name: dict[str, list[tuple[int, float]]] = {}
+    for line in run.evaluations:
+        for name, value in line.items():
+            if name.startswith("evaluation/"):
+                by_name.setdefault(name, []).append((line["step"], value))
+    return {
+        name: (np.array([step for step, _ in points], np.int64), np.array([value for _, value in points]))
+        for name, points in by_name.items()
+    }
+
+
+def _series_of(chart: Chart, curves: Sequence[Mapping[str, Points]]) -> Iterator[tuple[int, str, Points]]:
+    """Yield run, legend entry and points of a chart's curves that have any finite point. Groups come before their sums,
+    so that a group has the same color in every chart."""
+    pattern = re.compile(chart.pattern)
+    for run, by_name in enumerate(curves):
+        matches = [(match, by_name[name]) for name in by_name if (match := pattern.fullmatch(name))]
+        for match, (steps, values) in sorted(matches, key=lambda found: found[0].lastindex or math.inf):
+            if np.isfinite(values).any():
+                part = next((part for part in match.groups() if part), None)
+                yield run, part or ("all" if pattern.groups else chart.title), (steps, values)
+
+
+def _every_so_many(steps: NDArray[np.int64], values: NDArray[np.float64], count: int) -> Points:
+    """Return at most `count` points, at the same steps for every curve, because stacked values must add up."""
+    chosen = np.linspace(0, len(steps) - 1, min(count, len(steps))).round().astype(int)
+    return steps[chosen], values[chosen]
+
+
+def _rounded(value: float) -> float | None:
+    """Round to five significant digits; None for values outside JSON, such as overflow of the largest floats."""
+    rounded = float(f"{value:.5g}")
+    return rounded if math.isfinite(rounded) else None
+
+
+def _in_words(value: float, *, percent: bool) -> str:
+    if percent:
+        return f"{100 * value:.3g} %"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def _filled(
+    chart: Chart, series: Sequence[tuple[int, str, Points]], count: int, names: Sequence[str]
+) -> dict[str, Any]:
+    lines, newest = [], []
+    for run, name, (steps, values) in series:
+        is_asked = name.endswith(_ASKED)
+        group = name.removesuffix(_ASKED).removesuffix("/recent_share")
+        shown_name = f"{group} (target)" if is_asked else group
+        x, y = _every_so_many(steps, values, count) if chart.stacked else downsample(steps, values, count)
+        lines.append({
+            "run": run,
+            "group": group,
+            "name": shown_name,
+            "x": [int(step) for step in x],
+            "y": [_rounded(value) for value in y],
+            "dashed": is_asked,
+        })  # fmt: skip
+        finite = values[np.isfinite(values)]
+        last = _in_words(float(finite[-1]), percent=chart.unit == PERCENT)
+        of_run = f" ({names[run]})" if len(names) > 1 else ""
+        newest.append((last if shown_name == chart.title else f"{shown_name} {last}") + of_run)
+    summary = "Newest: " + ", ".join(newest) + "." if len(newest) <= _SUMMARISED else ""
+    return {
+        "id": chart.id,
+        "tab": chart.tab,
+        "title": chart.title,
+        "unit": "" if chart.unit in _IN_WORDS else chart.unit,
+        "percent": chart.unit == PERCENT,
+        "about": chart.about + _IN_WORDS.get(chart.unit, f" In {chart.unit}."),
+        "summary": summary,
+        "stacked": chart.stacked,
+        "series": lines,
+    }
+
+
+def downsample(x: NDArray[Any], y: NDArray[Any], count: int) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Downsample a curve (x and y of shape N, x increasing) to at most `count` ≥ 3 points with MinMaxLTTB.
+
+    The extremes of every interval are candidates. Largest-triangle-three-buckets selects those that change the line
+    most. Values are never averaged or moved. Points with non-finite y are dropped, because a line cannot show them.
+
+    Source: Van Der Donckt et al., MinMaxLTTB: Leveraging MinMax-Preselection to Scale LTTB, 2023 (arXiv:2305.00332).
+    """
+    finite = np.isfinite(y)
+    x, y = x[finite], y[finite]
+    if len(y) <= count:
+        return x, y
+    chosen = MinMaxLTTBDownsampler().downsample(np.ascontiguousarray(x), np.ascontiguousarray(y), n_out=count)
+    return x[chosen], y[chosen]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +24,15 @@ def check_page(page: Path) -> None:
 
 def rendered(template: str, **values: Any) -> str:
     """Render a template with the shared style; text is HTML-escaped."""
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        undefined=StrictUndefined,
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
     style = Markup((TEMPLATES / "report.css").read_text(encoding="utf-8"))
-    return _environment().get_template(template).render(style=style, **values)
+    return environment.get_template(template).render(style=style, **values)
 
 
 def write_page(text: str, page: Path) -> None:
@@ -40,14 +46,3 @@ def write_page(text: str, page: Path) -> None:
             where=str(page),
             fix="free some space, or use another --output",
         ) from None
-
-
-@functools.cache
-def _environment() -> Environment:
-    return Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        undefined=StrictUndefined,
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )

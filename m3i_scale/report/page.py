@@ -19,13 +19,11 @@ from plotly.offline import get_plotlyjs
 from m3i_scale import __version__
 from m3i_scale.errors import ConfigError, ErrorCollector
 from m3i_scale.host.failures import read_attempts, read_failure
-from m3i_scale.report.about import differing_settings, facts_of, figures_of, progress_of
+from m3i_scale.report.about import KINDS, differing_settings, facts_of, figures_of, marks_of, progress_of
 from m3i_scale.report.albums import albums_of
-from m3i_scale.report.charts import CHARTS, evaluation_charts
-from m3i_scale.report.curves import MOST_POINTS, filled_charts
+from m3i_scale.report.charts import CHARTS, MOST_POINTS, evaluation_charts, filled_charts
 from m3i_scale.report.html_file import TEMPLATES, check_page, rendered, write_page
-from m3i_scale.report.marks import KINDS, marks_of
-from m3i_scale.report.results import documents_of_files, documents_of_run
+from m3i_scale.report.results import documents_of_run, rendered_document
 from m3i_scale.report.run_files import Quarantined, RunFiles, checkpoints_of, quarantine_of, ranks_of, read_run
 from m3i_scale.text import redact, redact_text, size_text
 
@@ -89,7 +87,8 @@ def _page(
     pictures: Sequence[Path],
 ) -> str:
     sections = [_sections_of(run, name) for run, name in zip(runs, names, strict=True)]
-    documents = [*(document for run in runs for document in documents_of_run(run)), *documents_of_files([*evaluations])]
+    documents = [document for run in runs for document in documents_of_run(run)]
+    documents += [rendered_document(path.name, path) for path in evaluations]
     tabs_with_charts = {chart["tab"] for chart in charts}
     marks = [
         {"run": number, "kind": mark["kind"], "step": mark["step"], "short": mark["text"][:_MARK_LETTERS]}

@@ -95,13 +95,7 @@ def described_rows() -> list[dict[str, Any]]:
     from m3i_scale.objective.recipe import parse_recipe
 
     recipes = known_recipes().values()
-    return paper_order(
-        [parse_recipe(upgrade_config(read_yaml(path))["recipe"], where=str(path)).summary() for path in recipes]
-    )
-
-
-def paper_order(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Sort rows by family, then unmasked before masked, then by representation, then by name."""
+    rows = [parse_recipe(upgrade_config(read_yaml(path))["recipe"], where=str(path)).summary() for path in recipes]
     return sorted(rows, key=_rank)
 
 
@@ -113,7 +107,7 @@ class RecipeTable:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """Yield a table with one field per column, or two on a narrow console, so that no word is broken."""
-        columns = _WIDE if options.max_width >= _cells_of(_WIDE) else _NARROW
+        columns = _WIDE if options.max_width >= sum(_WIDE.values()) + len(_WIDE) - 1 else _NARROW
         table = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False)
         for fields, width in columns.items():
             table.add_column("\n".join(fields), width=width, overflow="fold")
@@ -127,11 +121,8 @@ class RecipeTable:
         yield table
 
 
-def _cells_of(columns: _Columns) -> int:
-    return sum(columns.values()) + len(columns) - 1
-
-
 def _rank(row: dict[str, Any]) -> tuple[int, bool, int, str]:
+    """Return the key that sorts by family, then unmasked before masked, then by representation, then by name."""
     hides = any(entry["mask"] for entry in row["inputs"])
     return (
         _place(row["family"], FAMILIES),

@@ -36,34 +36,25 @@ def documents_of_run(run: RunFiles) -> list[dict[str, Any]]:
         path = run.folder / name
         if path.is_file():
             try:
-                drawn.append(_document(f"{run.name}: {name}", path))
+                drawn.append(rendered_document(f"{run.name}: {name}", path))
             except ConfigError as error:
                 drawn.append({"title": f"{run.name}: {name}", "lines": [error.what], "rows": []})
     return drawn
 
 
-def documents_of_files(paths: list[Path]) -> list[dict[str, Any]]:
-    """Return the rendered documents in the given files."""
-    return [_document(path.name, path) for path in paths]
-
-
-def _document(title: str, path: Path) -> dict[str, Any]:
+def rendered_document(title: str, path: Path) -> dict[str, Any]:
+    """Return the rendered document in a file: its title, lines of text, and rows of estimates."""
     fix = "give the output of `m3i-scale evaluate … --json`, or a finetune.json"
     try:
         document = read_json(path)
-        if not isinstance(document, dict) or not isinstance(document.get("measures", document.get("figures")), dict):
-            raise ConfigError("no evaluation", where=str(path), fix=fix)
-        return _drawn(title, document)
     except OSError as error:
         raise ConfigError(f"the evaluation cannot be read: {error.strerror}", where=str(path), fix=fix) from None
     except ValueError:
         raise ConfigError("the evaluation is no JSON", where=str(path), fix=fix) from None
-
-
-def _drawn(title: str, document: dict[str, Any]) -> dict[str, Any]:
-    measures = document.get("measures", document.get("figures"))
-    baseline = document.get("baseline")
-    rows = [*_rows(measures)]
+    measures = document.get("measures", document.get("figures")) if isinstance(document, dict) else None
+    if not isinstance(measures, dict):
+        raise ConfigError("no evaluation", where=str(path), fix=fix)
+    rows, baseline = [*_rows(measures)], document.get("baseline")
     if isinstance(baseline, dict):
         rows += _rows(baseline.get("measures"), "raw pixels ")
     lines = [

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -67,50 +67,49 @@ def read_rows(path: Path, columns: list[str] | None = None) -> Iterator[dict[str
 
     Only few rows are in memory at a time.
     """
-    with _reading(path):
-        if path.is_dir():  # Spark and dask write a table as a folder
-            for part in sorted(path.glob("*.parquet")):
-                yield from read_rows(part, columns)
-        elif columns == []:
-            yield from ({} for _ in range(row_count(path)))
-        elif _is_parquet(path):
-            with _parquet_file(path) as table:
+    if path.is_dir():  # Spark and dask write a table as a folder
+        for part in sorted(path.glob("*.parquet")):
+            yield from read_rows(part, columns)
+    elif columns == []:
+        yield from ({} for _ in range(row_count(path)))
+    else:
+        with _opened(path) as table:
+            if _is_parquet(path):
                 for batch in table.iter_batches(BATCH_ROWS, columns=columns):
                     yield from batch.to_pylist()
-        else:
-            with pyarrow.memory_map(str(path)) as memory, pyarrow.ipc.open_stream(memory) as stream:
-                for batch in stream:
-                    picked = batch if columns is None else batch.select(columns)
-                    for start in range(0, picked.num_rows, BATCH_ROWS):
-                        yield from picked.slice(start, BATCH_ROWS).to_pylist()
+                return
+            for batch in table:
+                picked = batch if columns is None else batch.select(columns)
+                for start in range(0, picked.num_rows, BATCH_ROWS):
+                    yield from picked.slice(start, BATCH_ROWS).to_pylist()
 
 
 def row_count(path: Path) -> int:
     """Return the number of rows of a file from its headers."""
-    with _reading(path):
-        if _is_parquet(path):
-            with _parquet_file(path) as table:
-                return int(table.metadata.num_rows)
-        with pyarrow.memory_map(str(path)) as memory, pyarrow.ipc.open_stream(memory) as stream:
-            return sum(int(batch.num_rows) for batch in stream)
+    with _opened(path) as table:
+        return int(table.metadata.num_rows) if _is_parquet(path) else sum(int(batch.num_rows) for batch in table)
 
 
 def schema_of(path: Path) -> Any:
     """Return the Arrow schema of a file, with the metadata of `datasets`."""
-    with _reading(path):
-        if _is_parquet(path):
-            with _parquet_file(path) as table:
-                return table.schema_arrow
-        with pyarrow.memory_map(str(path)) as memory, pyarrow.ipc.open_stream(memory) as stream:
-            return stream.schema
+    with _opened(path) as table:
+        return table.schema_arrow if _is_parquet(path) else table.schema
 
 
 def _is_parquet(path: Path) -> bool:
     return path.suffix.lower() == ".parquet"
 
 
-def _reading(path: Path) -> AbstractContextManager[None]:
-    return reading(path, pyarrow.ArrowException, fix="download it again")
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """Open a Parquet file, or else an Arrow stream."""
+    with reading(path, pyarrow.ArrowException, fix="download it again"):
+        if _is_parquet(path):
+            with _parquet_file(path) as table:
+                yield table
+        else:
+            with pyarrow.memory_map(str(path)) as memory, pyarrow.ipc.open_stream(memory) as stream:
+                yield stream
 
 
 def python_value(value: Any) -> Any:
@@ -174,13 +173,8 @@ def _class_names(feature: Any, label: str | None, where: str) -> list[str]:
     return names
 
 
-@dataclass(frozen=True)
-class TableFile:
-    """A file of rows, with its split."""
-
-    path: Path
-    split: str | None
-    """None: assigned by the split rule."""
+TableFile = tuple[Path, str | None]
+"""A file of rows, and its split; None: assigned by the split rule."""
 
 
 class TableInput(Input):
@@ -194,23 +188,27 @@ class TableInput(Input):
     @override
     def outlines(self) -> Iterator[Record]:
         columns = [name for name in (self.columns.group, self.columns.key) if name is not None]
-        for row in self._rows(columns):
-            group = None if self.columns.group is None else str(row.values[self.columns.group])
-            yield Record(row.key, group=group, size=row.size, split=row.file.split, where=row.where)
+        for outline, values in self._rows(columns):
+            yield replace(outline, group=None if self.columns.group is None else str(values[self.columns.group]))
 
     @override
     def records(self) -> Iterator[Record]:
-        for row in self._rows(None):
+        for outline, values in self._rows(None):
             image, label, problem = b"", None, None
             try:
-                image = _image(row.values[self.columns.image or ""], row.where)
-                label = self._label(row)
+                image = _image(values[self.columns.image or ""], outline.where)
+                label = self._label(values, outline.where)
             except DataError as error:
                 problem = error
-            caption = None if self.columns.caption is None else _text(row.values[self.columns.caption])
-            size, split = max(len(image), row.size), row.file.split
-            meta = self._meta(row.values)
-            yield Record(row.key, image, caption, label, meta, split, size=size, where=row.where, problem=problem)
+            yield replace(
+                outline,
+                image=image,
+                caption=None if self.columns.caption is None else _text(values[self.columns.caption]),
+                label=label,
+                meta=self._meta(values),
+                size=max(len(image), outline.size),
+                problem=problem,
+            )
 
     @override
     def info(self) -> dict[str, Any]:
@@ -227,39 +225,30 @@ class TableInput(Input):
                 self._left_out.add(name)
         return meta
 
-    def _label(self, row: _Row) -> int | None:
-        label = None if self.columns.label is None else row.values[self.columns.label]
+    def _label(self, row: Mapping[str, Any], where: str) -> int | None:
+        label = None if self.columns.label is None else row[self.columns.label]
         if label is None or label == -1:  # the value of `datasets` for "no label"
             return None
         if not (isinstance(label, int) and 0 <= label < len(self.labels)):
-            raise DataError(f"the label is out of range: {label!r:.40}", where=row.where)
+            raise DataError(f"the label is out of range: {label!r:.40}", where=where)
         return label
 
-    def _rows(self, columns: list[str] | None) -> Iterator[_Row]:
+    def _rows(self, columns: list[str] | None) -> Iterator[tuple[Record, dict[str, Any]]]:
+        """Yield the outline of every row and its values. The size is the mean of the rows of the file."""
         numbers: dict[str | None, int] = {}
-        for file in self.files:
+        for path, split in self.files:
             row_bytes = 0
-            first = numbers.get(file.split, 0)
+            first = numbers.get(split, 0)
             number = -1
-            for number, values in enumerate(read_rows(file.path, columns)):
+            for number, values in enumerate(read_rows(path, columns)):
                 if not number:
-                    row_bytes = file.path.stat().st_size // max(1, row_count(file.path))
-                where = f"{file.path}, row {number + 1}"
-                key = f"{first + number:09d}" if file.split is None else f"{file.split}-{first + number:09d}"
+                    row_bytes = path.stat().st_size // max(1, row_count(path))
+                where = f"{path}, row {number + 1}"
+                key = f"{first + number:09d}" if split is None else f"{split}-{first + number:09d}"
                 if self.columns.key is not None:
                     key = _key(values[self.columns.key], where)
-                yield _Row(file, key, values, row_bytes, where)
-            numbers[file.split] = first + number + 1
-
-
-@dataclass(frozen=True)
-class _Row:
-    file: TableFile
-    key: str
-    values: dict[str, Any]
-    size: int
-    """Mean size in bytes of a row of the file."""
-    where: str
+                yield Record(key, split=split, size=row_bytes, where=where), values
+            numbers[split] = first + number + 1
 
 
 def huggingface_input(source: Path, columns: Columns) -> TableInput:
@@ -268,17 +257,18 @@ def huggingface_input(source: Path, columns: Columns) -> TableInput:
     The split of a Parquet file is the start of its name, as on the Hub: `train-00000-of-00004`.
     """
     files = find_files(source)
-    schema = schema_of(files[0].path)
-    for file in files[1:]:
-        if not schema_of(file.path).equals(schema, check_metadata=False):
-            raise DataError("its files have different columns", where=f"{files[0].path}, {file.path}")
-    return TableInput(files, *find_columns(schema, columns, str(files[0].path)))
+    (first, _), *others = files
+    schema = schema_of(first)
+    for path, _ in others:
+        if not schema_of(path).equals(schema, check_metadata=False):
+            raise DataError("its files have different columns", where=f"{first}, {path}")
+    return TableInput(files, *find_columns(schema, columns, str(first)))
 
 
 def find_files(source: Path) -> list[TableFile]:
     """List the files of a dataset, in order."""
     if source.is_file() and source.suffix == ".parquet":
-        return [TableFile(source, None)]
+        return [(source, None)]
     if (source / "dataset_dict.json").is_file():
         splits = _json(source / "dataset_dict.json").get("splits", [])
         return [file for split in splits for file in _saved(_inside(source, split), str(split))]
@@ -291,14 +281,14 @@ def find_files(source: Path) -> list[TableFile]:
             where=str(source),
             fix="give a folder that datasets.save_to_disk wrote, a .parquet file, or a folder of such files",
         )
-    return [TableFile(path, _split_of(path)) for path in files]
+    return [(path, _split_of(path)) for path in files]
 
 
 def _saved(folder: Path, split: str | None) -> list[TableFile]:
     names = [entry.get("filename") for entry in _json(folder / "state.json").get("_data_files", [])]
     if not names:
         raise DataError("the saved data set names no files", where=str(folder / "state.json"))
-    return [TableFile(_inside(folder, name), split) for name in names]
+    return [(_inside(folder, name), split) for name in names]
 
 
 def _inside(folder: Path, name: Any) -> Path:

@@ -25,12 +25,17 @@ from m3i_scale.data.tar import CUT_OFF, SCATTERED, Problem, RawSample, key_at, r
 from m3i_scale.defaults import MAX_CAPTION_BYTES, MAX_SAMPLE_BYTES
 from m3i_scale.errors import DataError
 from m3i_scale.files import json_line, replacing
-from m3i_scale.shards.box_forms import BoxForms
+from m3i_scale.shards.annotation_checks import (
+    BoxForms,
+    check_class_pixels,
+    least_to_evaluate,
+    pixel_lines,
+    pixel_report,
+)
 from m3i_scale.shards.digests import Digests, digest_of, rows_of
 from m3i_scale.shards.existing_shards import Advance, read_shards
-from m3i_scale.shards.imagefolder import SPLIT_NAMES
-from m3i_scale.shards.mask_classes import check_class_pixels, least_to_evaluate, pixel_lines, pixel_report
-from m3i_scale.shards.sidecars import OF_SIDECARS, Claims, claim_problems, read_claims
+from m3i_scale.shards.folder import OF_SIDECARS, Claims, claim_problems, read_claims
+from m3i_scale.shards.image_folders import SPLIT_NAMES
 from m3i_scale.text import printable
 
 EXAMPLES = 3
@@ -83,7 +88,6 @@ class ShardReport:
     """Result of checking one shard."""
 
     path: Path
-    number: int
     size: int
     samples: int
     problems: list[Problem]
@@ -230,7 +234,6 @@ def check_shard(task: ShardTask) -> tuple[int, ShardReport]:
     of_samples = [problem for sample in raw.samples for problem in sample.problems]
     return raw.size, ShardReport(
         path=task.path,
-        number=task.number,
         size=raw.size,
         samples=len(raw.samples),
         problems=[*raw.problems, *of_samples, *claim_problems(task.path, raw, task.claims)],

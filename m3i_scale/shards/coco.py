@@ -20,8 +20,8 @@ from m3i_scale.data.categories import Categories, parse_categories
 from m3i_scale.data.instances import NO_MASK, Instances, encode_runs, is_index, parse_instances
 from m3i_scale.data.reader import BadSampleError
 from m3i_scale.errors import ConfigError, DataError
-from m3i_scale.shards.box_forms import BoxForms
-from m3i_scale.shards.imagefolder import SPLIT_NAMES, key_of
+from m3i_scale.shards.annotation_checks import BoxForms
+from m3i_scale.shards.image_folders import SPLIT_NAMES, key_of
 from m3i_scale.shards.records import ListedInput, Record, annotations_of, reading
 
 _SPLITS = SPLIT_NAMES | {"minival"}

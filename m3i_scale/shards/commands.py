@@ -147,7 +147,7 @@ def imagefolder(
     ] = "auto",
 ) -> None:
     """Convert a folder of images: one folder per class, optional caption files."""
-    from m3i_scale.shards.imagefolder import Captions, FolderLayout, imagefolder_input
+    from m3i_scale.shards.image_folders import Captions, FolderLayout, imagefolder_input
 
     kind, depth = choice("--captions", captions, Captions), choice("--layout", layout, FolderLayout)
     making.make(imagefolder_input(input_folder, kind, depth))
@@ -201,7 +201,7 @@ def masks(
     ] = False,
 ) -> None:
     """Convert images and segmentation masks, paired by name."""
-    from m3i_scale.shards.masks import masks_input, read_mask_labels
+    from m3i_scale.shards.image_folders import masks_input, read_mask_labels
 
     labels = read_mask_labels(labels_file, reduce_zero_label=reduce_zero_label)
     skip_bad = making.options.skip_bad

@@ -6,7 +6,6 @@ import hashlib
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -35,20 +34,15 @@ def rows_of(digests: Sequence[bytes], shard: int, offsets: Sequence[int]) -> NDA
 
 
 class Digests:
-    """On-disk store of digests with their places; a context manager that removes its files at the end.
+    """On-disk store of digests with their places; a context manager that removes its files at the end."""
 
-    `folder` is the parent of the temporary folder; None: the system default.
-    """
-
-    def __init__(self, folder: Path | None = None) -> None:
-        self._folder = tempfile.TemporaryDirectory(dir=folder, prefix="m3i-digests-")
+    def __init__(self) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="m3i-digests-")
 
     def __enter__(self) -> Digests:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._folder.cleanup()
 
     def add(self, rows: NDArray[Any]) -> None:

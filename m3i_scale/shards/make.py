@@ -12,14 +12,15 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from m3i_scale.data.shards import CATEGORIES, LABELS, MASK_LABELS
 from m3i_scale.errors import DataError
 from m3i_scale.files import json_line
+from m3i_scale.shards.annotation_checks import check_class_pixels, least_to_evaluate, pixel_lines, pixel_report
+from m3i_scale.shards.folder import atomic_folder, check_output, write_samples
 from m3i_scale.shards.layout import Layout, plan_layout, training_splits
-from m3i_scale.shards.mask_classes import check_class_pixels, least_to_evaluate, pixel_lines, pixel_report
 from m3i_scale.shards.options import ProgressCallback, ShardOptions
 from m3i_scale.shards.process_pool import map_in_processes
 from m3i_scale.shards.records import Encoded, Input, Record, encode_all, hash_of
-from m3i_scale.shards.write import atomic_folder, check_output, class_names, write_samples
 
 CHUNK_BYTES = 16_000_000
 CHUNK_RECORDS = 16
@@ -61,7 +62,7 @@ def make_shards(
     with atomic_folder(output) as folder:
         encoder = _SampleEncoder(layout, options, folder / SKIPPED, progress)
         samples = encoder.samples(source.records())
-        names = class_names(source.labels, source.mask_labels, source.categories)
+        names = {LABELS: source.labels, MASK_LABELS: source.mask_labels, CATEGORIES: source.categories}
         splits = write_samples(folder, name, layout, samples, names, source.info)
         summary: dict[str, Any] = {"output": str(output), "splits": splits, "skipped": dict(encoder.skipped)}
         if encoder.pixels:

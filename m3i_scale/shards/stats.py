@@ -23,10 +23,10 @@ from m3i_scale.data.tar import key_at, read_shard
 from m3i_scale.data.tokenizer import find_tokenizer
 from m3i_scale.defaults import MAX_SAMPLE_BYTES, MAX_TOKENS
 from m3i_scale.errors import ConfigError
+from m3i_scale.shards.annotation_checks import pixel_report
 from m3i_scale.shards.check import image_extensions
 from m3i_scale.shards.digests import Digests, digest_of, rows_of
 from m3i_scale.shards.existing_shards import Advance, read_shards, tokenizer_folder
-from m3i_scale.shards.mask_classes import pixel_report
 
 EXAMPLES = 5
 QUANTILES = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)

@@ -11,7 +11,6 @@ import typer
 from m3i_scale.defaults import MAX_CAPTION_BYTES, MAX_IMAGE_PIXELS, MAX_SAMPLE_BYTES
 from m3i_scale.errors import EXIT_USER_ERROR, ConfigError
 from m3i_scale.options import AsJson, writes_to
-from m3i_scale.shards.mask_classes import pixel_lines
 from m3i_scale.shards.options import (
     Name,
     Output,
@@ -63,8 +62,8 @@ def check(
     Exits with code 2 if there are errors; changes nothing.
     """
     from m3i_scale.shards.check import Rules, check_shards
-    from m3i_scale.shards.repair import repair
-    from m3i_scale.shards.write import atomic_folder, check_output_is_new
+    from m3i_scale.shards.folder import atomic_folder, check_output_is_new
+    from m3i_scale.shards.rearrange import repair
 
     if link and repair_to is None:
         raise ConfigError("--link does nothing without --repair", fix="add --repair FOLDER")
@@ -200,6 +199,8 @@ def _check_lines(summary: dict[str, Any], quarantine: Path | None) -> list[str]:
 
 
 def _stats_lines(counts: dict[str, Any]) -> Iterator[str]:
+    from m3i_scale.shards.annotation_checks import pixel_lines
+
     yield f"{counts['samples']} samples in {counts['shards']} shards, {counts['bytes'] / 1e6:.1f} MB"
     yield "  ".join(f"{name}: {share:.1%}" for name, share in counts["share_with"].items())
     yield "  ".join(f"{name}: {count}" for name, count in counts["formats"].items())

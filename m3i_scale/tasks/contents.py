@@ -20,9 +20,14 @@ from m3i_scale.data.shards import CATEGORIES, LABELS, MASK_LABELS, local_shards
 from m3i_scale.data.tar import RawSample, key_at, read_shard
 from m3i_scale.defaults import MAX_IMAGE_PIXELS, MAX_SAMPLE_BYTES
 from m3i_scale.errors import ConfigError
-from m3i_scale.shards.box_forms import BoxForms
+from m3i_scale.shards.annotation_checks import (
+    BoxForms,
+    check_class_pixels,
+    least_to_evaluate,
+    pixel_lines,
+    pixel_report,
+)
 from m3i_scale.shards.digests import Digests, digest_of, rows_of
-from m3i_scale.shards.mask_classes import check_class_pixels, least_to_evaluate, pixel_lines, pixel_report
 from m3i_scale.shards.process_pool import DEFAULT_WORKERS, map_in_processes
 from m3i_scale.tasks.labelled import Labelled
 from m3i_scale.tasks.subset import MEMBERS

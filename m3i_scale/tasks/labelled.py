@@ -14,8 +14,8 @@ from m3i_scale.data.index import load_index
 from m3i_scale.data.shards import CATEGORIES, LABELS, MASK_LABELS, expand_shards, read_labels
 from m3i_scale.errors import ConfigError
 from m3i_scale.files import read_json
+from m3i_scale.shards.annotation_checks import check_mask_classes
 from m3i_scale.shards.make import SKIPPED, make_shards, summary_lines
-from m3i_scale.shards.mask_classes import check_mask_classes
 from m3i_scale.shards.options import ShardOptions
 from m3i_scale.shards.process_pool import DEFAULT_WORKERS
 from m3i_scale.shards.records import Input

@@ -11,8 +11,7 @@ from pathlib import Path
 from m3i_scale.errors import ConfigError, DataError
 from m3i_scale.shards.coco import annotation_files, coco_input, split_of
 from m3i_scale.shards.encode_image import FILE_EXTENSIONS
-from m3i_scale.shards.imagefolder import imagefolder_input
-from m3i_scale.shards.masks import masks_input, read_mask_labels
+from m3i_scale.shards.image_folders import imagefolder_input, masks_input, read_mask_labels
 from m3i_scale.shards.records import Input, ListedInput, Record
 from m3i_scale.text import listed
 

@@ -20,12 +20,12 @@ from m3i_scale.config import DatasetConfig
 from m3i_scale.data.tokenizer import find_tokenizer
 from m3i_scale.errors import ConfigError, DataError
 from m3i_scale.shards.commands import shards_app
-from m3i_scale.shards.imagefolder import imagefolder_input, key_of
+from m3i_scale.shards.folder import atomic_folder
+from m3i_scale.shards.image_folders import imagefolder_input, key_of
 from m3i_scale.shards.make import make_shards
 from m3i_scale.shards.manifest import TableColumns, manifest_input
 from m3i_scale.shards.options import ShardOptions, parse_splits
 from m3i_scale.shards.records import ListedInput, Record, encode_all
-from m3i_scale.shards.write import atomic_folder
 
 
 @pytest.fixture

@@ -18,8 +18,7 @@ from m3i_scale.shards.coco import coco_input
 from m3i_scale.shards.commands import shards_app
 from m3i_scale.shards.make import make_shards
 from m3i_scale.shards.options import ShardOptions
-from m3i_scale.shards.rearrange import merge_shards, split_shards
-from m3i_scale.shards.repair import repair
+from m3i_scale.shards.rearrange import merge_shards, repair, split_shards
 
 SIZE = (20, 16)
 """Width and height."""

@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 
 from m3i_scale.errors import ConfigError, DataError
 from m3i_scale.shards.commands import shards_app
+from m3i_scale.shards.image_folders import masks_input, read_mask_labels
 from m3i_scale.shards.make import make_shards
-from m3i_scale.shards.masks import masks_input, read_mask_labels
 from m3i_scale.shards.options import ShardOptions
 from m3i_scale.shards.rearrange import merge_shards, split_shards
 

@@ -17,10 +17,10 @@ import yaml
 from launch import ROOT, environment, free_port
 
 from m3i_scale.elastic import link
-from m3i_scale.elastic.doctor.agents import Agents
 from m3i_scale.elastic.doctor.command import Examination
 from m3i_scale.elastic.doctor.command import examine as doctor
 from m3i_scale.elastic.doctor.group import Group, open_store, reach, read_notes, remove, write_note
+from m3i_scale.elastic.doctor.host import Agents
 from m3i_scale.elastic.link import RemoteShell
 from m3i_scale.errors import ConfigError
 from m3i_scale.host.findings import Finding
@@ -71,10 +71,11 @@ def a_site(**more: Any) -> RemoteShell:
 
 
 def examine(hosts: list[str], tmp_path: Path, **more: Any) -> dict[tuple[str, str], Finding]:
-    options: dict[str, Any] = {"port": free_port(), "master_address": "127.0.0.1", "interface": "lo"}
-    options |= {"connect_s": WAIT_S, "report_s": WAIT_S, "join_s": WAIT_S, "measure_s": WAIT_S, **more}
+    options: dict[str, Any] = {"connect_s": WAIT_S, "report_s": WAIT_S, "join_s": WAIT_S, "measure_s": WAIT_S, **more}
+    port = options.pop("port", None) or free_port()
+    cluster = Cluster(master_port=port, master_address="127.0.0.1", interface="lo")
     site = a_site(workdir=str(tmp_path), environment={"PLANTED": NASTY, "MY_TOKEN": "secret"})
-    findings = Examination(dict.fromkeys(hosts, 1), site, **options).findings()
+    findings = Examination(dict.fromkeys(hosts, 1), site, cluster, **options).findings()
     return {(item.check, item.host): item for item in findings}
 
 

@@ -15,9 +15,8 @@ from m3i_scale.config import RunConfig, TimeoutsConfig, load_run
 from m3i_scale.elastic.agent import Agent
 from m3i_scale.elastic.attempts import Launch
 from m3i_scale.elastic.link import HostError, Inbox, Link, RemoteShell, receive
-from m3i_scale.elastic.progress import Progress
 from m3i_scale.elastic.rendezvous import HostHistory, Policy, Work
-from m3i_scale.elastic.supervise import Attempt, AttemptResult, Logs
+from m3i_scale.elastic.supervise import Attempt, AttemptResult, Logs, Progress
 from m3i_scale.elastic.wire import decode
 from m3i_scale.elastic.worlds import World, largest_world, micro_batch_for
 from m3i_scale.host.failures import Failure

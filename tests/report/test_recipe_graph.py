@@ -21,13 +21,17 @@ from rich.console import Console
 
 from m3i_scale.config import known_recipes
 from m3i_scale.errors import ConfigError
-from m3i_scale.objective.recipe import Recipe, parse_recipe
-from m3i_scale.report.recipe_graph import graph_of, read_recipe, render_mermaid, write_mermaid
+from m3i_scale.objective.recipe import Recipe, load_run_and_recipe, parse_recipe
+from m3i_scale.report.recipe_graph import render_mermaid, write_mermaid
 from m3i_scale.report.recipe_table import FAMILIES, RecipeTable, built_in_rows, described_rows
 from m3i_scale.text import printable
 
 HOSTILE = ["<script>", "a & b", "\"q\" 'r'", "[bold]", "[/]", ":smile:", "]]>", "{{ 7*7 }}", "&amp;", "1. x", "- x"]
 UNPRINTABLE = "\x1b[31m\0\n\r\u202e\ufffe"
+
+
+def read_recipe(name: str) -> Recipe:
+    return load_run_and_recipe(name)[1]
 
 
 def printed(renderable: Any, width: int = 80) -> str:
@@ -92,7 +96,7 @@ def is_stopped(target):
 
 
 def test_every_recipe_is_drawn_as_a_flowchart(recipe):
-    chart = render_mermaid(graph_of(recipe))
+    chart = render_mermaid(recipe)
     found = texts(chart)
     for name in [*recipe.decoders, *(spec.name for spec in recipe.inputs), *(target.name for target in recipe.targets)]:
         assert name in found
@@ -104,29 +108,27 @@ def test_every_recipe_is_drawn_as_a_flowchart(recipe):
 
 
 def test_a_mix_has_one_frame_around_its_inputs():
-    assert ("mix", "f") in edges(render_mermaid(graph_of(read_recipe("m3i"))))
-    assert "subgraph" not in render_mermaid(graph_of(read_recipe("m3i_no_mix")))
+    assert ("mix", "f") in edges(render_mermaid(read_recipe("m3i")))
+    assert "subgraph" not in render_mermaid(read_recipe("m3i_no_mix"))
 
 
 def test_drawings_say_what_a_recipe_is():
-    text = " ".join(texts(render_mermaid(graph_of(read_recipe("m3i")))))
+    text = " ".join(texts(render_mermaid(read_recipe("m3i"))))
     for words in ("mixed, random patches", "from a, b", "EMA teacher", "m 0.995 → 1", "Transformer × 4", "UniGrad"):
         assert words in text
-    assert "+ predictor" in " ".join(texts(render_mermaid(graph_of(read_recipe("byol")))))
+    assert "+ predictor" in " ".join(texts(render_mermaid(read_recipe("byol"))))
 
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_names_are_only_names(name):
-    graph = graph_of(parse_recipe(called(name)))
-    chart = render_mermaid(graph)
+    chart = render_mermaid(parse_recipe(called(name)))
     assert texts(chart).count(name) >= 4  # heading, input, decoder, target
     assert "<script" not in chart
 
 
 def test_control_characters_are_escaped():
     name = f"a{UNPRINTABLE}b"
-    graph = graph_of(parse_recipe(called(name)))
-    chart = render_mermaid(graph)
+    chart = render_mermaid(parse_recipe(called(name)))
     assert not set(UNPRINTABLE) - set("[31m\n") & set(chart)
     assert printable(name) == r"a\x1b[31m\x00\n\r\u202e\ufffeb"
     assert printable(name) in texts(chart)
@@ -134,14 +136,14 @@ def test_control_characters_are_escaped():
 
 @given(st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=300).filter(lambda name: name != "other"))
 def test_any_name_stays_in_its_box(name):
-    assert printable(name) in texts(render_mermaid(graph_of(parse_recipe(called(name)))))
+    assert printable(name) in texts(render_mermaid(parse_recipe(called(name))))
 
 
 @pytest.mark.parametrize(("place", "fix"), [("missing/x.md", "mkdir"), (".", "can be written"), ("file/x.md", "")])
 def test_a_drawing_that_cannot_be_written(tmp_path, place, fix):
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError) as caught:
-        write_mermaid(graph_of(read_recipe("mae")), tmp_path / place)
+        write_mermaid(read_recipe("mae"), tmp_path / place)
     assert str(tmp_path / place) in str(caught.value)
     assert fix in str(caught.value)
 
@@ -230,5 +232,5 @@ def test_one_direction_of_a_text_target_is_drawn() -> None:
     values = forward.model_dump(exclude_unset=True)
     values["targets"][2]["distribution"] = {"kind": "boltzmann", "direction": "forward"}
     forward = parse_recipe(values)
-    assert "image → text" not in texts(render_mermaid(graph_of(both)))
-    assert "image → text" in texts(render_mermaid(graph_of(forward)))
+    assert "image → text" not in texts(render_mermaid(both))
+    assert "image → text" in texts(render_mermaid(forward))

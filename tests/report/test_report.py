@@ -22,14 +22,13 @@ from m3i_scale.cli import app
 from m3i_scale.errors import ConfigError
 from m3i_scale.files import json_line, write_json
 from m3i_scale.host.output_dir import lock_directory
-from m3i_scale.report import albums, curves, page
+from m3i_scale.report import albums, page
 from m3i_scale.report.about import differing_settings
-from m3i_scale.report.charts import CHARTS
-from m3i_scale.report.curves import filled_charts
+from m3i_scale.report.charts import CHARTS, filled_charts
 from m3i_scale.report.page import open_in_browser, script_safe, write_report
 from m3i_scale.report.run_files import read_run
-from m3i_scale.report.watch_view import RunSnapshot
-from m3i_scale.report.watch_view import render_lines as watch_lines
+from m3i_scale.report.watch import RunSnapshot
+from m3i_scale.report.watch import render_lines as watch_lines
 
 
 class Page(HTMLParser):
@@ -268,7 +267,7 @@ def test_long_curves_keep_their_spikes_and_stacks_add_up(tmp_path):
 
 
 def test_very_many_curves_of_any_size_are_drawn(run, monkeypatch):
-    monkeypatch.setattr(curves, "ALL_POINTS", 1)
+    monkeypatch.setattr("m3i_scale.report.charts.ALL_POINTS", 1)
     whole = read_run(run)
     whole.figures["loss"][-1] = np.finfo(np.float64).max
     charts = {chart["id"]: chart["series"] for chart in filled_charts([whole], ["a"], CHARTS)}

@@ -16,7 +16,7 @@ from run_folder import write_run
 from m3i_scale.errors import CheckpointError, ConfigError, UserError
 from m3i_scale.host.failures import read_attempts, read_failure
 from m3i_scale.host.output_dir import lock_directory
-from m3i_scale.report.curves import downsample
+from m3i_scale.report.charts import downsample
 from m3i_scale.report.run_files import RunReader, checkpoints_of, quarantine_of, ranks_of, read_run
 
 END = {"kind": "end", "step": 100, "time": "2030-01-01T13:00:00.000+00:00", "status": "preempted"}

@@ -23,7 +23,7 @@ import pytest
 from run_folder import write_run
 
 from m3i_scale.report.run_files import read_run
-from m3i_scale.report.watch_view import RunSnapshot, curve, render_lines
+from m3i_scale.report.watch import RunSnapshot, curve, render_lines
 
 COMMAND = [sys.executable, "-m", "m3i_scale", "watch"]
 LEFT = "\x1b[?1049l"

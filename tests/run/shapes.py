@@ -12,7 +12,7 @@ from tiny import in_parts, tiny_overrides
 
 from m3i_scale.config import load_run
 from m3i_scale.run.setup import run_yaml
-from m3i_scale.shards.imagefolder import imagefolder_input
+from m3i_scale.shards.image_folders import imagefolder_input
 from m3i_scale.shards.make import make_shards
 from m3i_scale.shards.options import ShardOptions
 

@@ -26,7 +26,7 @@ from m3i_scale.plan.planning import Choice, Model, Vocabulary, estimate, machine
 from m3i_scale.plan.search import RunPlan, check_feasible, nodes_that_fit, plan_run
 from m3i_scale.plan.settings import numel_of
 from m3i_scale.plan.timing import hardware
-from m3i_scale.report.plan_table import plan_table
+from m3i_scale.report.terminal_tables import plan_table
 
 pytestmark = pytest.mark.slow
 

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from m3i_scale.elastic.doctor import checks
-from m3i_scale.elastic.doctor.agents import Agents
+from m3i_scale.elastic.doctor.host import Agents
 from m3i_scale.elastic.link import HostError, RemoteShell
 from m3i_scale.errors import ConfigError
-from m3i_scale.host.findings import Finding, compare_hosts, finding
+from m3i_scale.host.findings import Answers, Finding, compare_hosts, finding
 from m3i_scale.host.machine import Needs
 from m3i_scale.launch.description import Cluster
 from m3i_scale.launch.environment import travelling
@@ -23,8 +23,6 @@ from m3i_scale.launch.job import name_on_hosts
 
 _GROUP_S = 300.0
 """Time limit of the measurements of the group."""
-
-Answers = dict[str, dict[str, Any]]
 
 
 def examine(
@@ -67,9 +65,7 @@ def examine(
     examination = Examination(
         slots=slots,
         site=site,
-        port=cluster.master_port,
-        interface=cluster.interface,
-        master_address=cluster.master_address,
+        cluster=cluster,
         run=None if run is None else name_on_hosts(run),
         overrides=tuple(overrides),
         needs=None if run is None else _needs(run, overrides, slots),
@@ -100,10 +96,7 @@ class Examination:
     slots: Mapping[str, int]
     """Ranks by host, the master node first."""
     site: RemoteShell
-    port: int
-    """Port of rank 0 on the master node."""
-    interface: str | None = None
-    master_address: str | None = None
+    cluster: Cluster
     run: str | None = None
     overrides: tuple[str, ...] = ()
     needs: Mapping[str, Needs] | None = None
@@ -162,7 +155,7 @@ class Examination:
         needs = (self.needs or {}).get(host) or Needs(self.slots[host], sum(self.slots.values()))
         return {
             "host": host,
-            "interface": self.interface,
+            "interface": self.cluster.interface,
             "needs": asdict(needs),
             "run": self.run,
             "overrides": self.overrides,
@@ -178,7 +171,7 @@ class Examination:
                     "host": host,
                     "hosts": list(reports),
                     "address": address,
-                    "port": self.port,
+                    "port": self.cluster.master_port,
                     "join_s": self.join_s,
                     "measure_s": self.measure_s,
                     "folder": report.get("output_dir"),
@@ -191,7 +184,7 @@ class Examination:
                 "measure", requests, _GROUP_S, lambda answers: "error" in answers.get(head, {}).get("port", {})
             )
         if head in answers:
-            yield from checks.port_findings(answers, head, f"{address}:{self.port}")
+            yield from checks.port_findings(answers, head, f"{address}:{self.cluster.master_port}")
             yield from checks.shared_findings(answers)
         members = max((len(answer.get("members", [])) for answer in answers.values()), default=0)
         if members > 1 or any("group_error" in answer for answer in answers.values()):
@@ -202,11 +195,11 @@ class Examination:
 
     def _head_address(self, reports: Answers) -> str:
         """Return the master node's address for launchers: the given one, the address of the interface, or its name."""
-        if self.master_address is not None:
-            return self.master_address
-        head = self.hosts[0]
-        if self.interface is not None and head in reports:
-            addresses = checks.local_addresses(reports[head]["interfaces"], self.interface)
+        cluster, head = self.cluster, self.hosts[0]
+        if cluster.master_address is not None:
+            return cluster.master_address
+        if cluster.interface is not None and head in reports:
+            addresses = checks.local_addresses(reports[head]["interfaces"], cluster.interface)
             if addresses:
                 return addresses[0]
         return head if self.site.ssh_to_all else "127.0.0.1"

@@ -9,7 +9,7 @@ from typing_extensions import Self
 
 from m3i_scale.config import RunConfig
 from m3i_scale.data.shards import MASK_LABELS
-from m3i_scale.shards.mask_classes import check_mask_classes
+from m3i_scale.shards.annotation_checks import check_mask_classes
 from m3i_scale.tasks.backbone_task import BackboneTask, check_last_layer, full_image_recipe
 from m3i_scale.tasks.segmentation.segmentation_heads import SegmentationHead, UperNetSegmentation
 

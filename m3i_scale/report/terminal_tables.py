@@ -1,7 +1,8 @@
-"""Terminal output of a plan: bars of memory, then traffic and time."""
+"""Terminal output of `m3i-scale plan` (bars of memory, then traffic and time) and of `m3i-scale doctor`."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from rich.bar import Bar
@@ -9,10 +10,13 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from m3i_scale.text import duration_text
+from m3i_scale.text import duration_text, listed
 
-ERROR = 0.1
+_PLAN_ERROR = 0.1
 """Recommended memory margin, for the error of the plan and fragmentation in the allocator."""
+_MARKS = {"ok": ("✓", "green"), "warning": ("!", "yellow"), "error": ("✗", "red")}
+_NAMED = 2
+_SHOWN = 3
 
 
 def plan_table(document: dict[str, Any]) -> Group:
@@ -54,15 +58,10 @@ def _planned(choice: dict[str, Any], ranks: int) -> Text:
     )
 
 
-def _rank_hours(document: dict[str, Any], hours: float) -> str:
-    shown = f"{hours:,.0f}" if hours >= 100 else f"{hours:.3g}"
-    return f"{shown} {'CPU-rank' if document['on_host'] else 'GPU'} hours"
-
-
 def _verdict(peak: float, limit: float) -> tuple[str, str]:
     if peak > limit:
         return "does not fit", "red"
-    if peak > (1 - ERROR) * limit:
+    if peak > (1 - _PLAN_ERROR) * limit:
         return f"fits if the plan errs by less than {limit / peak - 1:.1%}: leave more room", "yellow"
     return "fits", "green"
 
@@ -80,13 +79,11 @@ def _memory(document: dict[str, Any], width: float) -> Table:
     for name, size in document["host_parts"].items():
         table.add_row(f"in host memory: {name}", f"{size:.2f}", "")
     node, limit = document["host_gib_per_node"], document["host_memory_gib"]
-    checked = "size not given, not checked (--host-memory-gib)" if limit is None else _of_host(node, limit)
+    checked = Text("size not given, not checked (--host-memory-gib)")
+    if limit is not None:
+        checked = Text(f"of {limit:g}: does not fit", "red") if node > limit else Text(f"of {limit:g}", "green")
     table.add_row("host memory of a node", f"{node:.2f}", checked)
     return table
-
-
-def _of_host(taken: float, limit: float) -> Text:
-    return Text(f"of {limit:g}: does not fit", "red") if taken > limit else Text(f"of {limit:g}", "green")
 
 
 def _figures(document: dict[str, Any]) -> Table:
@@ -103,10 +100,10 @@ def _figures(document: dict[str, Any]) -> Table:
     seconds += f"{document['communication_s']:.3g} s communication, {document['host_s']:.3g} s of the host)"
     table.add_row("step", seconds)
     table.add_row("samples a day", f"{document['samples_per_day']:,.0f}")
-    table.add_row(
-        f"{document['samples']:,} samples",
-        f"{duration_text(86_400 * document['days'])}, {_rank_hours(document, document['gpu_hours'])}",
-    )
+    hours = document["gpu_hours"]
+    rank_hours = f"{hours:,.0f}" if hours >= 100 else f"{hours:.3g}"
+    rank_hours += " CPU-rank hours" if document["on_host"] else " GPU hours"
+    table.add_row(f"{document['samples']:,} samples", f"{duration_text(86_400 * document['days'])}, {rank_hours}")
     table.add_row("checkpoint", f"{document['checkpoint_gib']:.3g} GiB")
     table.add_row("assumed", f"hardware {document['hardware']} (--hardware), {document['memory_gib']:g} GiB a rank")
     table.add_row("assumed", f"a rank reaches {document['mfu']:g} of {document['tflops_per_rank']:g} TFLOP/s (--mfu)")
@@ -126,3 +123,50 @@ def _suggestion(document: dict[str, Any]) -> list[Text]:
 def _choice(what: str, choice: dict[str, Any]) -> Text:
     times = f"{choice['step_time_s']:.3g} s a step, {choice['host_s']:.3g} s of the host"
     return Text(f"{what} ({choice['peak_gib_per_rank']:.2f} GiB, {times}): {' '.join(choice['overrides'])}")
+
+
+def doctor_table(findings: Iterable[Mapping[str, Any]]) -> Group:
+    """Return a table of environment checks and the totals. Passed checks share a line; others have one per host."""
+    table = Table("", "check", "host", "found", box=None, pad_edge=False)
+    counts = dict.fromkeys(_MARKS, 0)
+    by_check: dict[str, list[Mapping[str, Any]]] = {}
+    for finding in findings:
+        by_check.setdefault(finding["check"], []).append(finding)
+        counts[_kind(finding)] += 1
+    for check, of_check in by_check.items():
+        well = [finding for finding in of_check if _kind(finding) == "ok"]
+        if well:
+            table.add_row(Text(*_MARKS["ok"]), check, _hosts(well), _together(well))
+        for finding in of_check:
+            if _kind(finding) != "ok":
+                table.add_row(Text(*_MARKS[_kind(finding)]), check, finding["host"], _found(finding))
+    totals = f"{counts['ok']} ✓, {counts['warning']} !, {counts['error']} ✗"
+    return Group(table, Text(totals, "bold red" if counts["error"] else "bold green"))
+
+
+def _kind(finding: Mapping[str, Any]) -> str:
+    return "error" if not finding["ok"] else "warning" if finding["warning"] else "ok"
+
+
+def _hosts(found: list[Mapping[str, Any]]) -> str:
+    return ", ".join(finding["host"] for finding in found) if len(found) <= _NAMED else f"{len(found)} hosts"
+
+
+def _together(findings: list[Mapping[str, Any]]) -> Text:
+    """Return each distinct value once, with its hosts if there are several; only the first few of many."""
+    hosts_of: dict[str, list[str]] = {}
+    for finding in findings:
+        hosts_of.setdefault(finding["value"], []).append(finding["host"])
+    if len(hosts_of) == 1:
+        return Text(findings[0]["value"])
+    lines = [f"{listed(hosts, _SHOWN)}: {value}" for value, hosts in list(hosts_of.items())[:_SHOWN]]
+    more = f"\n… and {len(hosts_of) - _SHOWN} more (--json)" if len(hosts_of) > _SHOWN else ""
+    return Text("\n".join(lines) + more)
+
+
+def _found(finding: Mapping[str, Any]) -> Text:
+    text = Text(finding["value"])
+    for name in ("why", "fix"):
+        if finding[name]:
+            text.append(f"\n{name}: {finding[name]}", "dim")
+    return text
