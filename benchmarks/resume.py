@@ -23,8 +23,8 @@ import typer
 from _common import emit, machine, say
 from _shards import TINY, make_shards
 
+from m3i_scale.checkpoint.consolidate import saved_weights
 from m3i_scale.checkpoint.layout import step_name
-from m3i_scale.checkpoint.load import saved_weights
 from m3i_scale.checkpoint.manifest import newest_good
 from m3i_scale.engine.process_group import free_port
 

@@ -25,7 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
 from tracer import Tracer
 
-from m3i_scale.checkpoint import load, probe, stream, tensors
+from m3i_scale.checkpoint import load, stream, tensors
 from m3i_scale.checkpoint.saver import BackgroundCall
 from m3i_scale.checkpoint.tensors import Index
 from m3i_scale.data.batch import Batch
@@ -77,7 +77,7 @@ def _read_probe(folder: Path) -> Batch:
     return replace(probe, **{name: torch.zeros(value.shape, dtype=value.dtype) for name, value in values.items()})
 
 
-_REAL_LOAD_FILE, _REAL_READ_PROBE, _REAL_SQUARES = load.load_file, probe.read_probe, stream.sum_of_squares
+_REAL_LOAD_FILE, _REAL_READ_PROBE, _REAL_SQUARES = load.load_file, load.read_probe, stream.sum_of_squares
 
 
 def _sum_of_squares(flat: Tensor) -> float:
@@ -160,7 +160,7 @@ def simulated() -> Iterator[None]:
         (stream, "sum_of_squares", _sum_of_squares),
         (load, "sum_of_squares", _sum_of_squares),
         (load, "load_file", _load_file),
-        (probe, "read_probe", _read_probe),
+        (load, "read_probe", _read_probe),
         (Index, "error", lambda index: None),  # the pieces of other ranks are missing
         (load, "_restore_random_states", lambda folder: None),
         (checkpointing, "merge_states", lambda states: {}),

@@ -19,8 +19,8 @@ from saved_runs import Done, vouch_for
 from typer.testing import CliRunner
 
 from m3i_scale.checkpoint import listing
+from m3i_scale.checkpoint.consolidate import saved_weights
 from m3i_scale.checkpoint.layout import INDEX, TENSORS, step_name
-from m3i_scale.checkpoint.load import saved_weights
 from m3i_scale.checkpoint.tensors import SavedTensors
 from m3i_scale.cli import app
 from m3i_scale.config import load_run

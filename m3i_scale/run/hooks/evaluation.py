@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor
 
-from m3i_scale.checkpoint.probe import evaluating
+from m3i_scale.checkpoint.load import evaluating
 from m3i_scale.data.loader import TrainStream
 from m3i_scale.engine.agree import mean_over_ranks
 from m3i_scale.objective.targets.base import Scores
