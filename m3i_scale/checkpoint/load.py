@@ -24,8 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from m3i_scale.checkpoint.layout import BUFFERS, DATA_FILES, PROBE, read_meta, read_object, unreadable
-from m3i_scale.checkpoint.saver import buffers_of, ranges_of, shapes_of
-from m3i_scale.checkpoint.stream import sum_of_squares, write_tensors
+from m3i_scale.checkpoint.stream import buffers_of, ranges_of, shapes_of, sum_of_squares, write_tensors
 from m3i_scale.checkpoint.tensors import AVERAGE, SavedTensors
 from m3i_scale.data.batch import Batch
 from m3i_scale.engine.agree import from_rank, from_rank_0, together
