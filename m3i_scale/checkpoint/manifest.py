@@ -68,18 +68,16 @@ def list_files(folder: Path) -> list[str]:
     """Return every file in the tree of `folder` as a path with `/`, sorted, without the manifest of the folder itself.
     Raise CheckpointError for a link or a special file, because a manifest cannot cover its contents."""
     names = []
-    for path in _walk(folder):
-        name = path.relative_to(folder).as_posix()
-        if not stat.S_ISREG(path.lstat().st_mode):
-            raise CheckpointError(f"'{name}' is neither a file nor a directory", where=str(path), fix="remove it")
-        if name != MANIFEST:
-            names.append(name)
+    for here, folders, files in os.walk(folder, onerror=_raise):
+        # os.walk does not follow links to directories, but lists them as directories
+        links = [name for name in folders if Path(here, name).is_symlink()]
+        for path in (Path(here, name) for name in files + links):
+            name = path.relative_to(folder).as_posix()
+            if not stat.S_ISREG(path.lstat().st_mode):
+                raise CheckpointError(f"'{name}' is neither a file nor a directory", where=str(path), fix="remove it")
+            if name != MANIFEST:
+                names.append(name)
     return sorted(names)
-
-
-def list_directories(folder: Path) -> list[Path]:
-    """Return `folder` and all subdirectories, the deepest first."""
-    return [Path(here) for here, _, _ in os.walk(folder, topdown=False, onerror=_raise)]
 
 
 def write_manifest(folder: Path, files: Mapping[str, Digest], extra: Mapping[str, Any]) -> None:
@@ -217,14 +215,6 @@ def _check_file(path: Path, wanted: Digest, contents: bool) -> str | None:
 
 def _error_in(name: str, what: str) -> FileError:
     return FileError(name, what, f"{name}: {what}")
-
-
-def _walk(folder: Path) -> Iterator[Path]:
-    for here, folders, files in os.walk(folder, onerror=_raise):
-        for name in files:
-            yield Path(here, name)
-        # os.walk does not follow links to directories, but lists them as directories
-        yield from (Path(here, name) for name in folders if Path(here, name).is_symlink())
 
 
 def _raise(error: OSError) -> None:

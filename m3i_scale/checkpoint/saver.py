@@ -11,6 +11,7 @@ import json
 import shutil
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -49,28 +50,18 @@ class BackgroundCall(threading.Thread, Generic[Result]):
 
     def __init__(self, name: str, work: Callable[[], Result]) -> None:
         super().__init__(name=name, daemon=True)
-        self._work = work
-        self._results: list[Result] = []
-        self._error: BaseException | None = None
+        self._work, self._future = work, Future[Result]()
 
     def run(self) -> None:
         """Do the work; `take` raises its errors."""
         try:
-            self._results = [self._work()]
+            self._future.set_result(self._work())
         except BaseException as error:  # any error is raised by `take`
-            self._error = error
-
-    def wait(self) -> None:
-        """Wait until the work is done. If no thread was started, the work has already run."""
-        if self.ident is not None:
-            self.join()
+            self._future.set_exception(error)
 
     def take(self) -> Result:
-        """Wait, and return the result of the work or raise its error."""
-        self.wait()
-        if self._error is not None:
-            raise self._error
-        return self._results[0]
+        """Wait until the work is done; return its result or raise its error."""
+        return self._future.result()
 
 
 @dataclass

@@ -78,6 +78,7 @@ def _read_probe(folder: Path) -> Batch:
 
 
 _REAL_LOAD_FILE, _REAL_READ_PROBE, _REAL_SQUARES = load.load_file, load.read_probe, stream.sum_of_squares
+_REAL_TAKE = BackgroundCall.take
 
 
 def _sum_of_squares(flat: Tensor) -> float:
@@ -96,12 +97,13 @@ class _Thread:
         call.timeline.follow(machine.host.clock)
 
     @staticmethod
-    def wait(call: Any) -> None:
-        """Do the work, if it is not done."""
+    def take(call: Any) -> Any:
+        """Do the work, if it is not done; return its result."""
         timeline, call.timeline = getattr(call, "timeline", None), None
         if timeline is not None:
             with machine.thread(timeline):
                 call.run()
+        return _REAL_TAKE(call)
 
 
 class _LateFigures:
@@ -166,7 +168,7 @@ def simulated() -> Iterator[None]:
         (checkpointing, "merge_states", lambda states: {}),
         (metrics, "ThreadPoolExecutor", _LateFigures),
         (BackgroundCall, "start", _Thread.start),
-        (BackgroundCall, "wait", _Thread.wait),
+        (BackgroundCall, "take", _Thread.take),
         (gc, "collect", lambda *_: 0),  # DeepSpeed and the loop collect again and again
         (cpu_adam.CPUAdamBuilder, "load", lambda builder, verbose=True: _CPUAdam()),
     ]
