@@ -17,7 +17,7 @@ from typing import IO, Any, Literal
 from m3i_scale import __version__
 from m3i_scale.elastic.wire import BEAT_S, Message, decode, encode
 from m3i_scale.errors import UserError
-from m3i_scale.launch.environment import LAUNCHERS, SLURM_EXPORTS
+from m3i_scale.launch.description import LAUNCHERS, SLURM_EXPORTS
 from m3i_scale.launch.hosts import Host, is_here
 from m3i_scale.launch.job import Job
 from m3i_scale.run.software import code, other_files

@@ -16,8 +16,7 @@ from collections.abc import Sequence
 
 from m3i_scale.errors import ConfigError
 from m3i_scale.launch import PRIVATE, Command, Executable, LaunchFile, LaunchPlan, shell
-from m3i_scale.launch.description import OVER_HOSTS
-from m3i_scale.launch.environment import Variable
+from m3i_scale.launch.description import OVER_HOSTS, Variable
 from m3i_scale.launch.hosts import Host
 from m3i_scale.launch.job import Job
 

@@ -16,8 +16,7 @@ import psutil
 from m3i_scale.config import RunConfig, find_run_file, known_runs
 from m3i_scale.errors import ConfigError
 from m3i_scale.launch import PRIVATE, PUBLIC
-from m3i_scale.launch.description import Cluster
-from m3i_scale.launch.environment import Variable, hidden, travelling
+from m3i_scale.launch.description import Cluster, Variable, hidden, travelling
 from m3i_scale.launch.hosts import Host, is_here
 from m3i_scale.output import leave_out_accelerator_warning
 from m3i_scale.text import redact, redact_text

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from m3i_scale.launch import Command, LaunchPlan, shell
-from m3i_scale.launch.environment import INTERFACE
+from m3i_scale.launch.description import INTERFACE
 from m3i_scale.launch.job import Job
 
 HONOURS = frozenset({"ranks_per_node", "master_port", "environment", "python", "workdir"})

@@ -10,7 +10,7 @@ from pathlib import Path
 from m3i_scale.errors import EXIT_USER_ERROR
 from m3i_scale.host.processes import PARENT, TIED
 from m3i_scale.launch import Command, Executable
-from m3i_scale.launch.environment import Variable
+from m3i_scale.launch.description import Variable
 from m3i_scale.launch.hosts import is_here
 from m3i_scale.launch.job import Job
 

@@ -9,7 +9,7 @@ from m3i_scale.errors import EXIT_PREEMPTED, ConfigError
 from m3i_scale.host.output_dir import RANK_RECORDS
 from m3i_scale.host.rank_record import RECORD_FILES
 from m3i_scale.launch import PUBLIC, Command, Executable, LaunchFile, LaunchPlan
-from m3i_scale.launch.environment import SLURM_EXPORTS
+from m3i_scale.launch.description import SLURM_EXPORTS
 from m3i_scale.launch.job import Job
 from m3i_scale.launch.shell import export_lines, quoted, wrapped
 
