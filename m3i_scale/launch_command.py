@@ -63,7 +63,7 @@ def find_launcher(name: str) -> Launcher:
         )
     if name not in LAUNCHERS:
         raise ConfigError(f"no launcher '{name}'", where="--with", fix=did_you_mean(name, LAUNCHERS))
-    module = "elastic.launch" if name == "elastic" else f"launch.{name}"
+    module = {"elastic": "elastic.launch", "torchrun": "launch.torchrun_agent"}.get(name, f"launch.{name}")
     return cast(Launcher, import_module(f"m3i_scale.{module}"))
 
 

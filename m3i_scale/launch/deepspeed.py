@@ -15,8 +15,8 @@ import shlex
 from collections.abc import Sequence
 
 from m3i_scale.errors import ConfigError
-from m3i_scale.launch import PRIVATE, Command, Executable, LaunchFile, LaunchPlan, shell
-from m3i_scale.launch.description import OVER_HOSTS, Variable
+from m3i_scale.launch import OVER_HOSTS, PRIVATE, Command, Executable, LaunchFile, LaunchPlan, shell
+from m3i_scale.launch.description import Variable
 from m3i_scale.launch.hosts import Host
 from m3i_scale.launch.job import Job
 

@@ -66,23 +66,6 @@ INTERFACE = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 """The network interface of Gloo and of NCCL."""
 OPTION_NAMES = {"environment": "--env"}
 """Command-line options with a name other than their field's."""
-OVER_HOSTS = frozenset(
-    {
-        "ranks_per_node",
-        "hostfile",
-        "hosts",
-        "include",
-        "exclude",
-        "interface",
-        "master_address",
-        "master_port",
-        "environment",
-        "python",
-        "workdir",
-        "ssh",
-    }
-)
-"""Fields honored by every launcher that starts ranks on named hosts, or here."""
 
 
 class Cluster(Section):

@@ -12,7 +12,7 @@ import yaml
 from m3i_scale.errors import ConfigError
 from m3i_scale.launch import Command, Executable, LaunchFile, LaunchPlan
 from m3i_scale.launch.job import Job
-from m3i_scale.launch.torchrun import AGENT
+from m3i_scale.launch.torchrun_agent import AGENT
 
 HONOURS = frozenset(
     {
