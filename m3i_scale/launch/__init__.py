@@ -34,6 +34,19 @@ OVER_HOSTS = frozenset(
     }
 )
 """Fields honored by every launcher that starts ranks on named hosts, or here."""
+OF_SCHEDULERS = frozenset(
+    {
+        "nodes",
+        "ranks_per_node",
+        "interface",
+        "environment",
+        "python",
+        "gpus_per_node",
+        "cpus_per_rank",
+        "container_image",
+    }
+)
+"""Fields honored by every launcher that submits a job to a scheduler, which chooses the hosts."""
 
 
 @dataclass(frozen=True)
