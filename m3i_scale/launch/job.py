@@ -49,6 +49,11 @@ class Job:
         return self.output_dir / "launch"
 
     @property
+    def host_names(self) -> list[str]:
+        """Return the names of the hosts; only this machine's if none are named."""
+        return [host.name for host in self.hosts] or ["localhost"]
+
+    @property
     def nodes(self) -> int:
         """Return the number of hosts."""
         return len(self.hosts) or self.cluster.nodes or 1

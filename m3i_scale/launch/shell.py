@@ -46,16 +46,9 @@ def quoted(words: Iterable[str]) -> list[str]:
 
 
 def ssh(job: Job) -> tuple[str, ...]:
-    """Return ssh with its options, without a host."""
+    """Return ssh with its options. The next argument is a host; it passes one line to a shell there."""
     limits = [word for option in UNLESS_GIVEN for word in ("-o", option)]
     return ("ssh", "-o", "BatchMode=yes", *job.cluster.ssh, *limits)
-
-
-def on_host(job: Job, host: str, argv: Sequence[str]) -> Command:
-    """Return a command for a host, without ssh if it is this one. ssh passes one line to a shell of the host."""
-    if is_here(host):
-        return Command(tuple(argv))
-    return Command((*ssh(job), host, shlex.join(argv)), host=host)
 
 
 def stop_commands(job: Job) -> tuple[Command, ...]:
@@ -65,16 +58,17 @@ def stop_commands(job: Job) -> tuple[Command, ...]:
     signaled directly. Their launchers' command lines contain the ranks' command line, but only the ranks' begin with
     it.
     """
-    pattern = f"^{as_pattern(' '.join(job.rank_argv))}$"
-    argv = ("pkill", "-USR2", "-f", "--", pattern)
-    return tuple(on_host(job, host.name, argv) for host in job.hosts) or (Command(argv),)
+    argv = ("pkill", "-USR2", "-f", "--", f"^{as_pattern(' '.join(job.rank_argv))}$")
+    return tuple(
+        Command(argv) if is_here(host) else Command((*ssh(job), host, shlex.join(argv)), host=host)
+        for host in job.host_names
+    )
 
 
 def needs(job: Job) -> tuple[Executable, ...]:
     """Return the programs required by these commands."""
-    away = any(not is_here(host.name) for host in job.hosts)
-    here = not job.hosts or any(is_here(host.name) for host in job.hosts)
-    return ((SSH,) if away else ()) + ((PKILL, interpreter(job)) if here else ())
+    here = [is_here(host) for host in job.host_names]
+    return (() if all(here) else (SSH,)) + ((PKILL, interpreter(job)) if any(here) else ())
 
 
 def interpreter(job: Job) -> Executable:

@@ -36,12 +36,11 @@ _STORE_STAYS_S = 3.0
 
 def render(job: Job) -> LaunchPlan:
     """Return a script for all hosts, and the commands that start it on each, over ssh."""
-    hosts = [host.name for host in job.hosts] or ["localhost"]
     return LaunchPlan(
         launcher="torchrun",
         folder=job.folder,
         files=(LaunchFile(SCRIPT, _script(job), job.mode),),
-        commands=tuple(_start(job, host, place) for place, host in enumerate(hosts)),
+        commands=tuple(_start(job, host, place) for place, host in enumerate(job.host_names)),
         workdir=job.workdir,
         needs=shell.needs(job),
         stops=shell.stop_commands(job),
