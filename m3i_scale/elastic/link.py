@@ -17,7 +17,7 @@ from typing import IO, Any, Literal
 from m3i_scale import __version__
 from m3i_scale.elastic.wire import BEAT_S, Message, decode, encode
 from m3i_scale.errors import UserError
-from m3i_scale.launch.description import LAUNCHERS, SLURM_EXPORTS
+from m3i_scale.launch.description import LAUNCHER_VARIABLES, SLURM_EXPORTS
 from m3i_scale.launch.hosts import Host, is_here
 from m3i_scale.launch.job import Job
 from m3i_scale.run.software import code, other_files
@@ -69,7 +69,7 @@ class RemoteShell:
 
 def local_environment() -> dict[str, str]:
     """Return the environment of ssh and srun, without rank variables and secrets. Messages carry named secrets."""
-    return {name: value for name, value in os.environ.items() if name not in LAUNCHERS and not is_secret(name)}
+    return {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES and not is_secret(name)}
 
 
 def agent_command(name: str, site: RemoteShell, ssh_timeout_s: float | None = None) -> list[str]:
