@@ -42,7 +42,8 @@ def verify(
     as_json: AsJson = False,
 ) -> None:
     """Compare every byte with the manifest. Exits with 2 if there are differences, and names the corrupt files."""
-    from m3i_scale.checkpoint.documents import named_checkpoints, verify_checkpoints
+    from m3i_scale.checkpoint.documents import verify_checkpoints
+    from m3i_scale.checkpoint.layout import named_checkpoints
     from m3i_scale.files import folder_bytes
 
     with _bytes_bar(sum(map(folder_bytes, named_checkpoints(path))), quiet=as_json) as advance:
@@ -55,7 +56,8 @@ def verify(
 @checkpoint_app.command(epilog="Example: m3i-scale checkpoint inspect /data/runs/first/checkpoints/step-00000100")
 def inspect(path: One, as_json: AsJson = False) -> None:
     """Show the contents of a checkpoint; reads headers and small files only."""
-    from m3i_scale.checkpoint.documents import checkpoint_or_newest, inspect_checkpoint
+    from m3i_scale.checkpoint.documents import inspect_checkpoint
+    from m3i_scale.checkpoint.manifest import checkpoint_or_newest
 
     _show(inspect_checkpoint(checkpoint_or_newest(path)), as_json, _inspect_table)
 

@@ -20,15 +20,13 @@ from m3i_scale.checkpoint.layout import (
     MANIFEST,
     TEMPORARY_PREFIX,
     TENSORS,
-    checkpoints,
-    is_checkpoint,
+    named_checkpoints,
     named_latest,
     read_meta,
     read_object,
-    root_of,
     unreadable,
 )
-from m3i_scale.checkpoint.manifest import find_errors, list_files, newest_good, verify
+from m3i_scale.checkpoint.manifest import find_errors, list_files, verify
 from m3i_scale.checkpoint.retention import (
     Entry,
     Metrics,
@@ -50,25 +48,6 @@ from m3i_scale.upgrade import upgrade_config
 _INSPECTED = ("step", "samples", "world_size", "zero_stage", "precision", "vocab_size", "config_sha256")
 _BACKBONE = ("hidden_size", "num_hidden_layers", "channels", "depths", "image_size", "patch_size")
 _BEST = re.compile(r"(?P<metric>[^:]+)(?::(?P<mode>min|max))?(?::(?P<count>[1-9]\d*))?")
-
-
-def checkpoint_or_newest(path: Path) -> Path:
-    """Return the checkpoint at a path, or the latest complete checkpoint of a run."""
-    if is_checkpoint(path):
-        return path
-    root = root_of(path)
-    newest, _ = newest_good(root, contents=False)
-    if newest is None:
-        raise CheckpointError("no complete checkpoint here", where=str(root), fix="name one checkpoint")
-    return newest
-
-
-def named_checkpoints(path: Path) -> list[Path]:
-    """Return the checkpoint at a path, or all checkpoints of a run."""
-    folders = [path] if is_checkpoint(path) else checkpoints(root_of(path))
-    if not folders:
-        raise CheckpointError("no checkpoints here", where=str(path))
-    return folders
 
 
 # ------------------------------------------------------------------ list

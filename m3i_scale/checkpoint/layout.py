@@ -74,6 +74,14 @@ def root_of(path: Path) -> Path:
     return root
 
 
+def named_checkpoints(path: Path) -> list[Path]:
+    """Return the checkpoint at a path, or all checkpoints of a run."""
+    folders = [path] if is_checkpoint(path) else checkpoints(root_of(path))
+    if not folders:
+        raise CheckpointError("no checkpoints here", where=str(path))
+    return folders
+
+
 def named_latest(root: Path) -> str | None:
     """Return the contents of `latest`; None if it cannot be read."""
     try:

@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from m3i_scale.checkpoint.layout import MANIFEST, checkpoints, step_of
+from m3i_scale.checkpoint.layout import MANIFEST, checkpoints, is_checkpoint, root_of, step_of
 from m3i_scale.errors import CheckpointError
 from m3i_scale.files import sha256_of, sha256_of_json, sync
 
@@ -168,6 +168,17 @@ def newest_good(root: Path, *, contents: bool = True) -> tuple[Path | None, list
         more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
         passed_over.append((path, errors[0] + more))
     return None, passed_over
+
+
+def checkpoint_or_newest(path: Path) -> Path:
+    """Return the checkpoint at a path, or the latest complete checkpoint of a run."""
+    if is_checkpoint(path):
+        return path
+    root = root_of(path)
+    newest, _ = newest_good(root, contents=False)
+    if newest is None:
+        raise CheckpointError("no complete checkpoint here", where=str(root), fix="name one checkpoint")
+    return newest
 
 
 def resolve_checkpoint(path: Path) -> tuple[Path, list[tuple[Path, str]]]:
