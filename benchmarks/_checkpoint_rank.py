@@ -18,8 +18,7 @@ import torch
 import torch.distributed as dist
 
 from m3i_scale.backbones.build import backbone_config
-from m3i_scale.checkpoint.load import load_checkpoint
-from m3i_scale.checkpoint.probe import first_samples, probe_loss
+from m3i_scale.checkpoint.load import first_samples, load_checkpoint, probe_loss
 from m3i_scale.checkpoint.saver import Saver
 from m3i_scale.config import load_run
 from m3i_scale.data.batch import synthetic_batch

@@ -18,7 +18,7 @@ import typer
 from _common import emit, say
 from _failures import best_interval, lost_share
 
-from m3i_scale.checkpoint.saver import expected_bytes
+from m3i_scale.checkpoint.stream import expected_bytes
 from m3i_scale.config import load_run
 from m3i_scale.engine.deepspeed.resolve import load_ds_config
 from m3i_scale.errors import EXIT_USER_ERROR

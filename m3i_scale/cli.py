@@ -18,7 +18,8 @@ from m3i_scale import __version__
 from m3i_scale.checkpoint.commands import checkpoint_app
 from m3i_scale.errors import EXIT_FAILED, EXIT_PREEMPTED, EXIT_USER_ERROR, ConfigError, ErrorCollector, UserError
 from m3i_scale.evaluate.compare_command import compare
-from m3i_scale.launch.description import OVER_HOSTS, Cluster
+from m3i_scale.launch import OVER_HOSTS
+from m3i_scale.launch.description import Cluster
 from m3i_scale.launch_command import launch, takes_cluster
 from m3i_scale.options import AsJson, Imports, Overrides, RunFile, reading_bar, writes_to
 from m3i_scale.output import leave_out_accelerator_warning, print_json, print_line, reserve_stdout, wide_console

@@ -63,7 +63,7 @@ def find_launcher(name: str) -> Launcher:
         )
     if name not in LAUNCHERS:
         raise ConfigError(f"no launcher '{name}'", where="--with", fix=did_you_mean(name, LAUNCHERS))
-    module = "elastic.launch" if name == "elastic" else f"launch.{name}"
+    module = {"elastic": "elastic.launch", "torchrun": "launch.torchrun_agent"}.get(name, f"launch.{name}")
     return cast(Launcher, import_module(f"m3i_scale.{module}"))
 
 
@@ -118,7 +118,7 @@ def _run(plan: LaunchPlan, redacted: LaunchPlan, job: Job) -> int:
     from m3i_scale.checkpoint.layout import stopped_words
     from m3i_scale.host.output_dir import launch_lock
     from m3i_scale.host.rank_record import forget_records
-    from m3i_scale.launch.environment import without_secret_variables
+    from m3i_scale.launch.description import without_secret_variables
     from m3i_scale.launch.execute import check_needs, execute, write_files
     from m3i_scale.launch.exit_reason import conclude
 

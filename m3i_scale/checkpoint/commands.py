@@ -28,8 +28,8 @@ One = Annotated[Path, typer.Argument(help="One checkpoint; or a run, whose newes
 @checkpoint_app.command("list", epilog="Example: m3i-scale checkpoint list /data/runs/first")
 def list_(run: Run, as_json: AsJson = False) -> None:
     """List all checkpoints of a run: step, age, size, validity by names and sizes, metrics, and why each is kept."""
+    from m3i_scale.checkpoint.documents import list_checkpoints
     from m3i_scale.checkpoint.layout import root_of
-    from m3i_scale.checkpoint.listing import list_checkpoints
     from m3i_scale.checkpoint.retention import evaluations
 
     root = root_of(run)
@@ -42,7 +42,8 @@ def verify(
     as_json: AsJson = False,
 ) -> None:
     """Compare every byte with the manifest. Exits with 2 if there are differences, and names the corrupt files."""
-    from m3i_scale.checkpoint.listing import named_checkpoints, verify_checkpoints
+    from m3i_scale.checkpoint.documents import verify_checkpoints
+    from m3i_scale.checkpoint.layout import named_checkpoints
     from m3i_scale.files import folder_bytes
 
     with _bytes_bar(sum(map(folder_bytes, named_checkpoints(path))), quiet=as_json) as advance:
@@ -55,8 +56,8 @@ def verify(
 @checkpoint_app.command(epilog="Example: m3i-scale checkpoint inspect /data/runs/first/checkpoints/step-00000100")
 def inspect(path: One, as_json: AsJson = False) -> None:
     """Show the contents of a checkpoint; reads headers and small files only."""
-    from m3i_scale.checkpoint.contents import inspect_checkpoint
-    from m3i_scale.checkpoint.listing import checkpoint_or_newest
+    from m3i_scale.checkpoint.documents import inspect_checkpoint
+    from m3i_scale.checkpoint.manifest import checkpoint_or_newest
 
     _show(inspect_checkpoint(checkpoint_or_newest(path)), as_json, _inspect_table)
 
@@ -74,8 +75,8 @@ def prune(
     as_json: AsJson = False,
 ) -> None:
     """Delete checkpoints that no rule keeps. Default: the rules of the config. The latest valid one is always kept."""
+    from m3i_scale.checkpoint.documents import prune_run, rules_given
     from m3i_scale.checkpoint.layout import root_of
-    from m3i_scale.checkpoint.listing import prune_run, rules_given
 
     root = root_of(run)
     rules, given_by = rules_given(root, keep_latest, keep_every, keep_best, max_gib)

@@ -12,6 +12,7 @@ the new checkpoint, never a mixture.
 from __future__ import annotations
 
 import errno
+import os
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,15 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from m3i_scale.checkpoint.layout import LATEST, REMOVED_PREFIX, TEMPORARY_PREFIX, temporary_for
-from m3i_scale.checkpoint.manifest import (
-    Digest,
-    digest_files,
-    list_directories,
-    list_files,
-    newest_good,
-    verify,
-    write_manifest,
-)
+from m3i_scale.checkpoint.manifest import Digest, digest_files, list_files, newest_good, verify, write_manifest
 from m3i_scale.errors import CheckpointError
 from m3i_scale.files import atomic_write, sync
 from m3i_scale.text import size_text
@@ -186,8 +179,8 @@ def _seal(folder: Path, extra: Mapping[str, Any], digests: Mapping[str, Digest])
                 why="two processes wrote it, or the shared file system lags behind",
             )
     others = digest_files(folder, [name for name in names if name not in digests])
-    for directory in list_directories(folder):
-        sync(directory)
+    for directory, _, _ in os.walk(folder, topdown=False):
+        sync(Path(directory))
     write_manifest(folder, {**digests, **others}, extra)
     sync(folder)
 

@@ -1,5 +1,5 @@
-"""Write full weights from a sharded checkpoint into safetensors files with the Hub's names, without loading the full
-model into memory."""
+"""Read full weights from a sharded checkpoint one by one or block by block, and write them into safetensors files with
+the Hub's names, without loading the full model into memory."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -15,22 +15,91 @@ from typing import Any, Literal
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors.torch import load_file
+from torch import Tensor
 
 from m3i_scale.checkpoint.commit import cause_of
-from m3i_scale.checkpoint.layout import read_meta
-from m3i_scale.checkpoint.load import SavedWeights, Which, saved_weights
+from m3i_scale.checkpoint.layout import BUFFERS, read_meta
 from m3i_scale.checkpoint.manifest import resolve_checkpoint
 from m3i_scale.checkpoint.stream import Streamed, write_safetensors
+from m3i_scale.checkpoint.tensors import AVERAGE, SavedTensors
+from m3i_scale.engine.engine_state import MASTER
 from m3i_scale.errors import CheckpointError, did_you_mean
 from m3i_scale.files import atomic_dir, write_json
 from m3i_scale.text import size_text
 
+Which = Literal["student", "ema"]
 Dtype = Literal["float32", "bfloat16"]
-SHARD_SIZE = "5GB"
+HEADS = "heads."
+"""Buffers of heads affect their outputs: the running statistics of batch norm."""
+BLOCK_ELEMENTS = 1 << 22
+"""Elements read at a time: 16 MiB in fp32."""
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _FILES_BYTES = 1 << 20
 """Extra free space for headers, indices and small files."""
+
+
+class SavedWeights(Mapping[str, Tensor]):
+    """Full fp32 tensors of a checkpoint by parameter name (`student.model.layers.0.…`), read on access and not cached.
+
+    Args:
+        saved: the tensors of the checkpoint.
+        keys: keys of the saved tensors by parameter name.
+        buffers: further tensors by name, which have no optimizer state.
+    """
+
+    def __init__(self, saved: SavedTensors, keys: dict[str, str], buffers: dict[str, Tensor]) -> None:
+        self._saved, self._keys, self._buffers = saved, keys, buffers
+
+    def __getitem__(self, name: str) -> Tensor:
+        return (self._buffers[name] if name in self._buffers else self._saved.whole(self._keys[name])).float()
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self._keys
+        yield from self._buffers
+
+    def __len__(self) -> int:
+        return len(self._keys) + len(self._buffers)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a tensor, without reading it."""
+        return tuple(self._buffers[name].shape) if name in self._buffers else self._saved.shape(self._keys[name])
+
+    def blocks(self, name: str, dtype: torch.dtype) -> Iterator[Tensor]:
+        """Yield a tensor as flat blocks; raise CheckpointError for non-finite elements."""
+        numel = math.prod(self.shape(name))
+        for start in range(0, numel, BLOCK_ELEMENTS):
+            block = torch.empty(min(BLOCK_ELEMENTS, numel - start), dtype=dtype)
+            if name in self._buffers:
+                block.copy_(self._buffers[name].flatten()[start : start + block.numel()])
+            else:
+                self._saved.read_into(self._keys[name], start, block)
+            if not bool(torch.isfinite(block).all()):
+                raise CheckpointError(
+                    f"'{name}' has elements that are not finite numbers",
+                    where=f"elements {start:,} to {start + block.numel():,}",
+                    why="a model with these weights computes NaN",
+                    fix="take an earlier checkpoint of the run",
+                )
+            yield block
+
+
+def saved_weights(checkpoint: Path, which: Which) -> SavedWeights:
+    """Return the weights of a committed checkpoint that passes `verify`. `which` selects the values for `student.…`:
+    the trained weights, or their EMA."""
+    saved = SavedTensors(checkpoint)
+    keys = {name: f"{MASTER}/{name}" for name in saved.names(MASTER)}
+    # Loss-weighting state serves only a resumed run.
+    keys = {name: key for name, key in keys.items() if not name.startswith(("states.", "weights."))}
+    if which == "ema":
+        averages: dict[str, str] = read_meta(checkpoint).get("averages") or {}
+        if not averages:
+            raise CheckpointError("the run has no EMA teacher", where=str(checkpoint), fix="--weights student")
+        keys |= {online: f"{AVERAGE}/{target}" for target, online in averages.items()}
+        return SavedWeights(saved, keys, {})  # the statistics of heads belong to the trained weights only
+    buffers = load_file(checkpoint / BUFFERS)
+    return SavedWeights(saved, keys, {name: buffer for name, buffer in buffers.items() if name.startswith(HEADS)})
 
 
 def consolidate(
@@ -39,7 +108,7 @@ def consolidate(
     *,
     weights: Which = "student",
     dtype: Dtype = "float32",
-    max_shard_size: str = SHARD_SIZE,
+    max_shard_size: str = "5GB",
 ) -> dict[str, Any]:
     """Write full tensors of a checkpoint. Memory holds a block of a tensor, independent of the model size.
 
@@ -61,11 +130,11 @@ def consolidate(
         raise CheckpointError("the target exists", where=str(target), fix="give a folder that does not, or remove it")
     source, _ = resolve_checkpoint(checkpoint)
     step = read_meta(source).get("step")
-    chosen = saved_weights(source, weights, _DTYPES[dtype])
+    chosen = saved_weights(source, weights)
     parameters = _count_parameters(chosen, source)
     facts = {"checkpoint": source.name, "weights": weights}
     with _new_folder(target, parameters * _DTYPES[dtype].itemsize + _FILES_BYTES) as folder:
-        write_shards(folder, chosen, _DTYPES[dtype], shard_bytes, facts)
+        _write_shards(folder, chosen, _DTYPES[dtype], shard_bytes, facts)
     paths = sorted(path for path in target.rglob("*") if path.is_file())
     files = {path.relative_to(target).as_posix(): path.stat().st_size for path in paths}
     return {
@@ -124,7 +193,7 @@ def _new_folder(target: Path, bytes_wanted: int) -> Iterator[Path]:
         ) from None
 
 
-def write_shards(
+def _write_shards(
     folder: Path, weights: SavedWeights, dtype: torch.dtype, shard_bytes: int, facts: dict[str, str]
 ) -> None:
     """Write safetensors files, with `facts` in every header. A tensor above `shard_bytes` gets a separate file."""

@@ -5,7 +5,7 @@ checkpoints/
   step-00000100/        committed
     tensors/            master weights, moments and EMA weights, in pieces of every rank, and their index (tensors.py)
     buffers.safetensors persistent buffers of heads and loss weighting
-    probe.safetensors   samples of the load-time sanity check (probe.py)
+    probe.safetensors   samples of the load-time sanity check (load.py)
     random/             rank-00000.safetensors …  random states of the CPU and of the accelerator
     data/               rank-00000.json …  position in the data stream
     run.yaml meta.json
@@ -31,7 +31,7 @@ LATEST = "latest"
 """Text file with the name of the folder that was committed last. For people; resuming scans the folders."""
 DATA_FILES = "data/rank-*.json"
 """Positions in the data, one file per rank that wrote the checkpoint."""
-TENSORS, INDEX, BUFFERS = "tensors", "index.json", "buffers.safetensors"
+TENSORS, INDEX, BUFFERS, PROBE = "tensors", "index.json", "buffers.safetensors", "probe.safetensors"
 
 _STEP = re.compile(r"step-(\d{8,})")
 
@@ -72,6 +72,14 @@ def root_of(path: Path) -> Path:
         what = "one checkpoint, not a run" if is_checkpoint(path) else "no checkpoints here"
         raise CheckpointError(what, where=str(path), fix="give a run's output_dir, or its checkpoints folder")
     return root
+
+
+def named_checkpoints(path: Path) -> list[Path]:
+    """Return the checkpoint at a path, or all checkpoints of a run."""
+    folders = [path] if is_checkpoint(path) else checkpoints(root_of(path))
+    if not folders:
+        raise CheckpointError("no checkpoints here", where=str(path))
+    return folders
 
 
 def named_latest(root: Path) -> str | None:

@@ -1,39 +1,47 @@
-"""Load a checkpoint into an engine, or read its full weights one by one or block by block, independent of the number of
-ranks, ZeRO stage and precision that wrote it."""
+"""Load a checkpoint into an engine, independent of the number of ranks, ZeRO stage and precision that wrote it, and
+check what was loaded: the norm of every tensor, and the loss of a few stored samples.
+
+The samples' loss only depends on them, as with one rank, so it is independent of the number of ranks. It detects errors
+that tensor norms cannot: weights mapped to the wrong parameters.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from m3i_scale.checkpoint.layout import BUFFERS, DATA_FILES, read_meta, read_object, unreadable
-from m3i_scale.checkpoint.saver import buffers_of, ranges_of, shapes_of
-from m3i_scale.checkpoint.stream import sum_of_squares
+from m3i_scale.checkpoint.layout import BUFFERS, DATA_FILES, PROBE, read_meta, read_object, unreadable
+from m3i_scale.checkpoint.stream import buffers_of, ranges_of, shapes_of, sum_of_squares, write_tensors
 from m3i_scale.checkpoint.tensors import AVERAGE, SavedTensors
-from m3i_scale.engine.agree import from_rank_0, together
+from m3i_scale.data.batch import Batch
+from m3i_scale.engine.agree import from_rank, from_rank_0, together
 from m3i_scale.engine.averages import ShardedEma
 from m3i_scale.engine.engine_state import MASTER, MOMENTS, make_moments, pieces, publish, restore_counters
 from m3i_scale.engine.partition import load_frozen, saved_frozen
 from m3i_scale.errors import CheckpointError
+from m3i_scale.objective.ranks import SingleProcess
 
 NORM_TOLERANCE, ROUNDED_NORM_TOLERANCE = 1e-6, 4e-3
 """Relative tolerances: terms are added in another order; 16-bit master weights are rounded."""
 _OF_MOMENTS = tuple(f"{kind}/" for kind in MOMENTS)
-Which = Literal["student", "ema"]
-HEADS = "heads."
-"""Buffers of heads affect their outputs: the running statistics of batch norm."""
-BLOCK_ELEMENTS = 1 << 22
-"""Elements read at a time: 16 MiB in fp32."""
+PROBE_SAMPLES = 2
+"""Minimum number of samples for which every loss is defined."""
+PROBE_TOLERANCE, OTHER_PRECISION_TOLERANCE = {"fp32": 1e-4, "bf16": 1e-3, "fp16": 1e-3}, 2e-2
+"""Relative tolerances of the loss by precision, and after a change of it: other machines, ZeRO stages or thread counts
+sum in a different order."""
 
 
 def load_checkpoint(folder: Path, engine: Any, ema: ShardedEma | None) -> list[dict[str, Any]]:
@@ -146,82 +154,93 @@ def _compare_shapes(shapes: dict[str, tuple[int, ...]], saved: dict[str, tuple[i
         )
 
 
-# ------------------------------------------------------------------ full weights
+# ------------------------------------------------------------------ sanity check
 
 
-class SavedWeights(Mapping[str, Tensor]):
-    """Tensors of a checkpoint by parameter name (`student.model.layers.0.…`), read on access and not cached.
-
-    Args:
-        saved: the tensors of the checkpoint.
-        keys: keys of the saved tensors by parameter name.
-        dtype: dtype of the returned tensors.
-        statistics: further tensors by name, which have no optimizer state.
-    """
-
-    def __init__(
-        self,
-        saved: SavedTensors,
-        keys: Mapping[str, str],
-        dtype: torch.dtype = torch.float32,
-        statistics: Mapping[str, Tensor] | None = None,
-    ) -> None:
-        self._saved, self._keys, self._dtype = saved, dict(keys), dtype
-        self._statistics = dict(statistics or {})
-
-    def __getitem__(self, name: str) -> Tensor:
-        statistic = self._statistics.get(name)
-        return (self._saved.whole(self._keys[name]) if statistic is None else statistic).to(self._dtype)
-
-    def __iter__(self) -> Iterator[str]:
-        yield from self._keys
-        yield from self._statistics
-
-    def __len__(self) -> int:
-        return len(self._keys) + len(self._statistics)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Return the shape of a tensor, without reading it."""
-        statistic = self._statistics.get(name)
-        return self._saved.shape(self._keys[name]) if statistic is None else tuple(statistic.shape)
-
-    def read_into(self, name: str, start: int, out: Tensor) -> None:
-        """Fill a flat tensor with the range of a tensor that begins at `start`, cast to the dtype of `out`."""
-        statistic = self._statistics.get(name)
-        if statistic is None:
-            self._saved.read_into(self._keys[name], start, out)
-        else:
-            out.copy_(statistic.flatten()[start : start + out.numel()])
-
-    def blocks(self, name: str, dtype: torch.dtype) -> Iterator[Tensor]:
-        """Yield a tensor as flat blocks; raise CheckpointError for non-finite elements."""
-        numel = math.prod(self.shape(name))
-        for start in range(0, numel, BLOCK_ELEMENTS):
-            block = torch.empty(min(BLOCK_ELEMENTS, numel - start), dtype=dtype)
-            self.read_into(name, start, block)
-            if not bool(torch.isfinite(block).all()):
-                raise CheckpointError(
-                    f"'{name}' has elements that are not finite numbers",
-                    where=f"elements {start:,} to {start + block.numel():,}",
-                    why="a model with these weights computes NaN",
-                    fix="take an earlier checkpoint of the run",
-                )
-            yield block
+def first_samples(batch: Batch, count: int = PROBE_SAMPLES) -> Batch:
+    """Return the first samples of the global micro-batch on the CPU, the same on all ranks. Collective."""
+    # All ranks have the same batch size: the first few suffice, while gathering all would give thousands of samples.
+    givers = range(min(math.ceil(count / len(batch)), dist.get_world_size()))
+    return _first(Batch.cat([from_rank(rank, lambda: _first(batch, count).to("cpu")) for rank in givers]), count)
 
 
-def saved_weights(checkpoint: Path, which: Which, dtype: torch.dtype = torch.float32) -> SavedWeights:
-    """Return the weights of a committed checkpoint that passes `verify`. `which` selects the values for `student.…`:
-    the trained weights, or their EMA."""
-    saved = SavedTensors(checkpoint)
-    keys = {name: f"{MASTER}/{name}" for name in saved.names(MASTER)}
-    # Loss-weighting state serves only a resumed run.
-    keys = {name: key for name, key in keys.items() if not name.startswith(("states.", "weights."))}
-    if which == "ema":
-        averages: dict[str, str] = read_meta(checkpoint).get("averages") or {}
-        if not averages:
-            raise CheckpointError("the run has no EMA teacher", where=str(checkpoint), fix="--weights student")
-        keys |= {online: f"{AVERAGE}/{target}" for target, online in averages.items()}
-        return SavedWeights(saved, keys, dtype)  # statistics belong to the trained weights only
-    buffers = load_file(checkpoint / BUFFERS)
-    statistics = {name: buffer for name, buffer in buffers.items() if name.startswith(HEADS)}
-    return SavedWeights(saved, keys, dtype, statistics)
+@torch.no_grad()
+def probe_loss(engine: Any, batch: Batch) -> float:
+    """Return the loss of these samples alone, without changing buffers. Every rank calls it with the same batch."""
+    with evaluating(engine.module), _alone(engine.module):
+        loss, _ = engine(batch.to(get_accelerator().current_device_name()))
+    return float(loss)
+
+
+@contextlib.contextmanager
+def evaluating(module: Any) -> Iterator[None]:
+    """Switch the module to evaluation mode between two steps, without recording step times or health metrics."""
+    span, module.span = module.span, contextlib.nullcontext
+    module.measure_health = False
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train()
+        module.span = span
+
+
+def write_probe(folder: Path, batch: Batch) -> None:
+    """Store the samples with the weights."""
+    tensors = {name: value for name, value in vars(batch).items() if isinstance(value, Tensor)}
+    write_tensors(folder / PROBE, tensors, {"keys": json.dumps(batch.keys)})
+
+
+def read_probe(folder: Path) -> Batch:
+    """Read the samples of a checkpoint."""
+    try:
+        with safe_open(folder / PROBE, framework="pt") as opened:
+            keys = json.loads(opened.metadata()["keys"])
+            return Batch(**{name: opened.get_tensor(name) for name in opened.keys()}, keys=keys)  # noqa: SIM118
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"the stored samples cannot be read: {error}",
+            where=str(folder / PROBE),
+            fix="resume from another checkpoint: checkpoint.resume=…",
+        ) from None
+
+
+def check_probe(folder: Path, meta: dict[str, Any], engine: Any, *, precision: str) -> Batch | None:
+    """Check that the stored samples have the same loss as when they were saved; return them, or None if there are none.
+    Collective. `precision` is the run's, which may differ from the checkpoint's."""
+    saved_loss = meta.get("probe_loss")
+    if saved_loss is None:
+        return None
+    probe: Batch = together(lambda: read_probe(folder))
+    loss = probe_loss(engine, probe)
+    tolerance = PROBE_TOLERANCE[precision] if meta.get("precision") == precision else OTHER_PRECISION_TOLERANCE
+    if not math.isclose(loss, saved_loss, rel_tol=tolerance, abs_tol=tolerance / 10):
+        raise CheckpointError(
+            f"what was loaded is not what was saved: the loss of {PROBE_SAMPLES} stored samples was "
+            f"{saved_loss:.9g}, and is {loss:.9g}",
+            where=str(folder),
+            why="the weights are in other places, or the model computes something else than it did",
+            fix="resume with the versions of torch, transformers and this package that saved it; docs/checkpoints.md",
+        )
+    return probe
+
+
+@contextlib.contextmanager
+def _alone(module: nn.Module) -> Iterator[None]:
+    """Compute losses without samples of other ranks."""
+    ranks_of: dict[Any, Any] = {child: child.ranks for child in module.modules() if hasattr(child, "ranks")}
+    for child in ranks_of:
+        child.ranks = SingleProcess()
+    try:
+        yield
+    finally:
+        for child, ranks in ranks_of.items():
+            child.ranks = ranks
+
+
+def _first(batch: Batch, count: int) -> Batch:
+    values: dict[str, Any] = {}
+    for field in fields(Batch):
+        value = getattr(batch, field.name)
+        values[field.name] = value[:, :count].clone() if "_VB" in field.name else value[:count]
+    return Batch(**values)

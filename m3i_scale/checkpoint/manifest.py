@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from m3i_scale.checkpoint.layout import MANIFEST, checkpoints, step_of
+from m3i_scale.checkpoint.layout import MANIFEST, checkpoints, is_checkpoint, root_of, step_of
 from m3i_scale.errors import CheckpointError
 from m3i_scale.files import sha256_of, sha256_of_json, sync
 
@@ -68,18 +68,16 @@ def list_files(folder: Path) -> list[str]:
     """Return every file in the tree of `folder` as a path with `/`, sorted, without the manifest of the folder itself.
     Raise CheckpointError for a link or a special file, because a manifest cannot cover its contents."""
     names = []
-    for path in _walk(folder):
-        name = path.relative_to(folder).as_posix()
-        if not stat.S_ISREG(path.lstat().st_mode):
-            raise CheckpointError(f"'{name}' is neither a file nor a directory", where=str(path), fix="remove it")
-        if name != MANIFEST:
-            names.append(name)
+    for here, folders, files in os.walk(folder, onerror=_raise):
+        # os.walk does not follow links to directories, but lists them as directories
+        links = [name for name in folders if Path(here, name).is_symlink()]
+        for path in (Path(here, name) for name in files + links):
+            name = path.relative_to(folder).as_posix()
+            if not stat.S_ISREG(path.lstat().st_mode):
+                raise CheckpointError(f"'{name}' is neither a file nor a directory", where=str(path), fix="remove it")
+            if name != MANIFEST:
+                names.append(name)
     return sorted(names)
-
-
-def list_directories(folder: Path) -> list[Path]:
-    """Return `folder` and all subdirectories, the deepest first."""
-    return [Path(here) for here, _, _ in os.walk(folder, topdown=False, onerror=_raise)]
 
 
 def write_manifest(folder: Path, files: Mapping[str, Digest], extra: Mapping[str, Any]) -> None:
@@ -172,6 +170,17 @@ def newest_good(root: Path, *, contents: bool = True) -> tuple[Path | None, list
     return None, passed_over
 
 
+def checkpoint_or_newest(path: Path) -> Path:
+    """Return the checkpoint at a path, or the latest complete checkpoint of a run."""
+    if is_checkpoint(path):
+        return path
+    root = root_of(path)
+    newest, _ = newest_good(root, contents=False)
+    if newest is None:
+        raise CheckpointError("no complete checkpoint here", where=str(root), fix="name one checkpoint")
+    return newest
+
+
 def resolve_checkpoint(path: Path) -> tuple[Path, list[tuple[Path, str]]]:
     """Return the checkpoint at `path`, or the newest valid one of a run, after verifying every byte; and the newer ones
     that were skipped, each with the reason."""
@@ -217,14 +226,6 @@ def _check_file(path: Path, wanted: Digest, contents: bool) -> str | None:
 
 def _error_in(name: str, what: str) -> FileError:
     return FileError(name, what, f"{name}: {what}")
-
-
-def _walk(folder: Path) -> Iterator[Path]:
-    for here, folders, files in os.walk(folder, onerror=_raise):
-        for name in files:
-            yield Path(here, name)
-        # os.walk does not follow links to directories, but lists them as directories
-        yield from (Path(here, name) for name in folders if Path(here, name).is_symlink())
 
 
 def _raise(error: OSError) -> None:

@@ -8,10 +8,10 @@ together, as soon as every rank has written, and raises errors of the thread.
 from __future__ import annotations
 
 import json
-import math
 import shutil
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -19,23 +19,30 @@ from typing import Any, Generic, TypeVar
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
-from torch import Tensor, nn
+from torch import Tensor
 
 from m3i_scale.checkpoint.commit import begin, commit, write_guard
-from m3i_scale.checkpoint.host_copies import HostCopies
 from m3i_scale.checkpoint.layout import BUFFERS, INDEX, TENSORS
 from m3i_scale.checkpoint.manifest import Digest, digest_files
-from m3i_scale.checkpoint.stream import Range, WrittenTensors, make_index, write_ranges, write_tensors
-from m3i_scale.checkpoint.tensors import AVERAGE, Index
+from m3i_scale.checkpoint.stream import (
+    Range,
+    WrittenTensors,
+    buffers_of,
+    make_index,
+    ranges_of,
+    shapes_of,
+    write_ranges,
+    write_tensors,
+)
+from m3i_scale.checkpoint.tensors import Index
 from m3i_scale.engine.agree import from_rank_0, gather_on_rank_0, sum_over_ranks, together
 from m3i_scale.engine.averages import ShardedEma
-from m3i_scale.engine.deepspeed.rules import BYTES, precision, state_bytes
-from m3i_scale.engine.engine_state import MASTER, bytes_per_parameter, counters, moment_kinds, pieces, trained
-from m3i_scale.engine.partition import full_numel, full_shape, local_range, local_shard, saved_frozen
+from m3i_scale.engine.engine_state import counters
 from m3i_scale.files import write_json
-from m3i_scale.objective.information import role_of
 
 Result = TypeVar("Result")
+_ALIGNED = 64
+"""Alignment in bytes of the pieces in a pool."""
 
 
 class BackgroundCall(threading.Thread, Generic[Result]):
@@ -43,28 +50,83 @@ class BackgroundCall(threading.Thread, Generic[Result]):
 
     def __init__(self, name: str, work: Callable[[], Result]) -> None:
         super().__init__(name=name, daemon=True)
-        self._work = work
-        self._results: list[Result] = []
-        self._error: BaseException | None = None
+        self._work, self._future = work, Future[Result]()
 
     def run(self) -> None:
         """Do the work; `take` raises its errors."""
         try:
-            self._results = [self._work()]
+            self._future.set_result(self._work())
         except BaseException as error:  # any error is raised by `take`
-            self._error = error
-
-    def wait(self) -> None:
-        """Wait until the work is done. If no thread was started, the work has already run."""
-        if self.ident is not None:
-            self.join()
+            self._future.set_exception(error)
 
     def take(self) -> Result:
-        """Wait, and return the result of the work or raise its error."""
-        self.wait()
-        if self._error is not None:
-            raise self._error
-        return self._results[0]
+        """Wait until the work is done; return its result or raise its error."""
+        return self._future.result()
+
+
+@dataclass
+class HostCopies:
+    """Host staging buffer for the same tensors at every save.
+
+    An accelerator copies into pinned memory asynchronously. Torch rounds every pinned allocation up to a power of two:
+    a separate allocation for a 33 MiB piece would take 64 MiB. So pieces share pools with power-of-two sizes.
+    """
+
+    places: list[Tensor] = field(default_factory=list)
+    """Tensors of the last copies."""
+
+    def copy(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Return flat copies of flat tensors, in their order; complete once the accelerator is synchronized."""
+        wanted = [(tensor.numel(), tensor.dtype) for tensor in tensors]
+        if [(place.numel(), place.dtype) for place in self.places] != wanted:
+            self.places = []  # so that old and new buffers never coexist
+            pins = get_accelerator().device_name() != "cpu"
+            self.places = make_places(wanted, _pinned if pins else None)
+        return [place.copy_(tensor, non_blocking=True) for place, tensor in zip(self.places, tensors, strict=True)]
+
+
+def make_places(wanted: Sequence[tuple[int, torch.dtype]], pin: Callable[[int], Tensor] | None) -> list[Tensor]:
+    """Allocate flat tensors: one allocation each, or shared pools if they are pinned. `pin` returns pinned memory of a
+    size in bytes."""
+    if pin is None:
+        return [torch.empty(numel, dtype=dtype) for numel, dtype in wanted]
+    sizes = [numel * dtype.itemsize for numel, dtype in wanted]
+    pools, places = plan_pools(sizes)
+    memory = [pin(size) for size in pools]
+    return [
+        memory[pool][start : start + size].view(dtype)
+        for (pool, start), size, (_, dtype) in zip(places, sizes, wanted, strict=True)
+    ]
+
+
+def _pinned(size: int) -> Tensor:
+    # Allocated as pinned memory: pinning existing memory would allocate it twice and copy its contents.
+    return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+
+
+def plan_pools(sizes: Sequence[int]) -> tuple[list[int], list[tuple[int, int]]]:
+    """Return the pool sizes, each a power of two, and the (pool, offset) of every piece, for piece sizes in bytes.
+
+    The largest unplaced piece opens a pool. Its size is the largest power of two that the unplaced pieces would fill,
+    or the smallest that the piece fits into, whichever is larger. Other pieces that fit are added, larger ones first.
+    """
+    pools: list[int] = []
+    places = [(0, 0)] * len(sizes)
+    aligned = {number: -(-size // _ALIGNED) * _ALIGNED for number, size in enumerate(sizes)}
+    unplaced = sorted(aligned, key=lambda number: aligned[number], reverse=True)
+    while unplaced:
+        total, largest = sum(aligned[number] for number in unplaced), aligned[unplaced[0]]
+        pool = max(1 << max(total.bit_length() - 1, 0), 1 << max(largest - 1, 0).bit_length())
+        at, later = 0, []
+        for number in unplaced:
+            if at + aligned[number] > pool:
+                later.append(number)
+                continue
+            places[number] = (len(pools), at)
+            at += aligned[number]
+        pools.append(pool)
+        unplaced = later
+    return pools, places
 
 
 @dataclass
@@ -125,12 +187,17 @@ class Saver:
             more: writes further files into the given folder; called on rank 0, in the thread.
         """
         self.finish()
-        wanted = checkpoint_bytes(self.engine, self.ema)
+        ranges = ranges_of(self.engine, self.ema)
+        buffers = buffers_of(self.engine.module) if dist.get_rank() == 0 else {}
+        of_rank = sum(piece.nbytes for piece in ranges) + sum(buffer.nbytes for buffer in buffers.values())
+        wanted = int(sum_over_ranks([of_rank])[0])
         temporary = Path(from_rank_0(lambda: str(begin(final, wanted))))
         averages = self.ema.online_names() if self.ema is not None else {}
         meta = {**meta, "engine": counters(self.engine), "averages": averages}
         # If a rank has no memory for its copy, all fail: the others would continue and wait for it in the next step.
-        call = together(lambda: BackgroundCall("checkpoint", self._work(temporary, json.dumps(data_state), more)))
+        call = together(
+            lambda: BackgroundCall("checkpoint", self._work(temporary, ranges, buffers, json.dumps(data_state), more))
+        )
         self._current = _Save(final, temporary, meta, run_yaml, shapes_of(self.engine, self.ema), call)
         if self.background:
             call.start()
@@ -143,7 +210,6 @@ class Saver:
         if self._current is None:
             return None
         current, self._current = self._current, None
-        current.call.wait()
         try:
             digests, index = _gathered(together(current.call.take), current.shapes)
             from_rank_0(lambda: _commit(current, digests, index))
@@ -159,14 +225,23 @@ class Saver:
         self.finish()
         from_rank_0(self._wait_after_commit)
 
-    def _work(self, temporary: Path, data_state: str, more: Callable[[Path], object]) -> Callable[[], WrittenTensors]:
+    def _work(
+        self,
+        temporary: Path,
+        ranges: list[Range],
+        buffers: dict[str, Tensor],
+        data_state: str,
+        more: Callable[[Path], object],
+    ) -> Callable[[], WrittenTensors]:
         """Return the function that writes this rank's files, for a background save from copies."""
         rank = dist.get_rank()
-        random = random_states()
-        ranges = ranges_of(self.engine, self.ema)
-        buffers = buffers_of(self.engine.module) if rank == 0 else {}
+        random = {"host": torch.get_rng_state()}
+        if get_accelerator().device_name() != "cpu":
+            random["accelerator"] = get_accelerator().get_rng_state()
         if self.background:
-            ranges = self._copied(ranges)
+            copies = iter(self._copies.copy([part.view(-1) for piece in ranges for part in piece.parts]))
+            # The thread joins the two halves of EMA weights.
+            ranges = [replace(piece, parts=tuple(next(copies) for _ in piece.parts)) for piece in ranges]
             buffers = {name: buffer.detach().clone() for name, buffer in buffers.items()}
             get_accelerator().synchronize()
 
@@ -186,11 +261,6 @@ class Saver:
 
         return work
 
-    def _copied(self, ranges: list[Range]) -> list[Range]:
-        """Return copies of the pieces; the thread joins the two halves of EMA weights."""
-        copies = iter(self._copies.copy([part.view(-1) for piece in ranges for part in piece.parts]))
-        return [replace(piece, parts=tuple(next(copies) for _ in piece.parts)) for piece in ranges]
-
     def _begin_after_commit(self, final: Path) -> None:
         self._wait_after_commit()
         self._after_commit = BackgroundCall("after-commit", lambda: self.committed(final))
@@ -200,71 +270,6 @@ class Saver:
         call, self._after_commit = self._after_commit, None
         if call is not None:
             call.take()
-
-
-def ranges_of(engine: Any, ema: ShardedEma | None) -> list[Range]:
-    """Return the pieces that this rank writes, as live views: master weights, moments, frozen weights, EMA weights."""
-    ranges = [
-        Range(f"{kind}/{piece.name}", piece.start, (view,))
-        for piece in pieces(engine)
-        for kind, view in piece.tensors.items()
-    ]
-    ranges += [
-        Range(f"{MASTER}/{name}", local_range(parameter)[0], (piece,))
-        for name, parameter in saved_frozen(engine.module).items()
-        if (piece := local_shard(parameter)).numel()
-    ]
-    if ema is not None:
-        ranges += [
-            Range(f"{AVERAGE}/{name}", start, ema.parts(name, start, numel))
-            for name, start, numel in ema.pieces()
-            if numel
-        ]
-    return ranges
-
-
-def shapes_of(engine: Any, ema: ShardedEma | None) -> dict[str, tuple[int, ...]]:
-    """Return the shape of every tensor that the ranks write together, by key; the same on all ranks."""
-    learnt = {name: tuple(full_shape(parameter)) for name, parameter in trained(engine.module)}
-    shapes = {f"{kind}/{name}": shape for kind in (MASTER, *moment_kinds(engine)) for name, shape in learnt.items()}
-    for name, parameter in saved_frozen(engine.module).items():
-        shapes[f"{MASTER}/{name}"] = tuple(full_shape(parameter))
-    if ema is not None:
-        shapes |= {f"{AVERAGE}/{name}": tuple(shape) for name, shape in ema.shapes().items()}
-    return shapes
-
-
-def checkpoint_bytes(engine: Any, ema: ShardedEma | None) -> int:
-    """Return the size of a checkpoint's tensors: weights and two moments of trained parameters, frozen weights, fp32
-    EMA weights, buffers."""
-    frozen = sum(full_shape(p).numel() * p.element_size() for p in saved_frozen(engine.module).values())
-    averaged = sum(math.prod(shape) for shape in ema.shapes().values()) if ema is not None else 0
-    remembered = sum(buffer.nbytes for buffer in buffers_of(engine.module).values())
-    trained = bytes_per_parameter(engine) * full_numel(engine.module, trainable_only=True)
-    return trained + frozen + 4 * averaged + remembered
-
-
-def expected_bytes(objective: nn.Module, config: dict[str, Any]) -> int:
-    """Return `checkpoint_bytes` from the complete model, e.g. on `meta`, and the resolved DeepSpeed config, without an
-    engine."""
-    master, moment = state_bytes(config)
-    sizes = {"trained": master + 2 * moment, "momentum": 4, "teacher": 0, "frozen": BYTES[precision(config)]}
-    total = sum(sizes[role_of(name, parameter)] * parameter.numel() for name, parameter in objective.named_parameters())
-    return total + sum(buffer.nbytes for buffer in buffers_of(objective).values())
-
-
-def buffers_of(module: nn.Module) -> dict[str, Tensor]:
-    """Return the live persistent buffers by name, the same on all ranks."""
-    kept = module.state_dict().keys()
-    return {name: buffer for name, buffer in module.named_buffers() if name in kept}
-
-
-def random_states() -> dict[str, Tensor]:
-    """Return the random states of this rank."""
-    states = {"host": torch.get_rng_state()}
-    if get_accelerator().device_name() != "cpu":
-        states["accelerator"] = get_accelerator().get_rng_state()
-    return states
 
 
 def _gathered(written: WrittenTensors, shapes: dict[str, tuple[int, ...]]) -> tuple[dict[str, Digest], Index]:

@@ -16,13 +16,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from m3i_scale.checkpoint.layout import TENSORS
 from m3i_scale.checkpoint.manifest import Digest
-from m3i_scale.checkpoint.tensors import NAMES, Index, Piece, even_piece, file_name
-from m3i_scale.engine.averages import join
+from m3i_scale.checkpoint.tensors import AVERAGE, NAMES, Index, Piece, even_piece, file_name
+from m3i_scale.engine.averages import ShardedEma, join
+from m3i_scale.engine.deepspeed.rules import BYTES, precision, state_bytes
+from m3i_scale.engine.engine_state import MASTER, moment_kinds, pieces, trained
+from m3i_scale.engine.partition import full_shape, local_range, local_shard, saved_frozen
 from m3i_scale.files import sync
+from m3i_scale.objective.information import role_of
 
 FILE_BYTES = 2 * 2**30
 """Approximate size of one file: verification hashes several files in parallel."""
@@ -125,6 +129,11 @@ class Range:
         return self.parts[0].numel()
 
     @property
+    def nbytes(self) -> int:
+        """Return the size in the file."""
+        return self.numel * self.dtype.itemsize
+
+    @property
     def dtype(self) -> torch.dtype:
         """Return the dtype in the file."""
         return torch.float32 if len(self.parts) == 2 else self.parts[0].dtype
@@ -197,6 +206,53 @@ def make_index(
     return Index(shapes, norms, ranks, listed)
 
 
+def ranges_of(engine: Any, ema: ShardedEma | None) -> list[Range]:
+    """Return the pieces that this rank writes, as live views: master weights, moments, frozen weights, EMA weights."""
+    ranges = [
+        Range(f"{kind}/{piece.name}", piece.start, (view,))
+        for piece in pieces(engine)
+        for kind, view in piece.tensors.items()
+    ]
+    ranges += [
+        Range(f"{MASTER}/{name}", local_range(parameter)[0], (piece,))
+        for name, parameter in saved_frozen(engine.module).items()
+        if (piece := local_shard(parameter)).numel()
+    ]
+    if ema is not None:
+        ranges += [
+            Range(f"{AVERAGE}/{name}", start, ema.parts(name, start, numel))
+            for name, start, numel in ema.pieces()
+            if numel
+        ]
+    return ranges
+
+
+def shapes_of(engine: Any, ema: ShardedEma | None) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every tensor that the ranks write together, by key; the same on all ranks."""
+    learnt = {name: tuple(full_shape(parameter)) for name, parameter in trained(engine.module)}
+    shapes = {f"{kind}/{name}": shape for kind in (MASTER, *moment_kinds(engine)) for name, shape in learnt.items()}
+    for name, parameter in saved_frozen(engine.module).items():
+        shapes[f"{MASTER}/{name}"] = tuple(full_shape(parameter))
+    if ema is not None:
+        shapes |= {f"{AVERAGE}/{name}": tuple(shape) for name, shape in ema.shapes().items()}
+    return shapes
+
+
+def expected_bytes(objective: nn.Module, config: dict[str, Any]) -> int:
+    """Return the size of a checkpoint's tensors: weights and two moments of trained parameters, frozen weights, fp32
+    EMA weights, buffers. `objective` is the complete model, e.g. on `meta`, `config` the resolved DeepSpeed config."""
+    master, moment = state_bytes(config)
+    sizes = {"trained": master + 2 * moment, "momentum": 4, "teacher": 0, "frozen": BYTES[precision(config)]}
+    total = sum(sizes[role_of(name, parameter)] * parameter.numel() for name, parameter in objective.named_parameters())
+    return total + sum(buffer.nbytes for buffer in buffers_of(objective).values())
+
+
+def buffers_of(module: nn.Module) -> dict[str, Tensor]:
+    """Return the live persistent buffers by name, the same on all ranks."""
+    kept = module.state_dict().keys()
+    return {name: buffer for name, buffer in module.named_buffers() if name in kept}
+
+
 def _files_of(ranges: Sequence[Range]) -> Iterator[list[Range]]:
     part: list[Range] = []
     size = 0
@@ -205,7 +261,7 @@ def _files_of(ranges: Sequence[Range]) -> Iterator[list[Range]]:
             yield part
             part, size = [], 0
         part.append(piece)
-        size += piece.numel * piece.dtype.itemsize
+        size += piece.nbytes
     if part:
         yield part
 

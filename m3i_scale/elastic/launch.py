@@ -13,8 +13,7 @@ from m3i_scale.elastic.rendezvous import Policy, Work
 from m3i_scale.errors import ConfigError, UserError
 from m3i_scale.files import json_text, read_json
 from m3i_scale.host.output_dir import launch_lock
-from m3i_scale.launch import Command, LaunchFile, LaunchPlan
-from m3i_scale.launch.description import OVER_HOSTS
+from m3i_scale.launch import OVER_HOSTS, Command, LaunchFile, LaunchPlan
 from m3i_scale.launch.hosts import Host
 from m3i_scale.launch.job import Job
 from m3i_scale.launch.shell import SRUN, SSH

@@ -17,7 +17,7 @@ from typing import IO, Any, Literal
 from m3i_scale import __version__
 from m3i_scale.elastic.wire import BEAT_S, Message, decode, encode
 from m3i_scale.errors import UserError
-from m3i_scale.launch.environment import LAUNCHERS, SLURM_EXPORTS
+from m3i_scale.launch.description import LAUNCHER_VARIABLES, SLURM_EXPORTS
 from m3i_scale.launch.hosts import Host, is_here
 from m3i_scale.launch.job import Job
 from m3i_scale.run.software import code, other_files
@@ -128,7 +128,9 @@ class Link:
         self.hello: Message | None = None
         self._stderr_lines: deque[str] = deque(maxlen=20)
         # Without rank variables and secrets: messages carry named secrets.
-        variables = {name: value for name, value in os.environ.items() if name not in LAUNCHERS and not is_secret(name)}
+        variables = {
+            name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES and not is_secret(name)
+        }
         self._process = subprocess.Popen(
             agent_command(host.name, site, ssh_timeout_s),
             stdin=subprocess.PIPE,

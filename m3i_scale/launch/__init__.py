@@ -17,6 +17,36 @@ PUBLIC = 0o644
 """Mode of any other file."""
 ENDS = ("code=0", 'for one in $(jobs -p); do wait "$one" || code=$?; done', 'exit "$code"')
 """End of a script that has started several commands in parallel."""
+OVER_HOSTS = frozenset(
+    {
+        "ranks_per_node",
+        "hostfile",
+        "hosts",
+        "include",
+        "exclude",
+        "interface",
+        "master_address",
+        "master_port",
+        "environment",
+        "python",
+        "workdir",
+        "ssh",
+    }
+)
+"""Fields honored by every launcher that starts ranks on named hosts, or here."""
+OF_SCHEDULERS = frozenset(
+    {
+        "nodes",
+        "ranks_per_node",
+        "interface",
+        "environment",
+        "python",
+        "gpus_per_node",
+        "cpus_per_rank",
+        "container_image",
+    }
+)
+"""Fields honored by every launcher that submits a job to a scheduler, which chooses the hosts."""
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,11 @@ from __future__ import annotations
 import os
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from m3i_scale.errors import ConfigError
-from m3i_scale.launch import PRIVATE, Command, Executable, LaunchFile, LaunchPlan, shell
-from m3i_scale.launch.description import OVER_HOSTS
-from m3i_scale.launch.environment import Variable
+from m3i_scale.launch import OVER_HOSTS, PRIVATE, Command, Executable, LaunchFile, LaunchPlan, shell
+from m3i_scale.launch.description import Variable
 from m3i_scale.launch.hosts import Host
 from m3i_scale.launch.job import Job
 
@@ -50,7 +49,7 @@ def _on_this_machine(job: Job) -> LaunchPlan:
         launcher="deepspeed",
         folder=job.folder,
         files=(hostfile([here]),),
-        commands=(Command((*_launcher(job, "--no_ssh_check"), *_trained(job.train)), variables),),
+        commands=(Command(_argv(job, ["--no_ssh_check"], job.train), variables),),
         workdir=job.workdir,
         needs=shell.needs(job),
         stops=shell.stop_commands(job),
@@ -86,27 +85,17 @@ def _by_pdsh(job: Job) -> LaunchPlan:
         launcher="deepspeed",
         folder=job.folder,
         files=tuple(files),
-        commands=(Command((*_launcher(job, *options), *_trained([pasted(word) for word in job.train])), variables),),
+        commands=(Command(_argv(job, options, map(_pasted, job.train)), variables),),
         workdir=job.workdir,
         needs=(Executable("pdsh", "apt-get install pdsh"), *shell.needs(job)),
         stops=shell.stop_commands(job),
     )
 
 
-def _launcher(job: Job, *options: str) -> tuple[str, ...]:
-    return (
-        job.python,
-        "-m",
-        _MODULE,
-        f"--hostfile={job.folder / HOSTFILE}",
-        f"--master_addr={job.head_address()}",
-        f"--master_port={job.cluster.master_port}",
-        *options,
-    )
-
-
-def _trained(words: Sequence[str]) -> tuple[str, ...]:
-    return ("--no_local_rank", "--module", *words)
+def _argv(job: Job, options: Iterable[str], train: Iterable[str]) -> tuple[str, ...]:
+    launcher = (job.python, "-m", _MODULE, f"--hostfile={job.folder / HOSTFILE}")
+    rendezvous = (f"--master_addr={job.head_address()}", f"--master_port={job.cluster.master_port}")
+    return (*launcher, *rendezvous, *options, "--no_local_rank", "--module", *train)
 
 
 def _survives(value: str) -> bool:
@@ -115,15 +104,12 @@ def _survives(value: str) -> bool:
 
 
 def _environment_line(variable: Variable) -> str:
-    return f"{variable.name}={environment_value(variable.value)}\n"
+    """Return a line of `.deepspeed_env`, escaped because DeepSpeed puts the value in double quotes."""
+    value = re.sub(r'(["\\$`])', r"\\\1", variable.value)
+    return f"{variable.name}={value}\n"
 
 
-def environment_value(value: str) -> str:
-    """Escape a value for `.deepspeed_env`, because DeepSpeed puts it in double quotes."""
-    return re.sub(r'(["\\$`])', r"\\\1", value)
-
-
-def pasted(word: str) -> str:
+def _pasted(word: str) -> str:
     """Escape an argument for DeepSpeed and pdsh (see the module docstring), so that a rank gets `word`."""
     text = re.sub(r"([\\$`])", r"\\\1", word) if " " in word else shlex.quote(word)
     return _for_pdsh(text)

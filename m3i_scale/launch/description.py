@@ -1,9 +1,14 @@
-"""Describe the hosts, ranks and environment of a run; one description serves all launchers."""
+"""Describe the hosts, ranks and environment of a run; one description serves all launchers.
+
+Only named environment variables are passed to the ranks, so that secrets are never passed by accident.
+"""
 
 from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,63 +18,54 @@ from typing_extensions import Self
 from m3i_scale.config import parse_section, read_yaml
 from m3i_scale.config.sections import Section
 from m3i_scale.errors import ConfigError
-from m3i_scale.launch.environment import check_variable
 from m3i_scale.launch.hosts import Host, allocated_hosts, is_host_name, parse_hosts, read_hostfile, select
+from m3i_scale.rank_variables import NAMES as RANK_VARIABLES
+from m3i_scale.text import HIDDEN, is_secret
 
-_TIME_LIMIT = re.compile(r"(?:\d{1,3}-)?\d{1,3}:[0-5]\d:[0-5]\d")
-_IMAGE = re.compile(r"[A-Za-z0-9/.][A-Za-z0-9._/:@#+-]*")
-_WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9._,-]*")
-
-
-def _one_line(text: str) -> str:
-    if not text.strip() or not text.isprintable():
-        raise ValueError(f"{text!r} is not one line of printable characters")
-    return text
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
-def _word(text: str) -> str:
-    if not _WORD.fullmatch(text):
-        raise ValueError(f"{text!r}: letters, digits, '.', '_', ',' and '-' only")
-    return text
+def _checked(is_valid: Callable[[str], object], message: str) -> AfterValidator:
+    """Return a validator of texts; its error is the text and `message`."""
+
+    def check(text: str) -> str:
+        if not is_valid(text):
+            raise ValueError(f"{text!r}{message}")
+        return text
+
+    return AfterValidator(check)
 
 
-def _absolute(path: str) -> str:
-    if not _one_line(path).startswith("/"):
-        raise ValueError(f"{path!r} means another place on every host; give it from the root on")
-    return path
+def _matches(pattern: str, message: str) -> AfterValidator:
+    return _checked(re.compile(pattern).fullmatch, message)
 
 
-def _host_name(name: str) -> str:
-    if not is_host_name(name):
-        raise ValueError(f"{name!r} is no host name")
-    return name
+Line = Annotated[
+    str, _checked(lambda text: text.strip() and text.isprintable(), " is not one line of printable characters")
+]
+AbsolutePath = Annotated[Line, _matches("/.*", " means another place on every host; give it from the root on")]
+HostName = Annotated[str, _checked(is_host_name, " is no host name")]
+Word = Annotated[str, _matches("[A-Za-z0-9][A-Za-z0-9._,-]*", ": letters, digits, '.', '_', ',' and '-' only")]
+TimeLimit = Annotated[
+    str,
+    _matches(
+        r"(?=.*[1-9])(?:\d{1,3}-)?\d{1,3}:[0-5]\d:[0-5]\d",
+        " is no time limit; write [days-]hours:minutes:seconds, e.g. 24:00:00",
+    ),
+]
+Image = Annotated[
+    str,
+    _matches(r"[A-Za-z0-9/.][A-Za-z0-9._/:@#+-]*", " is no image, e.g. registry.example.org/m3i:1 or /data/m3i.sif"),
+]
 
-
-Line = Annotated[str, AfterValidator(_one_line)]
-Word = Annotated[str, AfterValidator(_word)]
-AbsolutePath = Annotated[str, AfterValidator(_absolute)]
-HostName = Annotated[str, AfterValidator(_host_name)]
-
-
+LAUNCHER_VARIABLES = (*RANK_VARIABLES, "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""Set by launchers, with a different value on every rank."""
+SLURM_EXPORTS = ("HOME", "LANG", "LOGNAME", "PATH", "SHELL", "USER")
+"""Variables that Slurm passes from the calling environment, in addition to the named ones."""
+INTERFACE = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+"""The network interface of Gloo and of NCCL."""
 OPTION_NAMES = {"environment": "--env"}
 """Command-line options with a name other than their field's."""
-OVER_HOSTS = frozenset(
-    {
-        "ranks_per_node",
-        "hostfile",
-        "hosts",
-        "include",
-        "exclude",
-        "interface",
-        "master_address",
-        "master_port",
-        "environment",
-        "python",
-        "workdir",
-        "ssh",
-    }
-)
-"""Fields honored by every launcher that starts ranks on named hosts, or here."""
 
 
 class Cluster(Section):
@@ -129,13 +125,13 @@ class Cluster(Section):
     """Slurm: the partition."""
     account: Word | None = None
     """Slurm: the account."""
-    time_limit: str | None = None
+    time_limit: TimeLimit | None = None
     """Slurm: the time limit, as [days-]hours:minutes:seconds."""
     requeue: bool = True
     """Slurm: requeue a job that was preempted, lost a node, or reached its time limit and saved. Default: yes."""
     sbatch: tuple[Line, ...] = ()
     """Slurm: an additional option of sbatch; repeat for each: --sbatch=--qos=high."""
-    container_image: str | None = None
+    container_image: Image | None = None
     """Slurm and Kubernetes: the container image of the ranks."""
     container_runtime: Literal["pyxis", "apptainer"] = "pyxis"
     """Slurm: the container runtime, pyxis or apptainer. Default: pyxis."""
@@ -165,20 +161,6 @@ class Cluster(Section):
             if names.count(name) > 1:
                 raise ValueError(f"{name} is named twice")
         return entries
-
-    @field_validator("time_limit")
-    @classmethod
-    def _is_a_time(cls, limit: str | None) -> str | None:
-        if limit is not None and (not _TIME_LIMIT.fullmatch(limit) or not limit.strip("0:-")):
-            raise ValueError(f"{limit!r} is no time limit; write [days-]hours:minutes:seconds, e.g. 24:00:00")
-        return limit
-
-    @field_validator("container_image")
-    @classmethod
-    def _is_an_image(cls, image: str | None) -> str | None:
-        if image is not None and not _IMAGE.fullmatch(image):
-            raise ValueError(f"{image!r} is no image, e.g. registry.example.org/m3i:1 or /data/m3i.sif")
-        return image
 
     @model_validator(mode="after")
     def _hosts_are_named_once(self) -> Self:
@@ -234,3 +216,58 @@ def read_cluster(path: Path | None, options: dict[str, Any]) -> Cluster:
     names = " ".join(OPTION_NAMES.get(key, "--" + key.replace("_", "-")) for key in options)
     where = " and ".join(part for part in (str(path) if path else "", names) if part)
     return parse_section(Cluster, values | options, where=where or "the command line")
+
+
+# ------------------------------------------------------------------ environment variables
+
+
+@dataclass(frozen=True)
+class Variable:
+    """An environment variable that is passed to the ranks."""
+
+    name: str
+    value: str
+    secret: bool = False
+    """Its value must appear neither on a command line nor in a log."""
+
+
+def check_variable(entry: str) -> str:
+    """Return the name in `NAME` or `NAME=value`. Raise ValueError for an invalid name, one that launchers set, or the
+    value of a secret."""
+    name, equals, _ = entry.partition("=")
+    if not _VARIABLE.fullmatch(name):
+        raise ValueError(f"{name!r} is no name of an environment variable")
+    if name in LAUNCHER_VARIABLES:
+        raise ValueError(f"{name} is set by the launcher")
+    if name in INTERFACE:
+        raise ValueError(f"{name} is set by `interface`")
+    if equals and is_secret(name):
+        raise ValueError(f"the value of {name} is a secret; write the name alone, and set it where you launch")
+    return name
+
+
+def travelling(entries: Sequence[str], here: Mapping[str, str], *, interface: str | None) -> tuple[Variable, ...]:
+    """Return the variables of the ranks, sorted by name. An entry `NAME` takes its value from `here`."""
+    variables = [Variable(name, interface) for name in INTERFACE] if interface is not None else []
+    for entry in entries:
+        name, equals, value = entry.partition("=")
+        if not equals and name not in here:
+            raise ConfigError(
+                f"{name} is to travel to the ranks, and is not set here",
+                where=f"environment: {name}",
+                fix="set it, or take it off the list" + ("" if is_secret(name) else f", or write {name}=value"),
+            )
+        variables.append(Variable(name, value if equals else here[name], is_secret(name)))
+    return tuple(sorted(variables, key=lambda variable: variable.name))
+
+
+def hidden(variables: Sequence[Variable]) -> tuple[Variable, ...]:
+    """Return the same variables with redacted secret values, safe to print."""
+    return tuple(replace(item, value=HIDDEN) if item.secret else item for item in variables)
+
+
+def without_secret_variables(here: Mapping[str, str], allowed: Sequence[Variable]) -> dict[str, str]:
+    """Return the environment for a launcher's process, without secrets that are not named. Launchers pass parts of
+    their environment on by default (DeepSpeed all MLFLOW*, sbatch everything)."""
+    names = {variable.name for variable in allowed}
+    return {name: value for name, value in here.items() if name in names or not is_secret(name)}

@@ -16,16 +16,10 @@ import psutil
 from m3i_scale.config import RunConfig, find_run_file, known_runs
 from m3i_scale.errors import ConfigError
 from m3i_scale.launch import PRIVATE, PUBLIC
-from m3i_scale.launch.description import Cluster
-from m3i_scale.launch.environment import Variable, hidden, travelling
+from m3i_scale.launch.description import Cluster, Variable, hidden, travelling
 from m3i_scale.launch.hosts import Host, is_here
 from m3i_scale.output import leave_out_accelerator_warning
 from m3i_scale.text import redact, redact_text
-
-FOLDER = "launch"
-"""Name of the launch folder, in the run's output folder."""
-_NO_COMMON_INTERPRETER = "python3"
-"""Default interpreter of a container."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +46,12 @@ class Job:
     @property
     def folder(self) -> Path:
         """Return the folder of launch files."""
-        return self.output_dir / FOLDER
+        return self.output_dir / "launch"
+
+    @property
+    def host_names(self) -> list[str]:
+        """Return the names of the hosts; only this machine's if none are named."""
+        return [host.name for host in self.hosts] or ["localhost"]
 
     @property
     def nodes(self) -> int:
@@ -78,9 +77,7 @@ class Job:
     @property
     def python(self) -> str:
         """Return the interpreter of all ranks."""
-        if self.cluster.python is not None:
-            return self.cluster.python
-        return sys.executable if self.cluster.container_image is None else _NO_COMMON_INTERPRETER
+        return self.cluster.python or (sys.executable if self.cluster.container_image is None else "python3")
 
     @property
     def train(self) -> tuple[str, ...]:
@@ -136,18 +133,6 @@ def devices_here() -> int:
     return 1 if accelerator.device_name() == "cpu" else max(1, int(accelerator.device_count()))
 
 
-def _check_names(hosts: tuple[Host, ...]) -> None:
-    """Raise ConfigError if one of several names means another machine on each host."""
-    names = [host.name for host in hosts]
-    loop = next((name for name in names if name == "localhost" or name.startswith("127.")), None)
-    if len(names) > 1 and loop is not None:
-        raise ConfigError(
-            f"'{loop}' is another machine on every host",
-            where=f"hosts: {', '.join(names)}",
-            fix="name this machine as the others reach it",
-        )
-
-
 def _address_here(interface: str, hosts: tuple[Host, ...]) -> str:
     if hosts and not is_here(hosts[0].name):
         raise ConfigError(
@@ -183,7 +168,14 @@ def make_job(
     """Combine a run (a config file, or the name of a built-in one) and a description. `values` is the config file with
     `extends` and overrides applied, and `here` the environment of the launching process."""
     hosts = cluster.named_hosts()
-    _check_names(hosts)
+    names = [host.name for host in hosts]
+    loop = next((name for name in names if name == "localhost" or name.startswith("127.")), None)
+    if len(names) > 1 and loop is not None:
+        raise ConfigError(
+            f"'{loop}' is another machine on every host",
+            where=f"hosts: {', '.join(names)}",
+            fix="name this machine as the others reach it",
+        )
     workdir = Path(cluster.workdir or Path.cwd())
     job = Job(
         cluster=cluster,

@@ -10,25 +10,11 @@ from typing import Any
 import yaml
 
 from m3i_scale.errors import ConfigError
-from m3i_scale.launch import Command, Executable, LaunchFile, LaunchPlan
+from m3i_scale.launch import OF_SCHEDULERS, Command, Executable, LaunchFile, LaunchPlan
 from m3i_scale.launch.job import Job
-from m3i_scale.launch.torchrun import AGENT
+from m3i_scale.launch.torchrun_agent import AGENT
 
-HONOURS = frozenset(
-    {
-        "nodes",
-        "ranks_per_node",
-        "interface",
-        "environment",
-        "python",
-        "gpus_per_node",
-        "cpus_per_rank",
-        "container_image",
-        "namespace",
-        "storage_gib",
-        "data_claim",
-    }
-)
+HONOURS = OF_SCHEDULERS | {"namespace", "storage_gib", "data_claim"}
 MANIFEST = "kubeflow.yaml"
 RUN_FOLDER = "/m3i"
 """Folder of the config file in the containers."""
@@ -59,7 +45,18 @@ _Dumper.add_representer(str, _text)
 def render(job: Job) -> LaunchPlan:
     """Return a manifest, and `kubectl apply`."""
     _check(job)
-    documents = [_volume_claim(job), _run_file(job), *([_secrets(job)] if job.secret else []), _train_job(job)]
+    volume = {
+        "accessModes": ["ReadWriteMany"],  # all nodes write their part of a checkpoint
+        "resources": {"requests": {"storage": f"{job.cluster.storage_gib}Gi"}},
+    }
+    run_file = {"run.yaml": yaml.safe_dump(dict(job.values), sort_keys=False)}
+    secrets = {variable.name: variable.value for variable in job.secret}
+    documents = [
+        _object(job, "v1", "PersistentVolumeClaim", "-output", spec=volume),
+        _object(job, "v1", "ConfigMap", "-run", data=run_file),
+        *([_object(job, "v1", "Secret", "-secrets", type="Opaque", stringData=secrets)] if secrets else []),
+        _object(job, "trainer.kubeflow.org/v1alpha1", "TrainJob", spec=_train_job(job)),
+    ]
     # Non-ASCII text is escaped: U+0085 is a line break in YAML, and would become a space in plain text.
     manifest = yaml.dump_all(documents, Dumper=_Dumper, sort_keys=False)
     return LaunchPlan(
@@ -108,41 +105,9 @@ def _name(job: Job) -> str:
     return re.sub(r"[^a-z0-9]+", "-", job.name.lower()).strip("-")
 
 
-def _metadata(job: Job, suffix: str = "") -> dict[str, Any]:
+def _object(job: Job, version: str, kind: str, suffix: str = "", **content: Any) -> dict[str, Any]:
     place = {} if job.cluster.namespace is None else {"namespace": job.cluster.namespace}
-    return {"name": _name(job) + suffix, **place}
-
-
-def _volume_claim(job: Job) -> dict[str, Any]:
-    return {
-        "apiVersion": "v1",
-        "kind": "PersistentVolumeClaim",
-        "metadata": _metadata(job, "-output"),
-        "spec": {
-            "accessModes": ["ReadWriteMany"],  # all nodes write their part of a checkpoint
-            "resources": {"requests": {"storage": f"{job.cluster.storage_gib}Gi"}},
-        },
-    }
-
-
-def _run_file(job: Job) -> dict[str, Any]:
-    text = yaml.safe_dump(dict(job.values), sort_keys=False)
-    return {
-        "apiVersion": "v1",
-        "kind": "ConfigMap",
-        "metadata": _metadata(job, "-run"),
-        "data": {"run.yaml": text},
-    }
-
-
-def _secrets(job: Job) -> dict[str, Any]:
-    return {
-        "apiVersion": "v1",
-        "kind": "Secret",
-        "metadata": _metadata(job, "-secrets"),
-        "type": "Opaque",
-        "stringData": {variable.name: variable.value for variable in job.secret},
-    }
+    return {"apiVersion": version, "kind": kind, "metadata": {"name": _name(job) + suffix, **place}, **content}
 
 
 def _train_job(job: Job) -> dict[str, Any]:
@@ -158,14 +123,9 @@ def _train_job(job: Job) -> dict[str, Any]:
         "trainingRuntimeSpec": {"template": {"spec": {"replicatedJobs": [part]}}},
     }
     return {
-        "apiVersion": "trainer.kubeflow.org/v1alpha1",
-        "kind": "TrainJob",
-        "metadata": _metadata(job),
-        "spec": {
-            "runtimeRef": {"apiGroup": "trainer.kubeflow.org", "kind": "ClusterTrainingRuntime", "name": _RUNTIME},
-            "trainer": _trainer(job),
-            "runtimePatches": [patch],
-        },
+        "runtimeRef": {"apiGroup": "trainer.kubeflow.org", "kind": "ClusterTrainingRuntime", "name": _RUNTIME},
+        "trainer": _trainer(job),
+        "runtimePatches": [patch],
     }
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Iterable, Sequence
-from pathlib import Path
+from typing import TYPE_CHECKING
 
-from m3i_scale.errors import EXIT_USER_ERROR
-from m3i_scale.host.processes import PARENT, TIED
 from m3i_scale.launch import Command, Executable
-from m3i_scale.launch.environment import Variable
 from m3i_scale.launch.hosts import is_here
-from m3i_scale.launch.job import Job
+
+if TYPE_CHECKING:  # not imported at runtime: torchrun's agents start faster without
+    from m3i_scale.launch.description import Variable
+    from m3i_scale.launch.job import Job
 
 SSH = Executable("ssh", "apt-get install openssh-client")
 SRUN = Executable("srun", "apt-get install slurm-client")
@@ -45,36 +45,10 @@ def quoted(words: Iterable[str]) -> list[str]:
     return [shlex.quote(word) for word in words]
 
 
-def _ssh(job: Job) -> tuple[str, ...]:
+def ssh(job: Job) -> tuple[str, ...]:
+    """Return ssh with its options. The next argument is a host; it passes one line to a shell there."""
     limits = [word for option in UNLESS_GIVEN for word in ("-o", option)]
     return ("ssh", "-o", "BatchMode=yes", *job.cluster.ssh, *limits)
-
-
-def on_host(job: Job, host: str, argv: Sequence[str]) -> Command:
-    """Return a command for a host, without ssh if it is this one. ssh passes one line to a shell of the host."""
-    if is_here(host):
-        return Command(tuple(argv))
-    return Command((*_ssh(job), host, shlex.join(argv)), host=host)
-
-
-def script_here(script: Path, place: int) -> Command:
-    """Return the command that starts a script of the launch folder on this machine."""
-    return Command(("/bin/bash", str(script), str(place)))
-
-
-def script_on_host(job: Job, host: str, script: Path, place: int) -> Command:
-    """Return the command that starts a script of the launch folder on a host; exit code 2 if it cannot be read."""
-    if is_here(host):
-        return script_here(script, place)
-    path = shlex.quote(str(script))
-    message = shlex.quote(
-        f"{host} does not see {script}\n"
-        "  why: launch files and checkpoints lie in the output directory, which all hosts share\n"
-        "  fix: set output_dir to a folder of a file system that all hosts have mounted"
-    )
-    unseen = f"{{ printf '%s\\n' {message} >&2; exit {EXIT_USER_ERROR}; }}"
-    line = f"[ -r {path} ] || {unseen}; exec env {TIED}={PARENT} /bin/bash {path} {place}"
-    return Command((*_ssh(job), host, line), host=host)
 
 
 def stop_commands(job: Job) -> tuple[Command, ...]:
@@ -84,16 +58,17 @@ def stop_commands(job: Job) -> tuple[Command, ...]:
     signaled directly. Their launchers' command lines contain the ranks' command line, but only the ranks' begin with
     it.
     """
-    pattern = f"^{as_pattern(' '.join(job.rank_argv))}$"
-    argv = ("pkill", "-USR2", "-f", "--", pattern)
-    return tuple(on_host(job, host.name, argv) for host in job.hosts) or (Command(argv),)
+    argv = ("pkill", "-USR2", "-f", "--", f"^{as_pattern(' '.join(job.rank_argv))}$")
+    return tuple(
+        Command(argv) if is_here(host) else Command((*ssh(job), host, shlex.join(argv)), host=host)
+        for host in job.host_names
+    )
 
 
 def needs(job: Job) -> tuple[Executable, ...]:
     """Return the programs required by these commands."""
-    away = any(not is_here(host.name) for host in job.hosts)
-    here = not job.hosts or any(is_here(host.name) for host in job.hosts)
-    return ((SSH,) if away else ()) + ((PKILL, interpreter(job)) if here else ())
+    here = [is_here(host) for host in job.host_names]
+    return (() if all(here) else (SSH,)) + ((PKILL, interpreter(job)) if any(here) else ())
 
 
 def interpreter(job: Job) -> Executable:

@@ -8,33 +8,22 @@ import shlex
 from m3i_scale.errors import EXIT_PREEMPTED, ConfigError
 from m3i_scale.host.output_dir import RANK_RECORDS
 from m3i_scale.host.rank_record import RECORD_FILES
-from m3i_scale.launch import PUBLIC, Command, Executable, LaunchFile, LaunchPlan
-from m3i_scale.launch.environment import SLURM_EXPORTS
+from m3i_scale.launch import OF_SCHEDULERS, PUBLIC, Command, Executable, LaunchFile, LaunchPlan
+from m3i_scale.launch.description import SLURM_EXPORTS
 from m3i_scale.launch.job import Job
 from m3i_scale.launch.shell import export_lines, quoted, wrapped
 
-HONOURS = frozenset(
-    {
-        "nodes",
-        "ranks_per_node",
-        "interface",
-        "master_port",
-        "environment",
-        "python",
-        "workdir",
-        "gpus_per_node",
-        "cpus_per_rank",
-        "partition",
-        "account",
-        "time_limit",
-        "requeue",
-        "sbatch",
-        "container_image",
-        "container_runtime",
-        "container_mounts",
-    }
-)
-"""Slurm itself chooses the hosts."""
+HONOURS = OF_SCHEDULERS | {
+    "master_port",
+    "workdir",
+    "partition",
+    "account",
+    "time_limit",
+    "requeue",
+    "sbatch",
+    "container_runtime",
+    "container_mounts",
+}
 SCRIPT = "slurm.sbatch"
 EXIT_REASON = "m3i_scale.launch.exit_reason"
 """Module that reports the failure reason of a run, once for all ranks."""

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from m3i_scale.checkpoint.host_copies import plan_pools
+from m3i_scale.checkpoint.saver import plan_pools
 from m3i_scale.objective.information import Role
 from m3i_scale.plan.settings import (
     Parameter,

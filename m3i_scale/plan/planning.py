@@ -11,7 +11,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from m3i_scale.checkpoint.saver import buffers_of
+from m3i_scale.checkpoint.stream import buffers_of
 from m3i_scale.config import RunConfig
 from m3i_scale.config.data import Reads
 from m3i_scale.config.views import view_sizes

@@ -10,7 +10,7 @@ from itertools import product
 from typing import Any, get_args
 
 from m3i_scale.backbones.build import backbone_config
-from m3i_scale.checkpoint.saver import expected_bytes
+from m3i_scale.checkpoint.stream import expected_bytes
 from m3i_scale.config import RunConfig
 from m3i_scale.engine.activations import read_policy
 from m3i_scale.engine.deepspeed.resolve import ResolvedConfig, load_ds_config

@@ -18,7 +18,7 @@ from deepspeed.accelerator import get_accelerator
 
 from m3i_scale.backbones.build import backbone_config
 from m3i_scale.checkpoint.layout import step_name
-from m3i_scale.checkpoint.saver import expected_bytes
+from m3i_scale.checkpoint.stream import expected_bytes
 from m3i_scale.config import CheckpointConfig, RunConfig
 from m3i_scale.config.views import view_sizes
 from m3i_scale.data.parts import PREFETCH_PARTS

@@ -36,7 +36,8 @@ from transformers import ViTModel
 from weights import timm_model
 
 from m3i_scale.backbones.build import backbone_config
-from m3i_scale.checkpoint.saver import Saver, buffers_of
+from m3i_scale.checkpoint.saver import Saver
+from m3i_scale.checkpoint.stream import buffers_of
 from m3i_scale.engine.agree import agree, agree_and_average, max_over_ranks, mean_over_ranks
 from m3i_scale.engine.engine import stream_into
 from m3i_scale.engine.parameter_groups import parameter_groups

@@ -13,8 +13,8 @@ from tiny import LABEL_SETS, first_weights
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from m3i_scale.checkpoint.load import load_checkpoint, saved_weights
-from m3i_scale.checkpoint.probe import first_samples
+from m3i_scale.checkpoint.consolidate import saved_weights
+from m3i_scale.checkpoint.load import first_samples, load_checkpoint
 from m3i_scale.checkpoint.saver import Saver
 from m3i_scale.objective.build import build_objective, ema_pairs
 from m3i_scale.run.setup import start_engine

@@ -25,7 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
 from tracer import Tracer
 
-from m3i_scale.checkpoint import load, probe, stream, tensors
+from m3i_scale.checkpoint import load, stream, tensors
 from m3i_scale.checkpoint.saver import BackgroundCall
 from m3i_scale.checkpoint.tensors import Index
 from m3i_scale.data.batch import Batch
@@ -77,7 +77,8 @@ def _read_probe(folder: Path) -> Batch:
     return replace(probe, **{name: torch.zeros(value.shape, dtype=value.dtype) for name, value in values.items()})
 
 
-_REAL_LOAD_FILE, _REAL_READ_PROBE, _REAL_SQUARES = load.load_file, probe.read_probe, stream.sum_of_squares
+_REAL_LOAD_FILE, _REAL_READ_PROBE, _REAL_SQUARES = load.load_file, load.read_probe, stream.sum_of_squares
+_REAL_TAKE = BackgroundCall.take
 
 
 def _sum_of_squares(flat: Tensor) -> float:
@@ -96,12 +97,13 @@ class _Thread:
         call.timeline.follow(machine.host.clock)
 
     @staticmethod
-    def wait(call: Any) -> None:
-        """Do the work, if it is not done."""
+    def take(call: Any) -> Any:
+        """Do the work, if it is not done; return its result."""
         timeline, call.timeline = getattr(call, "timeline", None), None
         if timeline is not None:
             with machine.thread(timeline):
                 call.run()
+        return _REAL_TAKE(call)
 
 
 class _LateFigures:
@@ -160,13 +162,13 @@ def simulated() -> Iterator[None]:
         (stream, "sum_of_squares", _sum_of_squares),
         (load, "sum_of_squares", _sum_of_squares),
         (load, "load_file", _load_file),
-        (probe, "read_probe", _read_probe),
+        (load, "read_probe", _read_probe),
         (Index, "error", lambda index: None),  # the pieces of other ranks are missing
         (load, "_restore_random_states", lambda folder: None),
         (checkpointing, "merge_states", lambda states: {}),
         (metrics, "ThreadPoolExecutor", _LateFigures),
         (BackgroundCall, "start", _Thread.start),
-        (BackgroundCall, "wait", _Thread.wait),
+        (BackgroundCall, "take", _Thread.take),
         (gc, "collect", lambda *_: 0),  # DeepSpeed and the loop collect again and again
         (cpu_adam.CPUAdamBuilder, "load", lambda builder, verbose=True: _CPUAdam()),
     ]

@@ -13,8 +13,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from run_case import Case
 from simulated_cases import CARRIER
 
-from m3i_scale.checkpoint.host_copies import HostCopies
-from m3i_scale.checkpoint.saver import Saver
+from m3i_scale.checkpoint.saver import HostCopies, Saver
 from m3i_scale.data.batch import Batch
 from m3i_scale.engine import averages, engine_state, partition
 from m3i_scale.engine.averages import ShardedEma

@@ -12,8 +12,7 @@ from safetensors.torch import save_file
 from saved_tensors import write_as_ranks
 
 from m3i_scale.checkpoint.commit import begin, commit
-from m3i_scale.checkpoint.saver import buffers_of
-from m3i_scale.checkpoint.stream import Range
+from m3i_scale.checkpoint.stream import Range, buffers_of
 from m3i_scale.config import RunConfig, parse_section, read_yaml, resource_folder
 from m3i_scale.export import fresh
 from m3i_scale.objective.build import build_objective, ema_pairs, initialize_module

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from m3i_scale.cli import app
 from m3i_scale.errors import ConfigError
-from m3i_scale.launch.environment import Variable, hidden, travelling, without_secret_variables
+from m3i_scale.launch.description import Variable, hidden, travelling, without_secret_variables
 from m3i_scale.launch.execute import write_files
 from m3i_scale.launch_command import LAUNCHERS, render
 from m3i_scale.text import HIDDEN

@@ -18,9 +18,9 @@ from safetensors import safe_open
 from saved_runs import Done, vouch_for
 from typer.testing import CliRunner
 
-from m3i_scale.checkpoint import listing
+from m3i_scale.checkpoint import documents
+from m3i_scale.checkpoint.consolidate import saved_weights
 from m3i_scale.checkpoint.layout import INDEX, TENSORS, step_name
-from m3i_scale.checkpoint.load import saved_weights
 from m3i_scale.checkpoint.tensors import SavedTensors
 from m3i_scale.cli import app
 from m3i_scale.config import load_run
@@ -197,14 +197,14 @@ def test_verify_of_a_run_reads_all(run_dir: Path) -> None:
 
 
 def test_verify_passes_over_what_the_run_removes_meanwhile(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    find_errors = listing.find_errors
+    find_errors = documents.find_errors
 
     def removed(path: Path, **given: Any) -> Any:
         if path == at(run_dir, 2):
             shutil.rmtree(path)
         return find_errors(path, **given)
 
-    monkeypatch.setattr(listing, "find_errors", removed)
+    monkeypatch.setattr(documents, "find_errors", removed)
     found = document("verify", run_dir)
     assert found["good"]
     assert [Path(row["checkpoint"]).name for row in found["checkpoints"]] == names(6, 4)
@@ -287,7 +287,7 @@ def test_consolidate_writes_what_ranks_hold_together(run_dir: Path, tmp_path: Pa
 
 def test_what_a_job_removes_meanwhile_does_not_end_the_list(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gone = run_dir / "checkpoints" / ".tmp-step-00000010"
-    assert list(listing._sizes([gone])) == []
+    assert list(documents._sizes([gone])) == []
     folder, walk = at(run_dir, 6), os.walk
     size = folder_bytes(folder)
     monkeypatch.setattr(os, "walk", lambda top: [(here, [], [*files, "gone"]) for here, _, files in walk(top)])

@@ -14,7 +14,7 @@ from rich.console import Console
 from tiny import LABEL_SETS, VOCABULARY, tiny_objective, tiny_overrides, tiny_run
 from typer.testing import CliRunner
 
-from m3i_scale.checkpoint.saver import buffers_of
+from m3i_scale.checkpoint.stream import buffers_of
 from m3i_scale.cli import app
 from m3i_scale.config import known_recipes, known_runs, load_run
 from m3i_scale.engine.deepspeed.resolve import load_ds_config

@@ -17,7 +17,6 @@ from safetensors.torch import load_file, save_file
 from saved_tensors import write_as_ranks
 from typer.testing import CliRunner
 
-from m3i_scale.checkpoint import load
 from m3i_scale.checkpoint.commit import begin, commit
 from m3i_scale.checkpoint.consolidate import consolidate
 from m3i_scale.checkpoint.stream import Range
@@ -82,7 +81,7 @@ def read(folder: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("weights", ["student", "ema"])
 def test_values_come_back(tmp_path, tensors, monkeypatch, weights, dtype) -> None:
-    monkeypatch.setattr(load, "BLOCK_ELEMENTS", 64)
+    monkeypatch.setattr("m3i_scale.checkpoint.consolidate.BLOCK_ELEMENTS", 64)
     source = checkpoint(tmp_path, tensors, NAMES)
     told = consolidate(source, tmp_path / "whole", weights=weights, dtype=dtype)
     assert list(told["files"]) == ["model.safetensors"]  # one file needs no index, as on the Hub

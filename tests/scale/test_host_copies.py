@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import ViTConfig, ViTModel
 
-from m3i_scale.checkpoint.host_copies import HostCopies, make_places, plan_pools
+from m3i_scale.checkpoint.saver import HostCopies, make_places, plan_pools
 
 DTYPES = [torch.float32, torch.bfloat16, torch.uint8]
 

@@ -17,7 +17,7 @@ from run_files import write_run_file
 from saved_runs import call, make_calls
 from shapes import metrics
 
-from m3i_scale.checkpoint.load import saved_weights
+from m3i_scale.checkpoint.consolidate import saved_weights
 from m3i_scale.checkpoint.retention import evaluations
 from m3i_scale.config import RunConfig
 from m3i_scale.errors import ConfigError

@@ -17,8 +17,7 @@ from m3i_scale.elastic.link import HostError, RemoteShell
 from m3i_scale.errors import ConfigError
 from m3i_scale.host.findings import Answers, Finding, compare_hosts, finding
 from m3i_scale.host.machine import Needs
-from m3i_scale.launch.description import Cluster
-from m3i_scale.launch.environment import travelling
+from m3i_scale.launch.description import Cluster, travelling
 from m3i_scale.launch.job import name_on_hosts
 
 _GROUP_S = 300.0

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from deepspeed.accelerator import get_accelerator
 
 from m3i_scale.checkpoint.layout import checkpoints, step_name, step_of
-from m3i_scale.checkpoint.probe import evaluating, first_samples
+from m3i_scale.checkpoint.load import evaluating, first_samples
 from m3i_scale.data.batch import Batch
 from m3i_scale.data.loader import TrainStream
 from m3i_scale.engine.agree import from_rank_0, together

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from m3i_scale.checkpoint.layout import read_meta, step_name
-from m3i_scale.checkpoint.load import load_checkpoint
-from m3i_scale.checkpoint.probe import check_probe, first_samples, probe_loss, write_probe
+from m3i_scale.checkpoint.load import check_probe, first_samples, load_checkpoint, probe_loss, write_probe
 from m3i_scale.checkpoint.retention import evaluations, prune
 from m3i_scale.checkpoint.saver import Saver
 from m3i_scale.data.batch import Batch

@@ -10,7 +10,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
-from m3i_scale.checkpoint.probe import evaluating
+from m3i_scale.checkpoint.load import evaluating
 from m3i_scale.data.loader import TrainStream
 from m3i_scale.engine.agree import mean_over_ranks
 from m3i_scale.run.data_supply import Fetcher, account_of_all, stop_if_bad

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_trace import GPU, trace_of
 
-from m3i_scale.checkpoint.host_copies import plan_pools
+from m3i_scale.checkpoint.saver import plan_pools
 from m3i_scale.plan.memory import BUCKETS, Memory, Parts, fresh_engine, memory_of, snapshot_sizes
 from m3i_scale.plan.settings import Parameter, Settings, buckets, momentum_state_bytes, settings_of, share
 from m3i_scale.plan.trace import Trace

@@ -1,26 +1,32 @@
-"""Checkpoints of a run: JSON documents of `m3i-scale checkpoint list`, `verify` and `prune`."""
+"""JSON documents of `m3i-scale checkpoint list`, `inspect`, `verify` and `prune`. `list` and `inspect` read small files
+and the headers of others only; nothing is unpickled."""
 
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, cast
 
+import torch
 from pydantic import ValidationError
+from safetensors import SafetensorError, safe_open
 
 from m3i_scale.checkpoint.layout import (
+    DATA_FILES,
     MANIFEST,
     TEMPORARY_PREFIX,
-    checkpoints,
-    is_checkpoint,
+    TENSORS,
+    named_checkpoints,
     named_latest,
     read_meta,
-    root_of,
+    read_object,
+    unreadable,
 )
-from m3i_scale.checkpoint.manifest import find_errors, verify
+from m3i_scale.checkpoint.manifest import find_errors, list_files, verify
 from m3i_scale.checkpoint.retention import (
     Entry,
     Metrics,
@@ -31,31 +37,17 @@ from m3i_scale.checkpoint.retention import (
     ranked,
     which_to_keep,
 )
+from m3i_scale.checkpoint.tensors import DTYPES, NAMES, SavedTensors
 from m3i_scale.config import CheckpointConfig, KeepBestConfig, RetentionConfig, parse_section, read_yaml
-from m3i_scale.errors import CheckpointError, ConfigError, did_you_mean
+from m3i_scale.data.state import StreamState, merge_states
+from m3i_scale.errors import CheckpointError, ConfigError, DataError, did_you_mean
 from m3i_scale.files import folder_bytes
 from m3i_scale.host.output_dir import RUN_FILE, lock_directory
+from m3i_scale.upgrade import upgrade_config
 
+_INSPECTED = ("step", "samples", "world_size", "zero_stage", "precision", "vocab_size", "config_sha256")
+_BACKBONE = ("hidden_size", "num_hidden_layers", "channels", "depths", "image_size", "patch_size")
 _BEST = re.compile(r"(?P<metric>[^:]+)(?::(?P<mode>min|max))?(?::(?P<count>[1-9]\d*))?")
-
-
-def checkpoint_or_newest(path: Path) -> Path:
-    """Return the checkpoint at a path, or the latest complete checkpoint of a run."""
-    if is_checkpoint(path):
-        return path
-    root = root_of(path)
-    newest = next((folder for folder in checkpoints(root) if not verify(folder, contents=False)), None)
-    if newest is None:
-        raise CheckpointError("no complete checkpoint here", where=str(root), fix="name one checkpoint")
-    return newest
-
-
-def named_checkpoints(path: Path) -> list[Path]:
-    """Return the checkpoint at a path, or all checkpoints of a run."""
-    folders = [path] if is_checkpoint(path) else checkpoints(root_of(path))
-    if not folders:
-        raise CheckpointError("no checkpoints here", where=str(path))
-    return folders
 
 
 # ------------------------------------------------------------------ list
@@ -104,6 +96,107 @@ def _sizes(paths: list[Path]) -> Iterator[dict[str, Any]]:
             yield {"name": path.name, "bytes": size}
 
 
+# ------------------------------------------------------------------ inspect
+
+
+def inspect_checkpoint(folder: Path) -> dict[str, Any]:
+    """Return the document of `checkpoint inspect`; reads headers and small files only."""
+    meta, run = read_meta(folder), run_of(folder)
+    return {
+        "checkpoint": str(folder),
+        "bytes": folder_bytes(folder),
+        "errors_by_size": verify(folder, contents=False),
+        **{name: meta.get(name) for name in _INSPECTED},
+        "name": run.get("name"),
+        "recipe": _at(run, "recipe", "name"),
+        "backbone": _backbone(meta, run),
+        "data": positions(folder),
+        "tensors": kinds_of(folder),
+        "versions": meta.get("versions"),
+    }
+
+
+def run_of(folder: Path) -> dict[str, Any]:
+    """Return the config of a checkpoint as plain values."""
+    try:
+        return upgrade_config(read_yaml(folder / "run.yaml"))
+    except ConfigError as error:
+        raise CheckpointError(error.what, where=error.where, fix="checkpoint verify names all errors") from None
+
+
+def positions(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return the data position in every dataset, over all ranks and streams."""
+    files = sorted(folder.glob(DATA_FILES))
+    if not files:
+        return {}
+    try:
+        merged = merge_states([read_object(folder, f"data/{file.name}") for file in files])
+        streams = [StreamState.from_json(state) for state in merged["streams"].values()]
+        return {name: _position(name, source, streams) for name, source in merged["sources"].items()}
+    except DataError as error:
+        raise CheckpointError(error.what, where=str(folder / "data"), why=error.why, fix=error.fix) from None
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"the data state lacks {error}", where=str(folder / "data")) from None
+
+
+def _position(name: str, source: Mapping[str, Any], streams: list[StreamState]) -> dict[str, Any]:
+    states = [stream.sources[name] for stream in streams if name in stream.sources]
+    read = sum(state.position for state in states)
+    samples = int(source["samples"])
+    return {
+        "read": read,
+        "served": sum(state.served for state in states),
+        "bad": sum(sum(state.bad.values()) for state in states),
+        "samples": samples,
+        "shards": int(source["shards"]),
+        "passes": read / samples if samples else None,
+    }
+
+
+def _backbone(meta: Mapping[str, Any], run: Mapping[str, Any]) -> str:
+    config = _at(meta, "identity", "backbone") or {}
+    chosen = _at(run, "backbone", "preset") or _at(run, "backbone", "from_pretrained")
+    words = [str(config.get("model_type", "unknown"))] + ([str(chosen)] if chosen else [])
+    return ", ".join(words + [f"{key} {config[key]}" for key in _BACKBONE if key in config])
+
+
+def _at(values: Any, *keys: str) -> Any:
+    for key in keys:
+        values = values.get(key) if isinstance(values, Mapping) else None
+    return values
+
+
+def kinds_of(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return the number of tensors, their bytes and their dtypes, by kind: the folder, with the first part of the name
+    if the folder has several kinds; the file name outside folders."""
+    kinds: dict[str, dict[str, Any]] = {}
+    for kind, shape, dtype in _tensors(folder):
+        of_kind = kinds.setdefault(kind, {"tensors": 0, "bytes": 0, "dtypes": set()})
+        of_kind["tensors"] += 1
+        of_kind["bytes"] += math.prod(shape) * dtype.itemsize
+        of_kind["dtypes"].add(NAMES[dtype])
+    return {kind: {**kinds[kind], "dtypes": sorted(kinds[kind]["dtypes"])} for kind in sorted(kinds)}
+
+
+def _tensors(folder: Path) -> Iterator[tuple[str, tuple[int, ...], torch.dtype]]:
+    """Yield (kind, shape, dtype) of every tensor, independent of its sharding."""
+    saved = SavedTensors(folder)
+    for kind in saved.kinds():
+        for key in (f"{kind}/{name}" for name in saved.names(kind)):
+            yield f"{TENSORS}, {kind}", saved.shape(key), saved.dtype(key)
+    file = "."
+    try:
+        for file in list_files(folder):
+            if not file.endswith(".safetensors") or file.startswith(f"{TENSORS}/"):
+                continue
+            kind = file.removesuffix(".safetensors").partition("/")[0]
+            with safe_open(folder / file, framework="pt") as opened:
+                for part in map(opened.get_slice, opened.keys()):
+                    yield kind, tuple(part.get_shape()), DTYPES[part.get_dtype()]
+    except (SafetensorError, OSError, KeyError) as error:
+        raise unreadable(folder, file, error) from None
+
+
 # ------------------------------------------------------------------ verify
 
 
@@ -147,15 +240,15 @@ def rules_given(
                 why="all but the newest would be removed; nothing is removed now",
                 fix="add what to keep, e.g. --keep-latest 10",
             )
-        run_file = root.absolute().parent / "run.yaml"
+        run_file = str(root.absolute().parent / RUN_FILE)
         rules = rules_of_run(root)
         if rules is None:
             raise ConfigError(
                 "no rules: there is no config file next to the checkpoints",
-                where=str(run_file),
+                where=run_file,
                 fix="choose what to keep, e.g. --keep-latest 2",
             )
-        return rules, str(run_file)
+        return rules, run_file
     if max_gib == 0:
         raise ConfigError("--max-gib must be above 0", fix="the limit of all checkpoints together, in GiB")
     wanted = None if best is None else _parse_best(best)
