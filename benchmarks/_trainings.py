@@ -179,7 +179,7 @@ def tool(arguments: list[str], log: Path, environment: dict[str, str]) -> dict[s
             f"`m3i-scale {arguments[0]}` ended with exit code {process.returncode}",
             where=str(log),
             why=tail,
-            fix="mend it and give the same command again: what is done is kept",
+            fix="fix the cause and run the same command again; finished trainings are kept",
         )
     document: dict[str, Any] = json.loads(printed) if as_json else {}
     return document

@@ -13,7 +13,7 @@ from deepspeed.accelerator import get_accelerator
 from torch._dynamo.utils import counters
 from torch.profiler import ProfilerActivity, profile
 
-from m3i_scale.engine.device import measured_peak
+from m3i_scale.engine.peak import measured_peak
 from m3i_scale.engine.process_group import start_ranks, stop_ranks
 
 GOAL = 0.45

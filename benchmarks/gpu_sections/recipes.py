@@ -8,7 +8,7 @@ import torch
 from _gpu_steps import SMALL, Step, alone, our_step, seconds_of
 from _rows import Rows
 
-from m3i_scale.engine.device import measured_peak
+from m3i_scale.engine.peak import measured_peak
 from m3i_scale.engine.process_group import start_ranks, stop_ranks
 
 RECIPES = ("clip", "siglip", "mae", "moco", "barlow", "densecl", "supervised")

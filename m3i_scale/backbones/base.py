@@ -133,9 +133,9 @@ class Backbone(nn.Module, ABC):
         return self.encode_whole(images_BCHW), None
 
     @property
+    @abstractmethod
     def stage_widths(self) -> list[int]:
         """Return the channels of the stages' maps of stride 4, 8, 16 and 32; empty if all layers have the same grid."""
-        return []
 
     @abstractmethod
     def encode_maps(self, images_BCHW: Tensor, layers: Sequence[int]) -> tuple[Tokens, list[Tensor]]:

@@ -40,10 +40,22 @@ def _attention_backward(gradient: Size, query: Size, key: Size, value: Size, *_:
     return int(sdpa_backward_flop_count(gradient, query, key, value)) - again
 
 
-def _convolution_backward(gradient: Size, image: Size, weight: Size, *options: Any, **__: Any) -> int:
+def _convolution_backward(
+    gradient: Size,
+    image: Size,
+    weight: Size,
+    _bias: Any,
+    _stride: Any,
+    _padding: Any,
+    _dilation: Any,
+    transposed: bool,
+    _output_padding: Any,
+    _groups: int,
+    output_mask: Any,
+    **_: Any,
+) -> int:
     """Count each gradient as the forward pass, which has the same products. torch's formula ignores groups: for a
     depthwise convolution of 64 channels, it counts 64 times too much for the weight gradient."""
-    *_, transposed, _output_padding, _groups, output_mask = options
     places = image if transposed else gradient
     forward = 2 * places[0] * places[2:].numel() * weight.numel()
     return forward * sum(map(bool, output_mask[:2]))

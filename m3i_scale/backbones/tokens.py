@@ -55,6 +55,10 @@ class TokenBackbone(Backbone):
             self.model.get_parameter(name).requires_grad_(False)
 
     @property
+    def stage_widths(self) -> list[int]:
+        return []
+
+    @property
     def layers(self) -> list[nn.Module]:
         return list(self.family.layers(self.model))
 

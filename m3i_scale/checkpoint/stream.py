@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from m3i_scale.checkpoint.layout import TENSORS
 from m3i_scale.checkpoint.manifest import Digest
 from m3i_scale.checkpoint.tensors import AVERAGE, NAMES, Index, Piece, even_piece, file_name
-from m3i_scale.engine.averages import ShardedEma, join
+from m3i_scale.engine.averages import ShardedEma
 from m3i_scale.engine.deepspeed.rules import BYTES, precision, state_bytes
+from m3i_scale.engine.device import join
 from m3i_scale.engine.engine_state import MASTER, moment_kinds, pieces, trained
 from m3i_scale.engine.partition import full_shape, local_range, local_shard, saved_frozen
 from m3i_scale.files import sync
@@ -121,7 +122,7 @@ class Range:
     start: int
     """Start in the flattened tensor."""
     parts: tuple[Tensor, ...]
-    """The flat piece, or its two halves as made by `precision.split`; live tensors or copies."""
+    """The flat piece, or its two halves as made by `device.split`; live tensors or copies."""
 
     @property
     def numel(self) -> int:

@@ -180,7 +180,7 @@ class _Random(threading.local):
 _random = _Random()
 
 
-def _timm() -> Any:
+def _patched_timm() -> Any:
     """Return timm's module of operations, with `_random` as their generator. Workers unpickle a `RandAugment`, so its
     constructor cannot set it for them."""
     from timm.data import auto_augment  # an optional dependency; tasks report if it is missing
@@ -204,14 +204,14 @@ class RandAugment:
             "img_mean": fill,
             "interpolation": Image.Resampling.BICUBIC,
         }
-        self._transform = _timm().rand_augment_transform(config, settings)
+        self._transform = _patched_timm().rand_augment_transform(config, settings)
         for operation in self._transform.ops:
             if operation.name.startswith("Posterize"):
                 operation.aug_fn = _posterize
 
     def __call__(self, image: Image.Image, seed: int) -> Image.Image:
         """Return an augmented RGB image; the same seed gives the same image."""
-        _timm()
+        _patched_timm()  # in this process
         transform = self._transform
         # Same as in timm's transform, which does not accept a generator.
         operations = np.random.RandomState(seed % 2**32).choice(
@@ -231,5 +231,5 @@ def _posterize(image: Image.Image, bits_to_keep: int, **settings: Any) -> Image.
     error. The image is then black, as in published results."""
     if bits_to_keep < 1:
         return Image.new("RGB", image.size)
-    kept: Image.Image = _timm().posterize(image, bits_to_keep, **settings)
+    kept: Image.Image = _patched_timm().posterize(image, bits_to_keep, **settings)
     return kept

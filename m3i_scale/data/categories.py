@@ -1,7 +1,8 @@
-"""Object categories of a dataset: their names, and those of every sample for repeat-factor sampling.
+"""Object categories of a dataset: their names, and the categories of every sample for repeat-factor sampling.
 
 The names are in a sidecar file of the shards, in index order. The categories of the samples of a shard are stored next
-to its index, so that sampling need not read the shards.
+to its index, so that sampling need not read the shards. Samples with rare categories are read several times per epoch,
+samples without objects never; see `order.Repeats`.
 """
 
 from __future__ import annotations
@@ -194,7 +195,8 @@ def _categories_in(data: bytes, categories: int) -> list[int]:
 
 def repeat_factors(samples: SampleCategories, threshold: float) -> NDArray[np.float64]:
     """Return the mean number of reads per epoch of every sample: r(I) = max over the categories c of I of max(1,
-    √(threshold / f(c))), where f(c) is the fraction of images with c. LVIS uses the threshold 0.001.
+    √(threshold / f(c))), where f(c) is the fraction of images with c (Gupta et al. 2019, LVIS, appendix B.2). LVIS uses
+    the threshold 0.001.
 
     Images without a category have factor 0 and do not count in f(c), because detectron2 also drops them beforehand.
     """

@@ -38,7 +38,7 @@ class Rle(TypedDict):
     size: list[int]
     """Height and width of the image."""
     counts: str
-    """From `encode_runs`."""
+    """Run lengths in COCO's compressed encoding; see `encode_runs`."""
 
 
 Polygons = list[NDArray[np.float64]]
@@ -279,8 +279,8 @@ def encode_runs(runs: Sequence[int]) -> str:
 
 
 def decode_runs(text: str, pixels: int) -> NDArray[np.int64]:
-    """Decode text from `encode_runs`, which may be malicious, so no library decodes it. Raise a ValueError if it is
-    invalid or the runs do not fill `pixels`."""
+    """Decode run lengths in COCO's compressed encoding. No library does it, because the text may be malicious. Raise a
+    ValueError if it is invalid or the runs do not fill `pixels`."""
     if len(text) > _LETTERS * (pixels + 2):
         raise ValueError(f"the text of the mask is too long for its {pixels} pixels")
     try:

@@ -224,6 +224,7 @@ class PartWorkers:
             worker.terminate()
         for worker in self.watch.workers:
             worker.join(POLL_S)
+        self._parts = iter(())  # the iterator refers to this object: otherwise only the cyclic collector would free it
 
 
 @contextlib.contextmanager

@@ -57,7 +57,7 @@ class SourceState:
         self.bad_shards["shards"][str(shard)] = reason
 
     def to_json(self) -> dict[str, Any]:
-        """Copy to JSON types. This must be fast, because it runs for every stream of every batch."""
+        """Copy to JSON types. It runs for every stream of every batch, so it must be fast: no `asdict`."""
         bad_shards = copy.deepcopy(self.bad_shards) if self.bad_shards else {}
         return {**vars(self), "bad": dict(self.bad), "bad_shards": bad_shards}
 

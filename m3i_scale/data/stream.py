@@ -70,7 +70,7 @@ class ExhaustedError(Exception):
     """Raised when a stream has no next sample because every dataset with a weight has completed its epochs."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Stream:
     """Sampler of one stream: mixes its datasets by weight and skips corrupt samples."""
 
@@ -79,7 +79,7 @@ class Stream:
     state: StreamState
     """Position to start from; updated by `take`."""
     reader: ShardReader
-    _windows: dict[str, tuple[int, int]] = field(default_factory=dict)
+    _windows: dict[str, tuple[int, int]] = field(default_factory=dict, init=False)
 
     def take(self, quarantine: list[dict[str, Any]]) -> Sample:
         """Return the next valid sample; record corrupt ones in `quarantine` and skip them within the same dataset.

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from m3i_scale.engine.device import join, split
 from m3i_scale.engine.engine_state import MasterGroup, master_groups
 from m3i_scale.engine.partition import (
     forget_copy,
@@ -26,7 +27,6 @@ from m3i_scale.engine.partition import (
     order_gathers,
 )
 
-_HALF = 1 << 15
 _AT_ONCE = 1 << 18
 """Elements updated at a time: 1 MiB, which stays in the cache of a core. An accelerator uses 16 times that size, so
 that kernel launches do not matter."""
@@ -217,21 +217,3 @@ def _write(ema: Tensor, copy: Tensor, remainder: Tensor) -> None:
         remainder.copy_(ema)
     if copy is not remainder:
         copy.copy_(remainder)
-
-
-def split(values: Tensor, upper: Tensor, lower: Tensor) -> None:
-    """Write fp32 `values` into `upper` (bf16: the nearest number, ties away from zero) and `lower` (int16).
-
-    bf16 is the upper half of fp32. A bf16 compute copy and the lower half give the exact fp32 number in four bytes
-    instead of six.
-    """
-    bits = values.contiguous().view(torch.int32).view_as(upper)
-    lower.copy_(bits)  # the signed lower half: negative where `upper` is rounded up
-    upper.view(torch.int16).copy_((bits + _HALF) >> 16)
-
-
-def join(upper: Tensor, lower: Tensor) -> Tensor:
-    """Return the fp32 numbers that were split, in a new tensor of `upper`'s shape."""
-    values = upper.to(torch.float32)
-    values.view(torch.int32).add_(lower.view_as(upper))
-    return values

@@ -1,8 +1,8 @@
 """The DeepSpeed engine: start it on a (partitioned) module, load weights into its parameters, and take steps.
 
-Steps may be skipped, and are clipped without a host-device synchronization. Two helpers of DeepSpeed
-(`deepspeed/runtime/utils.py`) synchronize in every step: one copies a constant from pageable memory, the other reads
-back whether the norm is above the bound. The replacements below compute bit-identical values on the device.
+A step after an overflow in fp16 is skipped. Gradients are clipped without a host-device synchronization. Two helpers of
+DeepSpeed (`deepspeed/runtime/utils.py`) synchronize in every step: one copies a constant from pageable memory, the
+other reads back whether the norm is above the bound. The replacements below compute bit-identical values on the device.
 """
 
 from __future__ import annotations

@@ -182,13 +182,6 @@ def restore_counters(engine: Any, saved: dict[str, Any]) -> None:
             scaler.cur_hysteresis = min(scaler.cur_hysteresis, scaler.delayed_shift)
 
 
-def bytes_per_parameter(engine: Any) -> int:
-    """Return the checkpoint bytes per element of a trained parameter: master weight and both moments."""
-    master = _flat_tensors(engine.optimizer)[0].dtype
-    moment = torch.float32 if getattr(engine.optimizer.optimizer, "fp32_optimizer_states", False) else master
-    return master.itemsize + len(MOMENTS) * moment.itemsize
-
-
 def _flat_tensors(optimizer: Any) -> list[Tensor]:
     for name in ("fp32_partitioned_groups_flat", "fp32_groups_flat_partition", "single_partition_of_fp32_groups"):
         if hasattr(optimizer, name):

@@ -37,10 +37,9 @@ def full_shape(parameter: nn.Parameter) -> torch.Size:
     return torch.Size(shape)
 
 
-def full_numel(module: nn.Module, *, trainable_only: bool = False) -> int:
+def full_numel(module: nn.Module) -> int:
     """Return the number of elements of the module's parameters, counting partitioned ones at their full size."""
-    wanted = [p for p in module.parameters() if p.requires_grad or not trainable_only]
-    return sum(full_shape(parameter).numel() for parameter in wanted)
+    return sum(full_shape(parameter).numel() for parameter in module.parameters())
 
 
 @contextlib.contextmanager

@@ -114,7 +114,10 @@ def cell(value: Any) -> str:
 
 def last_figures(source: Source) -> dict[str, Any]:
     """Return the last train record at or before the checkpoint's step; empty if there is none."""
-    return [{}, *_trained(source)][-1]
+    last: dict[str, Any] = {}
+    for record in _trained(source):  # a long run has more records than fit into memory
+        last = record
+    return last
 
 
 def compute_of(source: Source) -> dict[str, Any]:

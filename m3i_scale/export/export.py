@@ -77,7 +77,7 @@ def export(
     evaluation, other_evaluation = evaluation_of(source, weights, evaluation_file)
     tensors = ExportedWeights(source, weights)
     origin = _origin(source)
-    with _takes_name(target) as folder:
+    with _export_folder(target) as folder:
         fingerprints = write_folder(folder, source, parts, tensors, DTYPES[dtype], tokenizer, wanted)
         reference = make_reference(source, parts, fingerprints, tensors, DTYPES[dtype], tokenizer)
         proven = verify(folder, reference)
@@ -227,7 +227,7 @@ def _follow_umask(folder: Path) -> None:
 
 
 @contextmanager
-def _takes_name(target: Path) -> Iterator[Path]:
+def _export_folder(target: Path) -> Iterator[Path]:
     """Wrap `atomic_dir` for the export folder: without progress bars of `transformers`, and with an `ExportError` if
     the folder cannot be written."""
     shown = transformers_logging.is_progress_bar_enabled()

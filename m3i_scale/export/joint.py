@@ -34,10 +34,10 @@ from m3i_scale.export.tensors import (
     ExportedModule,
     TensorSource,
     Trained,
+    backbone_tensors,
     copied,
     empty,
     label_maps,
-    renamed,
     vision_names,
 )
 from m3i_scale.objective.decoders import ClassTokenSpec, DecoderSpec
@@ -258,7 +258,7 @@ def _as_dinov2(config: ViTConfig) -> tuple[dict[str, TensorSource], Dinov2Config
     idle = ratio * width - hidden
 
     theirs = token_family(shape).parts
-    tensors = renamed(config, theirs)
+    tensors = backbone_tensors(config, theirs)
     for layer in range(config.num_hidden_layers) if idle else ():
         first, second = (theirs[part].format(layer) for part in ("fc1", "fc2"))
         for name, padding in (

@@ -106,7 +106,7 @@ def copied(names: Iterable[str], source_prefix: str, target_prefix: str = "") ->
     return {target_prefix + name: TensorSource((source_prefix + name,)) for name in names}
 
 
-def renamed(config: VisionConfig, parts: Mapping[str, str], prefix: str = "") -> dict[str, TensorSource]:
+def backbone_tensors(config: VisionConfig, parts: Mapping[str, str], prefix: str = "") -> dict[str, TensorSource]:
     """Return the tensors of a backbone under the names in `parts`, with layer scales of 1 for a ViT. The keys of
     `parts` are those of `TokenFamily.parts`; tensors of other parts are left out."""
     width, ours, tensors = config.hidden_size, token_family(config).parts, {}

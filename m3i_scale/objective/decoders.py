@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -301,7 +301,10 @@ def _check_heads(width: int, heads: int) -> None:
 
 def width_of(decoder: nn.Module) -> int:
     """Return the output width of a decoder."""
-    return cast(int, decoder.width)
+    width = decoder.width
+    if not isinstance(width, int):
+        raise TypeError(f"{type(decoder).__name__} does not define its width")
+    return width
 
 
 def blocks_read(decoders: nn.ModuleDict) -> int:

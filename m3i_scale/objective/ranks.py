@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class Ranks(Protocol):
-    """Collectives over ranks, for losses over the global batch. The methods here are for a single process.
+    """Collectives over ranks, for losses over the global batch.
 
     Gradients are later averaged over ranks (as in DDP and ZeRO). A local loss that is a share of a global mean is
     therefore multiplied by `world_size`.
@@ -22,26 +22,34 @@ class Ranks(Protocol):
 
     def gather(self, x_B: Tensor) -> Tensor:
         """Return (B, …) of every rank, concatenated by rank: (W·B, …). Gradients flow back to the rank of the rows."""
-        return x_B
 
     def sum(self, x: Tensor) -> Tensor:
         """Return the sum over ranks, without gradient."""
-        return x.detach()
 
     def max(self, x: Tensor) -> Tensor:
         """Return the elementwise maximum over ranks, without gradient."""
-        return x.detach()
 
     def sum_with_gradient(self, x: Tensor) -> Tensor:
         """Return the sum over ranks. The gradient of every rank's share includes the losses of all ranks."""
-        return x
 
 
-class SingleProcess(Ranks):
+class SingleProcess:
     """A world of one rank."""
 
     rank = 0
     world_size = 1
+
+    def gather(self, x_B: Tensor) -> Tensor:
+        return x_B
+
+    def sum(self, x: Tensor) -> Tensor:
+        return x.detach()
+
+    def max(self, x: Tensor) -> Tensor:
+        return x.detach()
+
+    def sum_with_gradient(self, x: Tensor) -> Tensor:
+        return x
 
 
 class _GatherRows(torch.autograd.Function):

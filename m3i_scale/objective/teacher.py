@@ -232,13 +232,14 @@ def _normalisation(source: str) -> PixelNorm:
     path = pretrained_folder(source) / "preprocessor_config.json"
     try:
         values = read_json(path)
-        return PixelNorm(tuple(map(float, values["image_mean"])), tuple(map(float, values["image_std"])))
+        mean, std = (tuple(map(float, values[key])) for key in ("image_mean", "image_std"))
     except (OSError, ValueError, KeyError, TypeError):
         raise ConfigError(
             "the teacher has no image processor with mean and deviation",
             where=str(path),
             why="it would see images that are normalised in another way than it was trained with",
         ) from None
+    return PixelNorm(mean, std)
 
 
 def teachers_sha256(recipe: Recipe, backbone: BackboneConfig) -> dict[str, str]:

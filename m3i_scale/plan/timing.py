@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from m3i_scale.engine.device import TFLOPS
+from m3i_scale.engine.peak import TFLOPS
 from m3i_scale.errors import ConfigError, did_you_mean
 from m3i_scale.plan.traffic import AFTER_BACKWARD, AVERAGED, FETCH, IN_GROUP, Traffic
 

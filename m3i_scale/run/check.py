@@ -18,7 +18,8 @@ from m3i_scale.data.mixing import check_shares
 from m3i_scale.engine.activations import check_policy
 from m3i_scale.engine.compilation import check_compile
 from m3i_scale.engine.deepspeed.resolve import ResolvedConfig, check_accelerator, load_ds_config
-from m3i_scale.engine.device import check_deterministic, compute_dtype, named_peak
+from m3i_scale.engine.device import check_deterministic, compute_dtype
+from m3i_scale.engine.peak import named_peak
 from m3i_scale.errors import ConfigError, ErrorCollector, UserError, error_prefix
 from m3i_scale.host.output_dir import check_output_dir
 from m3i_scale.objective.build import build_on_meta

@@ -16,7 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from m3i_scale.backbones.flops import counter as flop_counter
 from m3i_scale.config import RunConfig
 from m3i_scale.data.batch import Batch, synthetic_batch
-from m3i_scale.engine.device import Peak, compute_dtype, measured_peak, named_peak
+from m3i_scale.engine.device import compute_dtype
+from m3i_scale.engine.peak import Peak, measured_peak, named_peak
 from m3i_scale.objective.build import build_objective
 from m3i_scale.objective.information import Objective
 from m3i_scale.run.setup import ResolvedRun

@@ -15,8 +15,8 @@ from m3i_scale.data.batch import Batch
 from m3i_scale.data.loader import TrainStream
 from m3i_scale.data.stream import Account
 from m3i_scale.engine.agree import agree_and_average
-from m3i_scale.engine.device import device_name
 from m3i_scale.engine.engine import set_micro_batch_size, spread_nonfinite, take_step, undone_if_skipped
+from m3i_scale.engine.peak import device_name
 from m3i_scale.errors import UserError
 from m3i_scale.host.rank_record import Heartbeat
 from m3i_scale.run import flops

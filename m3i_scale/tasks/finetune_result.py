@@ -11,7 +11,8 @@ from m3i_scale.backbones.build import backbone_config
 from m3i_scale.backbones.internimage import InternImageConfig
 from m3i_scale.config import OptimConfig, RunConfig
 from m3i_scale.engine.deepspeed.resolve import load_ds_config
-from m3i_scale.engine.device import compute_dtype, named_peak
+from m3i_scale.engine.device import compute_dtype
+from m3i_scale.engine.peak import named_peak
 from m3i_scale.evaluate.commands import evaluate
 from m3i_scale.export.card import render_card
 from m3i_scale.export.export import Weights, export

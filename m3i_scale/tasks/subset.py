@@ -70,7 +70,7 @@ class Subset:
         keys = self.choose(found.classes)
         classes = {key: name for key, name in found.classes.items() if key in keys}
         digest, source = digest_of([(found.digest, 0), *((key, 0) for key in keys)]), found.source
-        records = [record for record in source.records() if record.split != TRAIN or record.key in keys]
+        records = [record for record in source.records() if record.split not in (None, TRAIN) or record.key in keys]
         about = source.info() | {"mask_labels": source.mask_labels, "categories": source.categories, DIGEST: digest}
         return replace(found, source=ListedInput(records, source.labels, **about), classes=classes, is_subset=True)
 

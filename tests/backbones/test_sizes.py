@@ -50,7 +50,7 @@ def test_every_preset_has_its_size_stored() -> None:
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_stored_sizes_are_those_that_are_counted(preset: str) -> None:
-    """Mend it with `python -m m3i_scale.backbones.flops > m3i_scale/backbones/sizes.json`."""
+    """Regenerate the file with `python -m m3i_scale.backbones.flops > m3i_scale/backbones/sizes.json`."""
     counted = describe_backbone(BackboneConfig(preset=preset), preset)
     assert describe_presets([preset]) == [counted | {"gmac": pytest.approx(counted["gmac"], abs=1e-4)}]
 

@@ -271,7 +271,6 @@ class Cases(LastingCases, PrecisionCases, TrafficCases, CompileCases, GuardCases
             "peak": peak,
             "largest_module": largest,
             "full": full_numel(module),
-            "trainable": full_numel(module, trainable_only=True),
             "held_after": sum(parameter.numel() for parameter in parameters),
             "all_partitioned": all(is_partitioned(parameter) for parameter in parameters),
             "shards_fit": all(

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from m3i_scale.checkpoint.load import load_checkpoint
 from m3i_scale.checkpoint.saver import Saver
-from m3i_scale.engine.device import Peak
 from m3i_scale.engine.engine import loss_scale, take_step, undone_if_skipped
+from m3i_scale.engine.peak import Peak
 from m3i_scale.objective.build import build_objective
 from m3i_scale.run.flops import Work
 from m3i_scale.run.meter import Meter

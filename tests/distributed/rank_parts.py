@@ -12,8 +12,9 @@ from tiny import LABEL_SETS, VOCABULARY, in_parts, part, random_batch, tiny_run
 from torch import Tensor, nn
 
 from m3i_scale.backbones.build import backbone_config
-from m3i_scale.engine.averages import ShardedEma, join
+from m3i_scale.engine.averages import ShardedEma
 from m3i_scale.engine.deepspeed.resolve import resolve
+from m3i_scale.engine.device import join
 from m3i_scale.engine.partition import gathered
 from m3i_scale.engine.process_group import start_ranks
 from m3i_scale.objective.recipe import parse_recipe

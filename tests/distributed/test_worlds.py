@@ -327,7 +327,6 @@ def test_no_rank_ever_holds_the_whole_model(worlds, world: int) -> None:
         assert told["peak"]["filling"] == told["largest_module"]
         assert told["peak"]["building"] <= 2 * told["largest_module"]
         assert told["full"] > 10 * told["peak"]["building"]
-        assert told["full"] > told["trainable"] > 0
 
 
 def test_vectors_have_no_weight_decay_by_their_full_shape(worlds) -> None:

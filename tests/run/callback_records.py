@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from m3i_scale.engine.device import Peak
+from m3i_scale.engine.peak import Peak
 from m3i_scale.run.callbacks import Picture, RunInfo, StepRecord
 from m3i_scale.run.flops import Work
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny import tiny_objective
 
-from m3i_scale.engine.device import Peak
+from m3i_scale.engine.peak import Peak
 from m3i_scale.host.rank_record import PHASES
 from m3i_scale.run.flops import Work
 from m3i_scale.run.meter import Meter

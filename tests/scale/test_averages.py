@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from m3i_scale.engine.averages import ShardedEma, join
+from m3i_scale.engine.averages import ShardedEma
+from m3i_scale.engine.device import join
 from m3i_scale.engine.engine import take_step
 from m3i_scale.engine.engine_state import publish
 from m3i_scale.engine.partition import order_gathers

@@ -10,12 +10,7 @@ import torch
 import torch._inductor.config
 import torch.utils.deterministic
 
-from m3i_scale.engine.device import (
-    allow_tf32,
-    check_deterministic,
-    compute_deterministically,
-    nondeterminism_explained,
-)
+from m3i_scale.engine.device import allow_tf32, check_deterministic, compute_deterministically, nondeterminism_explained
 from m3i_scale.errors import ConfigError
 
 VARIABLES = ("CUBLAS_WORKSPACE_CONFIG", "NCCL_ALGO", "NCCL_NVLS_ENABLE")

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from m3i_scale.engine.device import PEAK_TFLOPS, Peak, compute_dtype, data_sheet_tflops, measured_peak, named_peak
+from m3i_scale.engine.device import compute_dtype
+from m3i_scale.engine.peak import PEAK_TFLOPS, Peak, data_sheet_tflops, measured_peak, named_peak
 from m3i_scale.errors import ConfigError
 
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from m3i_scale.engine.averages import join, split
+from m3i_scale.engine.device import join, split
 
 
 def halves(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -24,7 +24,7 @@ from m3i_scale.checkpoint.layout import read_meta
 from m3i_scale.checkpoint.load import _restore_random_states
 from m3i_scale.checkpoint.stream import Range, WrittenTensors, write_ranges, write_tensors
 from m3i_scale.checkpoint.tensors import SavedTensors
-from m3i_scale.engine.averages import split
+from m3i_scale.engine.device import split
 from m3i_scale.errors import CheckpointError
 from m3i_scale.files import sha256_of
 

@@ -58,7 +58,7 @@ class Family(ABC):
 
     @abstractmethod
     def lr_scales(self, model: Any, decay: float, *, dense: bool = False, dcn: float = 1.0) -> dict[str, float]:
-        """Return the multipliers of layer-wise learning-rate decay by parameter name.
+        """Return the multipliers of layer-wise learning-rate decay by parameter name. Heads have the full rate.
 
         Args:
             decay: factor from one layer to the previous one.

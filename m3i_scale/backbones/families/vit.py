@@ -86,7 +86,9 @@ class ViT(TokenFamily):
             for size, numbers in _SIZES.items()
             for patch in (14, 16, 32)
         }
-        eva = {"eva-g/14": vit_fields(*VIT_SIZES["g"], 14) | {"initializer_range": 0.015}}  # Fang et al.
+        eva = {
+            "eva-g/14": vit_fields(*VIT_SIZES["g"], 14) | {"initializer_range": 0.015}
+        }  # init std of EVA with one billion parameters (Fang et al.)
         return {name: fields | {"layer_norm_eps": 1e-6} for name, fields in (plain | eva).items()}
 
 

@@ -116,7 +116,7 @@ FORMULATIONS = {"cuda": sum_by_grid}
 
 
 class Permute(nn.Module):
-    """Change of layout."""
+    """Change of layout: (0, 2, 3, 1) from (B, C, H, W) to (B, H, W, C), (0, 3, 1, 2) back."""
 
     def __init__(self, *dims: int) -> None:
         super().__init__()

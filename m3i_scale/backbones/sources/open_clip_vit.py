@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from transformers import CLIPVisionConfig, ViTConfig
 
 from m3i_scale.backbones.sources.base import MismatchError, NameMap, Shapes, Source, normalisation
-from m3i_scale.backbones.sources.plain import NO_PATCH_BIAS, Facts, named_source, plain_source
+from m3i_scale.backbones.sources.plain import NO_PATCH_BIAS, Facts, plain_source, vit_source
 
 OPEN_CLIP_MARK = "transformer.resblocks.0.ln_1.weight"
 OPEN_CLIP_PREFIXES = ("visual.", "module.visual.")
@@ -72,11 +73,8 @@ def open_clip_folder(given: str, folder: Path, values: Mapping[str, Any]) -> Sou
             raise MismatchError(f"vision_cfg.{key} is {vision[key]!r}", why)
     pre_norm, preprocess = not vision.get("no_ln_pre"), values.get("preprocess_cfg") or {}
     config = (CLIPVisionConfig if pre_norm else ViTConfig)(**_shape(vision), hidden_act=_activation(model, vision))
-    return named_source(
-        given,
-        folder,
-        _names("visual."),
-        config,
+    return replace(
+        vit_source(given, folder, _names("visual."), config),
         zeros=() if pre_norm else (NO_PATCH_BIAS,),
         normalisation=normalisation(preprocess.get("mean"), preprocess.get("std")),
     )

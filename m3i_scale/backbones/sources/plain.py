@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -105,13 +105,14 @@ def plain_source(
     zeros += [NO_PATCH_BIAS] if "patch.bias" not in parts else []
     zeros += [NO_MASK_TOKEN] if "registers" in parts else []
     class_row = token_family(config).has_class_token and facts.class_row is not False
-    return named_source(given, place, names, config, assumed=assumed, zeros=tuple(zeros), class_row=class_row)
+    source = vit_source(given, place, names, config)
+    return replace(source, assumed=assumed, zeros=tuple(zeros), class_row=class_row)
 
 
-def named_source(given: str, place: Path, names: NameMap, config: VisionConfig, **others: Any) -> Source:
-    """Return the source of a plain vision Transformer; `others` are further fields of `Source`."""
+def vit_source(given: str, place: Path, names: NameMap, config: VisionConfig) -> Source:
+    """Return the source of a plain vision Transformer."""
     ours = token_family(config).parts
-    return Source(given, names.kind, place, config, lambda _: lambda name: names.place(name, ours), **others)
+    return Source(given, names.kind, place, config, lambda _: lambda name: names.place(name, ours))
 
 
 def _parts(names: NameMap, shapes: Shapes, refused: tuple[tuple[str, str], ...]) -> dict[str, tuple[int, ...]]:

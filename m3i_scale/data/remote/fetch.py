@@ -91,7 +91,7 @@ def read_file(place: Address, access: Access | None = None) -> bytes:
     try:
         data = retried(once, limits)
     except ReadError as error:
-        raise OSError(f"{error.reason}: {error.detail}") from error
+        raise OSError(f"{error.reason}: {error.detail}") from error  # `start_fix` reads the cause
     if data is None:
         raise FileNotFoundError(errno.ENOENT, "no such file", str(place))
     return data

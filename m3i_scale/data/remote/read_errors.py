@@ -87,8 +87,8 @@ def bad_shard(place: Address, error: ReadError, *, at_start: bool = False) -> Ba
 
 
 def start_fix(error: Exception) -> str | None:
-    """Return a suggested fix for an error before the first step, or for one of `read_file`; None if no server caused
-    it."""
+    """Return a suggested fix for an error before the first step, or for an error of `read_file`; None if no server
+    caused it."""
     cause = error if isinstance(error, ReadError) else error.__cause__
     if not isinstance(cause, ReadError):
         return None

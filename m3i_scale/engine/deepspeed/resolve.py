@@ -180,7 +180,7 @@ MEBI = 2**20
 
 
 def _sizes(hidden_size: int) -> _Settings:
-    """Return sizes in elements. The JSON may have others. A Transformer layer has about 12 · hidden² weights. The
+    """Return sizes in elements. The JSON may set other sizes. A Transformer layer has about 12 · hidden² weights. The
     floors are for small models: calls for one small matrix cost more than the transfer, and gathering a few MiB costs
     nothing (docs/performance.md)."""
     square = hidden_size * hidden_size

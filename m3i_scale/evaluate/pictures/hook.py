@@ -75,9 +75,9 @@ class Pictures(Hook):
             self._write()
 
     def on_rewind(self) -> None:
-        from_rank_0(self._remove_later)
+        from_rank_0(self._remove_undone)
 
-    def _remove_later(self) -> None:
+    def _remove_undone(self) -> None:
         with _write_errors(self._folder):
             for path in checkpoints(self._folder):
                 if (step_of(path) or 0) > self._state.step:

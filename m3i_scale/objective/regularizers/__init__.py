@@ -1,6 +1,6 @@
 """Regularizers prevent the collapse of target representations: the entropy term of equation (2).
 
-This file has their base class, the ones for patches, texts and categories, and memories of earlier batches.
+This file has their base class, regularizers of patches, texts and categories, and memories of earlier batches.
 """
 
 from __future__ import annotations

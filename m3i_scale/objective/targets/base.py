@@ -211,9 +211,8 @@ class Target(Kind):
     # -------------------------------------------------------------------- modules
 
     def build_head(self, sizes: Sizes) -> nn.Module:
-        """Return the module after the decoder, if the recipe has no head for it. By default, it has no weights: the
-        decoder's output is used directly."""
-        return nn.Identity()
+        """Return the module after the decoder, if the recipe has no head for it."""
+        raise NotImplementedError
 
     @property
     def reads(self) -> Reads:

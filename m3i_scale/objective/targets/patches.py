@@ -120,6 +120,10 @@ class ShownPatches(ImageTarget):
     distribution: Gaussian = Gaussian()
     regularizer: DenseStopGradient = DenseStopGradient()
 
+    def build_head(self, sizes: Sizes) -> nn.Module:
+        """Return a module without weights: tokens are compared directly."""
+        return nn.Identity()
+
     @abstractmethod
     def compared(self, tokens_BLD: Tensor) -> Tensor:
         """Return the compared quantity of the patches: fp32 (B, L, …)."""

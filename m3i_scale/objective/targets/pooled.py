@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from m3i_scale.config.sections import Kind
 from m3i_scale.objective.decoders import ClassToken, pool
@@ -14,7 +14,7 @@ from m3i_scale.objective.diagnostics import gaussian_moments
 from m3i_scale.objective.distributions import Distribution, Gaussian, Loss
 from m3i_scale.objective.heads import HeadSpec
 from m3i_scale.objective.regularizers.pooled import KoLeo, PooledRegularizer
-from m3i_scale.objective.targets.base import Context, Encoded, HeadTarget, Target, TargetModules
+from m3i_scale.objective.targets.base import Context, Encoded, HeadTarget, Sizes, Target, TargetModules
 
 
 class Pooled(HeadTarget):
@@ -84,6 +84,10 @@ class Spread(Target):
     encoder: Literal["online"] = "online"
     distribution: NoDistribution = NoDistribution()
     regularizer: KoLeo = KoLeo()
+
+    def build_head(self, sizes: Sizes) -> nn.Module:
+        """Return a module without weights: the decoder's output is used directly."""
+        return nn.Identity()
 
     def loss(self, given: TargetModules, context: Context, encoded: Encoded) -> Loss:
         """Return this rank's share of the negative entropy estimate, without its constant and factor."""

@@ -197,8 +197,8 @@ def _drawn_by(spec: MaskRcnn, classes: int, image_counts: Sequence[int] | None) 
 
 def windowed_layers(spec: Windows | None, backbone: Backbone) -> WindowedLayers:
     """Return windowed layers for a plain Transformer as in ViTDet; most layers use windows. The backbone's attention
-    function is replaced. By default (None), grids smaller than two windows get neither windows nor relative positions,
-    like the backbone.
+    function is replaced. By default (None), ViTDet's windows are used; grids smaller than two windows get neither
+    windows nor relative positions, like the backbone.
 
     Export, layer decay, drop path and activation checkpointing work as without windows, since the layers are those of
     the stock model.

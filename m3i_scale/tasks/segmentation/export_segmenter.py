@@ -20,7 +20,7 @@ from m3i_scale.backbones.build import backbone_config
 from m3i_scale.backbones.families import VisionConfig, token_family
 from m3i_scale.errors import ExportError
 from m3i_scale.export.source import Source
-from m3i_scale.export.tensors import VISION, ExportedModule, TensorSource, empty, label_maps, renamed
+from m3i_scale.export.tensors import VISION, ExportedModule, TensorSource, backbone_tensors, empty, label_maps
 from m3i_scale.objective.information import Objective
 from m3i_scale.tasks.segmentation.mask_queries import MaskQueries, query_config
 from m3i_scale.tasks.segmentation.pixel_heads import read_layers, segment
@@ -68,7 +68,7 @@ def upernet_part(source: Source, spec: SegmentationHead, target: str) -> Exporte
     )
     model = empty(lambda: UperNetForSemanticSegmentation(upernet))
     head, beit = f"heads.{target}.", "backbone.beit."
-    tensors = renamed(config, _BEIT, beit)
+    tensors = backbone_tensors(config, _BEIT, beit)
     for layer in range(config.num_hidden_layers):
         # The bias of keys shifts all logits of a query equally, which softmax ignores; BEiT does not have it.
         del tensors[beit + _BEIT["k"].format(layer) + ".bias"]
@@ -100,7 +100,7 @@ def eomt_part(source: Source, spec: EomtSegmentation, target: str) -> ExportedMo
     shape.mlp_ratio = int(ratio)
     shape.update(label_maps(names))
     model = empty(lambda: EomtForUniversalSegmentation(shape))
-    tensors = renamed(config, _EOMT)
+    tensors = backbone_tensors(config, _EOMT)
     parts = token_family(config).parts
     token, positions = VISION + parts["class"], VISION + parts["positions"]
     # EoMT adds position embeddings to patches only, so the class token's position embedding is added to the token.
