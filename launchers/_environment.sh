@@ -10,7 +10,7 @@ need() {
   command -v "$1" >/dev/null 2>&1 || errors+=("$1 is missing ($2)"$'\n'"  fix: $3")
 }
 
-# Prints all errors found so far and exits with code 2, which is that of every error a user can fix.
+# Prints all errors found so far and exits with code 2, the exit code of errors that the user can fix.
 report_errors() {
   [ ${#errors[@]} -eq 0 ] && return 0
   printf 'error: this machine is not ready\n' >&2

@@ -21,7 +21,15 @@ from pathlib import Path
 from typing import Any
 
 from m3i_scale.checkpoint.layout import LATEST, REMOVED_PREFIX, TEMPORARY_PREFIX, temporary_for
-from m3i_scale.checkpoint.manifest import Digest, digest_files, list_files, newest_good, verify, write_manifest
+from m3i_scale.checkpoint.manifest import (
+    Digest,
+    digest_files,
+    list_files,
+    newest_good,
+    raise_error,
+    verify,
+    write_manifest,
+)
 from m3i_scale.errors import CheckpointError
 from m3i_scale.files import atomic_write, sync
 from m3i_scale.text import size_text
@@ -179,7 +187,7 @@ def _seal(folder: Path, extra: Mapping[str, Any], digests: Mapping[str, Digest])
                 why="two processes wrote it, or the shared file system lags behind",
             )
     others = digest_files(folder, [name for name in names if name not in digests])
-    for directory, _, _ in os.walk(folder, topdown=False):
+    for directory, _, _ in os.walk(folder, topdown=False, onerror=raise_error):
         sync(Path(directory))
     write_manifest(folder, {**digests, **others}, extra)
     sync(folder)

@@ -68,7 +68,7 @@ def list_files(folder: Path) -> list[str]:
     """Return every file in the tree of `folder` as a path with `/`, sorted, without the manifest of the folder itself.
     Raise CheckpointError for a link or a special file, because a manifest cannot cover its contents."""
     names = []
-    for here, folders, files in os.walk(folder, onerror=_raise):
+    for here, folders, files in os.walk(folder, onerror=raise_error):
         # os.walk does not follow links to directories, but lists them as directories
         links = [name for name in folders if Path(here, name).is_symlink()]
         for path in (Path(here, name) for name in files + links):
@@ -228,5 +228,6 @@ def _error_in(name: str, what: str) -> FileError:
     return FileError(name, what, f"{name}: {what}")
 
 
-def _raise(error: OSError) -> None:
+def raise_error(error: OSError) -> None:
+    """Raise an error of `os.walk`, which ignores them by default."""
     raise error

@@ -187,8 +187,12 @@ class Saver:
             more: writes further files into the given folder; called on rank 0, in the thread.
         """
         self.finish()
-        ranges = ranges_of(self.engine, self.ema)
-        buffers = buffers_of(self.engine.module) if dist.get_rank() == 0 else {}
+        ranges, buffers = together(
+            lambda: (
+                ranges_of(self.engine, self.ema),
+                buffers_of(self.engine.module) if dist.get_rank() == 0 else {},
+            )
+        )
         of_rank = sum(piece.nbytes for piece in ranges) + sum(buffer.nbytes for buffer in buffers.values())
         wanted = int(sum_over_ranks([of_rank])[0])
         temporary = Path(from_rank_0(lambda: str(begin(final, wanted))))
@@ -198,11 +202,13 @@ class Saver:
         call = together(
             lambda: BackgroundCall("checkpoint", self._work(temporary, ranges, buffers, json.dumps(data_state), more))
         )
-        self._current = _Save(final, temporary, meta, run_yaml, shapes_of(self.engine, self.ema), call)
+        save = _Save(final, temporary, meta, run_yaml, shapes_of(self.engine, self.ema), call)
         if self.background:
             call.start()
+            self._current = save
         else:
             call.run()
+            self._current = save
             self.finish()
 
     def finish(self) -> Path | None:
@@ -263,8 +269,9 @@ class Saver:
 
     def _begin_after_commit(self, final: Path) -> None:
         self._wait_after_commit()
-        self._after_commit = BackgroundCall("after-commit", lambda: self.committed(final))
-        self._after_commit.start()
+        call = BackgroundCall("after-commit", lambda: self.committed(final))
+        call.start()
+        self._after_commit = call
 
     def _wait_after_commit(self) -> None:
         call, self._after_commit = self._after_commit, None

@@ -277,7 +277,7 @@ class Attempt:
         for link in self._links:
             if link in self._running.values() and now - link.last_message > self._site.silence_s:
                 self._lose(link, f"no message from the host for {self._site.silence_s:g} s: it is down or disconnected")
-        # All ranks must hang: while one saves alone, the others only wait for it.
+        # All ranks must hang: while one saves alone, the others only wait for it. Without ranks, nothing is reported.
         hang = all(map(self._progress.hangs, self._running))
         late = self._stop_requested is not None and now - self._stop_requested > self._timeouts.startup_s
         if not self._failures and (hang or late):

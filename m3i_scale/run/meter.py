@@ -161,13 +161,13 @@ class Meter:
         are further metrics, the same on every rank; those that are None are left out."""
         of_rank = self._good.means() or self._left_out.means()
         steps = max(self._steps, 1)
+        step_s = (time.perf_counter() - self._started) / steps
         counts = {
             "tokens": self._tokens / steps,
             "quarantined": float(quarantined),
             "captions": self._caption_tokens / max(self._micro_batches, 1),
         }
         means, shares, sums = _means_over_ranks(of_rank, self.step_times.shares(), counts)
-        step_s = (time.perf_counter() - self._started) / steps
         peaks = max_over_ranks({"memory": _memory_gib(), "wait": self._data_wait_s / steps, "step_s": step_s})
         step_s = peaks["step_s"]
         figures = {"loss": means["loss"], **{name: value for name, value in same.items() if value is not None}}

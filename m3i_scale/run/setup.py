@@ -1,5 +1,5 @@
-"""Setup of a run: batch size and engine config, data streams, and an engine with initialized weights, whose pretrained
-ones are reported."""
+"""Setup of a run: batch size and engine config, data streams, an engine with initialized weights, and a report on the
+pretrained weights."""
 
 from __future__ import annotations
 

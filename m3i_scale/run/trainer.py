@@ -44,7 +44,7 @@ class Trainer:
     validation: TrainStream | None
     heartbeat: Heartbeat
     hooks: list[Hook]
-    """They include the next two."""
+    """Includes `preemption` and `checkpointing`."""
     preemption: Preemption
     checkpointing: Checkpointing
 

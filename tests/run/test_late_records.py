@@ -68,7 +68,7 @@ class Loop:
             applied=True,
             finite=True,
         )
-        guard: Any = SimpleNamespace(skipped=0)
+        guard: Any = SimpleNamespace(skipped=2)
         self.metrics = Metrics(self.state, Meter(self.objective, 8, WORK), guard)
 
     def step(self, *, logged: bool, std: float = 1.0) -> None:
@@ -95,6 +95,7 @@ def test_steps_go_on_while_the_host_computes() -> None:
     assert loop.noting.events[1:] == [("step", 1), ("end", 0)]
     (record,) = loop.noting.records
     wanted = {"health/dense_std": 1.0, "loss/g": 3.0, "mi/g": 2.0, "information": 2.0, "loss": 3.0}
+    wanted["skipped_nonfinite"] = 2
     assert {name: record.figures.get(name) for name in wanted} == wanted
     assert not {"loss_scale", "skipped_steps"} & record.figures.keys()  # of fp16
 

@@ -39,8 +39,8 @@ class RunInfo:
     config: dict[str, Any]
     """Config of the run as plain values."""
     facts: Mapping[str, Any] = field(default_factory=dict)
-    """`flop_per_step`, `peak_tflops`, `peak_source`, `data_sheet_tflops`, `device` and `micro_batch_size`; see
-    docs/metrics.md. None, or left out, if unknown."""
+    """Empty, or all of `flop_per_step`, `peak_tflops`, `peak_source`, `data_sheet_tflops`, `device` and
+    `micro_batch_size`; see docs/metrics.md."""
 
 
 @dataclass(frozen=True)
@@ -98,8 +98,8 @@ class Callback:
         """Called for every step that is not logged, without metrics."""
 
     def on_stage(self, step: int, stage: dict[str, float]) -> None:
-        """Called when a stage begins after `step`, the first one after step 0: `image_size` in pixels,
-        `micro_batch_size`, and `flop_per_step` over all ranks, without recomputation."""
+        """Called when a stage begins. `step` is the number of completed steps, 0 for the first stage. `stage` has
+        `image_size` in pixels, `micro_batch_size`, and `flop_per_step` over all ranks, without recomputation."""
 
     def on_evaluation(self, step: int, values: dict[str, Any]) -> None:
         """Called with the result of an evaluation: numbers by name, possibly nested."""
