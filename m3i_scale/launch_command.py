@@ -6,16 +6,14 @@ To add a launcher, create a module with `HONOURS` and `render`, and add its name
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
 from importlib import import_module
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Protocol, cast
+from typing import TYPE_CHECKING, Annotated, Protocol, cast
 
 import typer
 
 from m3i_scale.errors import EXIT_PREEMPTED, ConfigError, UserError, did_you_mean
-from m3i_scale.launch.description import OPTION_NAMES, Cluster, read_cluster
-from m3i_scale.options import Command, Parts, RunFile, expanded, field_options
+from m3i_scale.launch.description import Cluster, takes_cluster
+from m3i_scale.options import RunFile
 from m3i_scale.output import print_json, print_line, release_stdout
 
 if TYPE_CHECKING:  # not imported at runtime, to keep --help fast
@@ -23,24 +21,11 @@ if TYPE_CHECKING:  # not imported at runtime, to keep --help fast
     from m3i_scale.launch import LaunchPlan
     from m3i_scale.launch.job import Job
 
-ClusterFile = Annotated[
-    Path | None, typer.Option("--cluster", help="YAML with any of these fields; options win over it.")
-]
 _NAME_THEM = "name the machines: --hostfile FILE, with a line `name slots=N` for every one"
 _ALLOCATED = "leave it out: the machines are those of the allocation, of which --include takes some"
 LAUNCHERS = ("local", "deepspeed", "slurm", "torchrun", "kubeflow", "elastic")
 READY_FILES = {"mpirun": "launchers/mpirun.sh", "accelerate": "launchers/accelerate.sh, with accelerate.yaml"}
 """Launchers that users start themselves, with a file from a checkout."""
-
-
-def takes_cluster(fields: Iterable[str]) -> Callable[[Command], Command]:
-    """Add `--cluster FILE` and an option for each of these fields to a command, replacing its parameter `cluster`."""
-    parts: Parts = {"cluster_file": (ClusterFile, None), **field_options(Cluster, fields, OPTION_NAMES)}
-    return lambda command: expanded(command, "cluster", parts, _read_cluster)
-
-
-def _read_cluster(cluster_file: Path | None, **options: Any) -> Cluster:
-    return read_cluster(cluster_file, options)
 
 
 class Launcher(Protocol):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -81,6 +81,14 @@ def wide_console(*, stderr: bool = False, **options: Any) -> Console:
     if not made.is_terminal and "COLUMNS" not in os.environ:
         made.width = PIPED_COLUMNS
     return made
+
+
+def print_result(as_json: bool, document: Any, table: Callable[[], RenderableType]) -> None:
+    """Print the result of a command: its JSON document, or a table for people."""
+    if as_json:
+        print_json(document)
+    else:
+        wide_console().print(table())
 
 
 def leave_out_accelerator_warning() -> None:

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import typer
 from pydantic import AfterValidator, ConfigDict, Field, field_validator, model_validator
 from typing_extensions import Self
 
@@ -19,6 +20,7 @@ from m3i_scale.config import parse_section, read_yaml
 from m3i_scale.config.sections import Section
 from m3i_scale.errors import ConfigError
 from m3i_scale.launch.hosts import Host, allocated_hosts, is_host_name, parse_hosts, read_hostfile, select
+from m3i_scale.options import Command, Parts, expanded, field_options
 from m3i_scale.rank_variables import NAMES as RANK_VARIABLES
 from m3i_scale.text import HIDDEN, is_secret
 
@@ -216,6 +218,18 @@ def read_cluster(path: Path | None, options: dict[str, Any]) -> Cluster:
     names = " ".join(OPTION_NAMES.get(key, "--" + key.replace("_", "-")) for key in options)
     where = " and ".join(part for part in (str(path) if path else "", names) if part)
     return parse_section(Cluster, values | options, where=where or "the command line")
+
+
+def takes_cluster(fields: Iterable[str]) -> Callable[[Command], Command]:
+    """Add `--cluster FILE` and an option for each of these fields to a command, replacing its parameter `cluster`."""
+    file = typer.Option("--cluster", help="YAML with any of these fields; options win over it.")
+    parts: Parts = {
+        "cluster_file": (Annotated[Path | None, file], None),
+        **field_options(Cluster, fields, OPTION_NAMES),
+    }
+    return lambda command: expanded(
+        command, "cluster", parts, lambda cluster_file, **options: read_cluster(cluster_file, options)
+    )
 
 
 # ------------------------------------------------------------------ environment variables

@@ -1,4 +1,4 @@
-"""`m3i-scale report` and `m3i-scale watch`. Slow imports happen inside the functions."""
+"""`m3i-scale report`, `watch` and `recipes`. Slow imports happen inside the functions."""
 
 from __future__ import annotations
 
@@ -10,10 +10,45 @@ import typer
 
 from m3i_scale.errors import ConfigError
 from m3i_scale.options import AsJson, writes_to
-from m3i_scale.output import print_json, wide_console
+from m3i_scale.output import print_json, print_line, print_result, wide_console
 
 _PACKAGES = ("plotext", "plotly", "tsdownsample")
 """Packages of the extra `report`."""
+
+recipes_app = typer.Typer(invoke_without_command=True)
+
+
+@recipes_app.callback(epilog="Example: m3i-scale recipes --json")
+def recipes(context: typer.Context, as_json: AsJson = False) -> None:
+    """Print the paper's table, read from the built-in recipes: what predicts what, and how."""
+    from m3i_scale.report.recipe_table import RecipeTable, built_in_rows
+
+    context.obj = as_json
+    if context.invoked_subcommand is not None:
+        return
+    rows = built_in_rows()
+    print_result(as_json, rows, lambda: RecipeTable(rows))
+
+
+@recipes_app.command("show", epilog="Example: m3i-scale recipes show m3i --output m3i.md")
+def show_recipe(
+    context: typer.Context,
+    name: Annotated[str, typer.Argument(help="The name of a built-in recipe, or a run file.")],
+    output: Annotated[Path | None, typer.Option(callback=writes_to, help="Write a flowchart: FILE.mmd or .md")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Print one recipe: its inputs and targets; with --output, write a Mermaid flowchart, too."""
+    from m3i_scale.objective.recipe import load_run_and_recipe
+    from m3i_scale.report.recipe_graph import write_mermaid
+    from m3i_scale.report.recipe_table import RecipeTable
+
+    _, recipe = load_run_and_recipe(name)
+    row, as_json = recipe.summary(), as_json or context.obj
+    if output is not None:
+        write_mermaid(recipe, output)
+    print_result(as_json, row, lambda: RecipeTable([row]))
+    if output is not None and not as_json:
+        print_line(f"flowchart: {output}")
 
 
 def report(

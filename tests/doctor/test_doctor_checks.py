@@ -11,10 +11,10 @@ import pytest
 from rich.console import Console
 
 from m3i_scale.elastic.doctor import checks
+from m3i_scale.elastic.doctor.doctor_command import doctor_table
 from m3i_scale.elastic.doctor.group import PARTNERS
 from m3i_scale.host.findings import Answers, Finding, compare_hosts, errors_in, finding, not_ready
 from m3i_scale.host.machine import Machine, Needs, disk_finding, machine_findings, read_machine
-from m3i_scale.report.terminal_tables import doctor_table
 from m3i_scale.run import software
 
 GIB = 2**30

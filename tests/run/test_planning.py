@@ -22,11 +22,11 @@ from m3i_scale.errors import ConfigError
 from m3i_scale.plan import planning
 from m3i_scale.plan import search as plan_search
 from m3i_scale.plan.memory import HOLES
+from m3i_scale.plan.plan_command import plan_table
 from m3i_scale.plan.planning import Choice, Model, Vocabulary, estimate, machine_of
 from m3i_scale.plan.search import RunPlan, check_feasible, nodes_that_fit, plan_run
 from m3i_scale.plan.settings import numel_of
 from m3i_scale.plan.timing import hardware
-from m3i_scale.report.terminal_tables import plan_table
 
 pytestmark = pytest.mark.slow
 

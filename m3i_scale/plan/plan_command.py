@@ -1,22 +1,83 @@
-"""Terminal output of `m3i-scale plan` (bars of memory, then traffic and time) and of `m3i-scale doctor`."""
+"""`m3i-scale plan`: the command and its tables. Slow imports happen inside the function."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from rich.bar import Bar
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from m3i_scale.text import duration_text, listed
+from m3i_scale.options import AsJson, Overrides, RunFile
+from m3i_scale.output import print_result
+from m3i_scale.text import duration_text
 
 _PLAN_ERROR = 0.1
 """Recommended memory margin, for the error of the plan and fragmentation in the allocator."""
-_MARKS = {"ok": ("✓", "green"), "warning": ("!", "yellow"), "error": ("✗", "red")}
-_NAMED = 2
-_SHOWN = 3
+
+
+def plan(
+    run: RunFile,
+    overrides: Overrides = None,
+    nodes: Annotated[int, typer.Option(min=1, help="Number of nodes.")] = 1,
+    ranks_per_node: Annotated[int, typer.Option(min=1, help="Ranks per node.")] = 8,
+    memory_gib: Annotated[float, typer.Option(min=0.1, help="Memory per device in GiB.")] = 80.0,
+    device: Annotated[str, typer.Option("--hardware", help="h100, a100, or cpu: ranks compute on hosts.")] = "h100",
+    tflops_per_gpu: Annotated[
+        float | None, typer.Option(min=1e-3, help="Peak rate, 10¹² FLOP/s; default: the device's.")
+    ] = None,
+    mfu: Annotated[
+        float | None,
+        typer.Option(min=0.01, max=1.0, help="Share of the peak rate that is reached; default: h100 0.21, a100 0.39."),
+    ] = None,
+    intra_gb_s: Annotated[
+        float | None, typer.Option(min=1e-3, help="Intra-node bandwidth per GPU in GB/s, one direction.")
+    ] = None,
+    inter_gb_s: Annotated[
+        float | None, typer.Option(min=1e-3, help="Inter-node bandwidth per GPU in GB/s, one direction.")
+    ] = None,
+    latency_us: Annotated[float | None, typer.Option(min=0.0, help="Latency of a step between nodes.")] = None,
+    intra_latency_us: Annotated[float | None, typer.Option(min=0.0, help="Latency of a step within a node.")] = None,
+    workspace_gib: Annotated[
+        float | None, typer.Option(min=0.0, help="Non-tensor memory per rank in GiB (CUDA context, workspaces).")
+    ] = None,
+    host_memory_gib: Annotated[
+        float | None, typer.Option(min=0.1, help="Host memory per node in GiB; checked only if given.")
+    ] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="Training samples; default: steps × batch size.")] = None,
+    classes: Annotated[int | None, typer.Option(min=1, help="Number of classes; default: the shards'.")] = None,
+    vocabulary: Annotated[
+        int | None, typer.Option(min=8, help="Vocabulary size of the text tower; default: read from the shards.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Plan memory, communication and time of a run before it starts; needs neither data nor a GPU."""
+    from m3i_scale.objective.recipe import load_run_and_recipe
+
+    config, _ = load_run_and_recipe(run, overrides)
+    from m3i_scale.plan.planning import machine_of
+    from m3i_scale.plan.search import check_feasible, plan_run
+
+    where = machine_of(
+        device,
+        nodes=nodes,
+        ranks_per_node=ranks_per_node,
+        memory_gib=memory_gib,
+        mfu=mfu,
+        tflops=tflops_per_gpu,
+        intra_gb_s=intra_gb_s,
+        inter_gb_s=inter_gb_s,
+        latency_us=latency_us,
+        intra_latency_us=intra_latency_us,
+        workspace_gib=workspace_gib,
+        host_memory_gib=host_memory_gib,
+    )
+    planned = plan_run(config, where, classes=classes, tokens=vocabulary, samples=samples)
+    document = planned.document()
+    print_result(as_json, document, lambda: plan_table(document))
+    check_feasible(planned)
 
 
 def plan_table(document: dict[str, Any]) -> Group:
@@ -123,50 +184,3 @@ def _suggestion(document: dict[str, Any]) -> list[Text]:
 def _choice(what: str, choice: dict[str, Any]) -> Text:
     times = f"{choice['step_time_s']:.3g} s a step, {choice['host_s']:.3g} s of the host"
     return Text(f"{what} ({choice['peak_gib_per_rank']:.2f} GiB, {times}): {' '.join(choice['overrides'])}")
-
-
-def doctor_table(findings: Iterable[Mapping[str, Any]]) -> Group:
-    """Return a table of environment checks and the totals. Passed checks share a line; others have one per host."""
-    table = Table("", "check", "host", "found", box=None, pad_edge=False)
-    counts = dict.fromkeys(_MARKS, 0)
-    by_check: dict[str, list[Mapping[str, Any]]] = {}
-    for finding in findings:
-        by_check.setdefault(finding["check"], []).append(finding)
-        counts[_kind(finding)] += 1
-    for check, of_check in by_check.items():
-        well = [finding for finding in of_check if _kind(finding) == "ok"]
-        if well:
-            table.add_row(Text(*_MARKS["ok"]), check, _hosts(well), _together(well))
-        for finding in of_check:
-            if _kind(finding) != "ok":
-                table.add_row(Text(*_MARKS[_kind(finding)]), check, finding["host"], _found(finding))
-    totals = f"{counts['ok']} ✓, {counts['warning']} !, {counts['error']} ✗"
-    return Group(table, Text(totals, "bold red" if counts["error"] else "bold green"))
-
-
-def _kind(finding: Mapping[str, Any]) -> str:
-    return "error" if not finding["ok"] else "warning" if finding["warning"] else "ok"
-
-
-def _hosts(found: list[Mapping[str, Any]]) -> str:
-    return ", ".join(finding["host"] for finding in found) if len(found) <= _NAMED else f"{len(found)} hosts"
-
-
-def _together(findings: list[Mapping[str, Any]]) -> Text:
-    """Return each distinct value once, with its hosts if there are several; only the first few of many."""
-    hosts_of: dict[str, list[str]] = {}
-    for finding in findings:
-        hosts_of.setdefault(finding["value"], []).append(finding["host"])
-    if len(hosts_of) == 1:
-        return Text(findings[0]["value"])
-    lines = [f"{listed(hosts, _SHOWN)}: {value}" for value, hosts in list(hosts_of.items())[:_SHOWN]]
-    more = f"\n… and {len(hosts_of) - _SHOWN} more (--json)" if len(hosts_of) > _SHOWN else ""
-    return Text("\n".join(lines) + more)
-
-
-def _found(finding: Mapping[str, Any]) -> Text:
-    text = Text(finding["value"])
-    for name in ("why", "fix"):
-        if finding[name]:
-            text.append(f"\n{name}: {finding[name]}", "dim")
-    return text
