@@ -15,7 +15,7 @@ from rich.text import Text
 
 from m3i_scale.errors import EXIT_USER_ERROR
 from m3i_scale.options import AsJson, writes_to
-from m3i_scale.output import print_json, wide_console
+from m3i_scale.output import print_result
 from m3i_scale.text import duration_text, size_text
 
 _SHOWN_FILES = 12
@@ -33,7 +33,8 @@ def list_(run: Run, as_json: AsJson = False) -> None:
     from m3i_scale.checkpoint.retention import evaluations
 
     root = root_of(run)
-    _show(list_checkpoints(root, evaluations(root.absolute().parent)), as_json, _list_table)
+    document = list_checkpoints(root, evaluations(root.absolute().parent))
+    print_result(as_json, document, lambda: _list_table(document))
 
 
 @checkpoint_app.command(epilog="Example: m3i-scale checkpoint verify /data/runs/first --json")
@@ -48,7 +49,7 @@ def verify(
 
     with _bytes_bar(sum(map(folder_bytes, named_checkpoints(path))), quiet=as_json) as advance:
         document = verify_checkpoints(path, advance)
-    _show(document, as_json, _verify_lines)
+    print_result(as_json, document, lambda: _verify_lines(document))
     if not document["good"]:
         raise typer.Exit(EXIT_USER_ERROR)
 
@@ -59,7 +60,8 @@ def inspect(path: One, as_json: AsJson = False) -> None:
     from m3i_scale.checkpoint.documents import inspect_checkpoint
     from m3i_scale.checkpoint.manifest import checkpoint_or_newest
 
-    _show(inspect_checkpoint(checkpoint_or_newest(path)), as_json, _inspect_table)
+    document = inspect_checkpoint(checkpoint_or_newest(path))
+    print_result(as_json, document, lambda: _inspect_table(document))
 
 
 @checkpoint_app.command(
@@ -80,7 +82,8 @@ def prune(
 
     root = root_of(run)
     rules, given_by = rules_given(root, keep_latest, keep_every, keep_best, max_gib)
-    _show(prune_run(root, rules, dry_run=dry_run) | {"rules_from": given_by}, as_json, _prune_table)
+    document = prune_run(root, rules, dry_run=dry_run) | {"rules_from": given_by}
+    print_result(as_json, document, lambda: _prune_table(document))
 
 
 @checkpoint_app.command(epilog="Example: m3i-scale checkpoint consolidate /data/runs/first --output /data/whole")
@@ -104,14 +107,7 @@ def consolidate(
         dtype=cast(Any, dtype),
         max_shard_size=max_shard_size,
     )
-    _show(document, as_json, _consolidate_table)
-
-
-def _show(document: dict[str, Any], as_json: bool, table: Callable[[dict[str, Any]], Any]) -> None:
-    if as_json:
-        print_json(document)
-    else:
-        wide_console().print(table(document))
+    print_result(as_json, document, lambda: _consolidate_table(document))
 
 
 @contextmanager
