@@ -17,9 +17,9 @@ from typing import Any
 from _faults_rank import Job, Kill, slay, start, warm_up
 from torch.distributed.elastic.utils.distributed import get_free_port
 
-from m3i_scale.checkpoint.consolidate import saved_weights
 from m3i_scale.checkpoint.layout import checkpoints, read_meta, step_name, step_of
 from m3i_scale.checkpoint.manifest import newest_good, verify
+from m3i_scale.checkpoint_tools.consolidate import saved_weights
 from m3i_scale.config import load_run
 
 STEPS, SAVE_EVERY, GLOBAL, RANKS = 12, 2, 8, 2

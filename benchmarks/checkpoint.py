@@ -43,7 +43,7 @@ print("\\nmeasured", seconds, int(peak.split()[1]) / 1024)
 """
 VERIFY = "from m3i_scale.checkpoint.manifest import verify; assert verify(Path({source!r})) == []"
 CONSOLIDATE = (
-    "from m3i_scale.checkpoint.consolidate import consolidate; "
+    "from m3i_scale.checkpoint_tools.consolidate import consolidate; "
     "consolidate(Path({source!r}), Path({target!r}), max_shard_size={size!r})"
 )
 ZERO_TO_FP32 = (
@@ -152,7 +152,7 @@ def _consolidate(folder: Path, checkpoint: Path, size: str) -> dict[str, Any]:
         "ours_s": ours["seconds"],
         "zero_to_fp32_s": theirs["default"]["seconds"],
         "zero_to_fp32_shards_s": theirs["shards"]["seconds"],
-        "imports_mib": _fresh("import m3i_scale.checkpoint.consolidate")["peak_mib"],
+        "imports_mib": _fresh("import m3i_scale.checkpoint_tools.consolidate")["peak_mib"],
     }
 
 

@@ -24,9 +24,9 @@ from _common import emit, machine, say
 from _shards import TINY, make_shards
 from torch.distributed.elastic.utils.distributed import get_free_port
 
-from m3i_scale.checkpoint.consolidate import saved_weights
 from m3i_scale.checkpoint.layout import step_name
 from m3i_scale.checkpoint.manifest import newest_good
+from m3i_scale.checkpoint_tools.consolidate import saved_weights
 
 STEPS = 24
 RUN = f"""

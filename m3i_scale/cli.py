@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from m3i_scale import __version__
-from m3i_scale.checkpoint.commands import checkpoint_app
+from m3i_scale.checkpoint_tools.commands import checkpoint_app
 from m3i_scale.elastic.doctor.doctor_command import doctor
 from m3i_scale.errors import EXIT_FAILED, EXIT_PREEMPTED, EXIT_USER_ERROR, ConfigError, ErrorCollector, UserError
 from m3i_scale.evaluate.commands import compare, evaluate

@@ -95,7 +95,7 @@ def sizes() -> dict[str, Size]:
 
 def main() -> None:
     for name, size in sorted(sizes().items(), key=lambda item: -item[1].lines):
-        print(f"{name:<11} {size.lines:>7,} lines {size.files:>4} files")
+        print(f"{name:<16} {size.lines:>7,} lines {size.files:>4} files")
 
 
 if __name__ == "__main__":

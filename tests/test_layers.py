@@ -33,6 +33,7 @@ LEVELS = {
     "checkpoint": 8,
     "launch": 8,
     "run": 9,
+    "checkpoint_tools": 9,
     "plan": 10,
     "report": 10,
     "elastic": 11,

@@ -60,28 +60,6 @@ def checkpoints(root: Path) -> list[Path]:
     return [path for _, path in sorted(steps, reverse=True)]
 
 
-def is_checkpoint(path: Path) -> bool:
-    """Return whether a path is a checkpoint, valid or not."""
-    return path.is_dir() and (step_of(path) is not None or (path / MANIFEST).exists())
-
-
-def root_of(path: Path) -> Path:
-    """Return the checkpoints folder of a run, given its output_dir or the folder itself."""
-    root = path if path.name == "checkpoints" or checkpoints(path) else path / "checkpoints"
-    if is_checkpoint(path) or not root.is_dir():
-        what = "one checkpoint, not a run" if is_checkpoint(path) else "no checkpoints here"
-        raise CheckpointError(what, where=str(path), fix="give a run's output_dir, or its checkpoints folder")
-    return root
-
-
-def named_checkpoints(path: Path) -> list[Path]:
-    """Return the checkpoint at a path, or all checkpoints of a run."""
-    folders = [path] if is_checkpoint(path) else checkpoints(root_of(path))
-    if not folders:
-        raise CheckpointError("no checkpoints here", where=str(path))
-    return folders
-
-
 def named_latest(root: Path) -> str | None:
     """Return the contents of `latest`; None if it cannot be read."""
     try:

@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from m3i_scale.checkpoint.layout import MANIFEST, checkpoints, is_checkpoint, root_of, step_of
+from m3i_scale.checkpoint.layout import MANIFEST, checkpoints, step_of
 from m3i_scale.errors import CheckpointError
 from m3i_scale.files import sha256_of, sha256_of_json, sync
 
@@ -168,39 +168,6 @@ def newest_good(root: Path, *, contents: bool = True) -> tuple[Path | None, list
         more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
         passed_over.append((path, errors[0] + more))
     return None, passed_over
-
-
-def checkpoint_or_newest(path: Path) -> Path:
-    """Return the checkpoint at a path, or the latest complete checkpoint of a run."""
-    if is_checkpoint(path):
-        return path
-    root = root_of(path)
-    newest, _ = newest_good(root, contents=False)
-    if newest is None:
-        raise CheckpointError("no complete checkpoint here", where=str(root), fix="name one checkpoint")
-    return newest
-
-
-def resolve_checkpoint(path: Path) -> tuple[Path, list[tuple[Path, str]]]:
-    """Return the checkpoint at `path`, or the newest valid one of a run, after verifying every byte; and the newer ones
-    that were skipped, each with the reason."""
-    if step_of(path) is None and not (path / MANIFEST).is_file():
-        root = path if path.name == "checkpoints" else path / "checkpoints"
-        newest, skipped = newest_good(root)
-        if newest is None:
-            why = "; ".join(f"{checkpoint.name}: {reason}" for checkpoint, reason in skipped)
-            raise CheckpointError(
-                "no good checkpoint here", where=str(root), why=why or None, fix="give a run's output_dir"
-            )
-        return newest, skipped
-    if errors := (verify(path) if path.is_dir() else ["there is no such folder"]):
-        raise CheckpointError(
-            f"the checkpoint does not verify: {errors[0]}",
-            where=str(path),
-            why=f"it has {len(errors)} errors, and its weights may be damaged",
-            fix="give the run's folder instead: its newest good checkpoint is taken",
-        )
-    return path, []
 
 
 def _name_errors(path: Path, manifest: Manifest) -> Iterator[FileError]:

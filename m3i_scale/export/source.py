@@ -15,9 +15,9 @@ from transformers import PreTrainedTokenizerBase
 from m3i_scale.backbones.build import backbone_config, stored_section
 from m3i_scale.backbones.families import TokenFamily, family_of
 from m3i_scale.backbones.load_plan import fit_positions
-from m3i_scale.checkpoint.consolidate import Which, saved_weights
 from m3i_scale.checkpoint.layout import MANIFEST
-from m3i_scale.checkpoint.manifest import resolve_checkpoint
+from m3i_scale.checkpoint_tools.consolidate import Which, saved_weights
+from m3i_scale.checkpoint_tools.paths import resolve_checkpoint
 from m3i_scale.config import BackboneConfig, RunConfig, parse_section, read_yaml
 from m3i_scale.data.remote.fetch import read_file
 from m3i_scale.data.shards import shard_folder

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from m3i_scale.checkpoint.documents import list_checkpoints
+from m3i_scale.checkpoint_tools.documents import list_checkpoints
 from m3i_scale.config import read_yaml
 from m3i_scale.errors import CheckpointError, ConfigError
 from m3i_scale.host.output_dir import METRICS, QUARANTINE, RUN_FILE, is_run_folder

@@ -13,9 +13,9 @@ from tiny import LABEL_SETS, first_weights
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from m3i_scale.checkpoint.consolidate import saved_weights
 from m3i_scale.checkpoint.load import first_samples, load_checkpoint
 from m3i_scale.checkpoint.saver import Saver
+from m3i_scale.checkpoint_tools.consolidate import saved_weights
 from m3i_scale.objective.build import build_objective, ema_pairs
 from m3i_scale.run.setup import start_engine
 

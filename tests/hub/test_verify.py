@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from m3i_scale.checkpoint.consolidate import saved_weights
+from m3i_scale.checkpoint_tools.consolidate import saved_weights
 from m3i_scale.errors import ExportError
 from m3i_scale.export.reference import make_reference
 from m3i_scale.export.source import find_source, source_tokenizer

@@ -18,10 +18,10 @@ from safetensors import safe_open
 from saved_runs import Done, vouch_for
 from typer.testing import CliRunner
 
-from m3i_scale.checkpoint import documents
-from m3i_scale.checkpoint.consolidate import saved_weights
 from m3i_scale.checkpoint.layout import INDEX, TENSORS, step_name
 from m3i_scale.checkpoint.tensors import SavedTensors
+from m3i_scale.checkpoint_tools import documents
+from m3i_scale.checkpoint_tools.consolidate import saved_weights
 from m3i_scale.cli import app
 from m3i_scale.config import load_run
 from m3i_scale.errors import UserError

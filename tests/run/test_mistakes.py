@@ -19,7 +19,7 @@ import yaml
 from launch import TESTS, Job, environment, free_port
 from shapes import metrics, write_run
 
-from m3i_scale.checkpoint.consolidate import saved_weights
+from m3i_scale.checkpoint_tools.consolidate import saved_weights
 from m3i_scale.data.order import shard_order
 
 LONE_RANK = {"RANK": "0"}

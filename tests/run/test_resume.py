@@ -23,8 +23,8 @@ from launch import TESTS, Job, start_deepspeed, start_ranks
 from saved_runs import call, make_calls
 from shapes import metrics, train, write_run
 
-from m3i_scale.checkpoint.consolidate import saved_weights
 from m3i_scale.checkpoint.manifest import verify
+from m3i_scale.checkpoint_tools.consolidate import saved_weights
 from m3i_scale.host.output_dir import launch_lock
 from m3i_scale.host.rank_record import PHASES
 from m3i_scale.run.stop import stop

@@ -13,7 +13,7 @@ import pytest
 from launch import TESTS, Job, start_ranks
 from shapes import metrics, write_run
 
-from m3i_scale.checkpoint.consolidate import saved_weights
+from m3i_scale.checkpoint_tools.consolidate import saved_weights
 
 pytestmark = pytest.mark.slow
 

@@ -15,7 +15,7 @@ from shapes import metrics, write_run
 from transformers import AutoImageProcessor, AutoModel
 
 from m3i_scale.backbones.build import backbone_config, build_backbone
-from m3i_scale.checkpoint.consolidate import saved_weights
+from m3i_scale.checkpoint_tools.consolidate import saved_weights
 from m3i_scale.config import load_run
 from m3i_scale.errors import ConfigError
 from m3i_scale.export.export import export

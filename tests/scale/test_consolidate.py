@@ -18,8 +18,8 @@ from saved_tensors import write_as_ranks
 from typer.testing import CliRunner
 
 from m3i_scale.checkpoint.commit import begin, commit
-from m3i_scale.checkpoint.consolidate import consolidate
 from m3i_scale.checkpoint.stream import Range
+from m3i_scale.checkpoint_tools.consolidate import consolidate
 from m3i_scale.cli import app
 from m3i_scale.errors import CheckpointError
 
@@ -81,7 +81,7 @@ def read(folder: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("weights", ["student", "ema"])
 def test_values_come_back(tmp_path, tensors, monkeypatch, weights, dtype) -> None:
-    monkeypatch.setattr("m3i_scale.checkpoint.consolidate.BLOCK_ELEMENTS", 64)
+    monkeypatch.setattr("m3i_scale.checkpoint_tools.consolidate.BLOCK_ELEMENTS", 64)
     source = checkpoint(tmp_path, tensors, NAMES)
     told = consolidate(source, tmp_path / "whole", weights=weights, dtype=dtype)
     assert list(told["files"]) == ["model.safetensors"]  # one file needs no index, as on the Hub
@@ -132,7 +132,7 @@ def test_a_run_stands_for_its_newest_good_checkpoint(tmp_path, tensors) -> None:
 MEASURED = """
 import resource, sys
 from pathlib import Path
-from m3i_scale.checkpoint.consolidate import consolidate
+from m3i_scale.checkpoint_tools.consolidate import consolidate
 told = consolidate(Path(sys.argv[1]), Path(sys.argv[2]), max_shard_size=sys.argv[3], dtype="bfloat16")
 peak = [line for line in open("/proc/self/status") if line.startswith("VmHWM")][0]
 print(int(peak.split()[1]) * 1024, max(told["files"].values()))

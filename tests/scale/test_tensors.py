@@ -19,11 +19,11 @@ from safetensors.torch import load_file
 from saved_tensors import write_as_ranks
 
 from m3i_scale.checkpoint import stream
-from m3i_scale.checkpoint.documents import kinds_of
 from m3i_scale.checkpoint.layout import read_meta
 from m3i_scale.checkpoint.load import _restore_random_states
 from m3i_scale.checkpoint.stream import Range, WrittenTensors, write_ranges, write_tensors
 from m3i_scale.checkpoint.tensors import SavedTensors
+from m3i_scale.checkpoint_tools.documents import kinds_of
 from m3i_scale.engine.device import split
 from m3i_scale.errors import CheckpointError
 from m3i_scale.files import sha256_of

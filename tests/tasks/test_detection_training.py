@@ -17,8 +17,8 @@ from run_files import write_run_file
 from saved_runs import call, make_calls
 from shapes import metrics
 
-from m3i_scale.checkpoint.consolidate import saved_weights
 from m3i_scale.checkpoint.retention import evaluations
+from m3i_scale.checkpoint_tools.consolidate import saved_weights
 from m3i_scale.config import RunConfig
 from m3i_scale.errors import ConfigError
 from m3i_scale.objective.build import build_objective, scales_of

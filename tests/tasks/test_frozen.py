@@ -17,9 +17,9 @@ from shapes import make_shapes, metrics
 from tiny import DINOV2, in_parts, tiny_run
 from transformers import AutoModelForImageClassification, Dinov2Config, Dinov2Model
 
-from m3i_scale.checkpoint.consolidate import consolidate, saved_weights
-from m3i_scale.checkpoint.documents import kinds_of
 from m3i_scale.checkpoint.tensors import SavedTensors
+from m3i_scale.checkpoint_tools.consolidate import consolidate, saved_weights
+from m3i_scale.checkpoint_tools.documents import kinds_of
 from m3i_scale.config import RunConfig, load_run
 from m3i_scale.objective.build import build_objective
 from m3i_scale.run.preflight import needs_of

@@ -23,7 +23,7 @@ from tiny import first_weights, in_parts, random_batch
 from torch import Tensor
 from transformers import EomtForUniversalSegmentation, pipeline
 
-from m3i_scale.checkpoint.consolidate import saved_weights
+from m3i_scale.checkpoint_tools.consolidate import saved_weights
 from m3i_scale.config import RunConfig
 from m3i_scale.data.batch import Batch
 from m3i_scale.defaults import NO_CLASS

@@ -23,7 +23,7 @@ from shapes import metrics
 from tiny import first_weights
 from transformers import pipeline
 
-from m3i_scale.checkpoint.consolidate import consolidate, saved_weights
+from m3i_scale.checkpoint_tools.consolidate import consolidate, saved_weights
 from m3i_scale.config import DataConfig, DatasetConfig, RunConfig
 from m3i_scale.data.loader import TrainStream
 from m3i_scale.errors import ConfigError

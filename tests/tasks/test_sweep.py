@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import AutoModelForImageClassification, ViTConfig, ViTModel
 
 from m3i_scale.backbones.build import backbone_config, build_backbone
-from m3i_scale.checkpoint.consolidate import saved_weights
+from m3i_scale.checkpoint_tools.consolidate import saved_weights
 from m3i_scale.config import BackboneConfig, RunConfig, load_run
 from m3i_scale.config.optim import learning_rate
 from m3i_scale.engine.parameter_groups import parameter_groups

@@ -21,7 +21,7 @@ from transformers import AutoModelForImageClassification, pipeline
 
 from m3i_scale.backbones.build import backbone_config, backbone_source
 from m3i_scale.backbones.load_plan import plan_load
-from m3i_scale.checkpoint.consolidate import Which, saved_weights
+from m3i_scale.checkpoint_tools.consolidate import Which, saved_weights
 from m3i_scale.config import BackboneConfig, load_run
 from m3i_scale.objective.build import build_objective, scales_of
 from m3i_scale.plan.planning import Model, Vocabulary

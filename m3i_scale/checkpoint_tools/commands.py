@@ -28,9 +28,9 @@ One = Annotated[Path, typer.Argument(help="One checkpoint; or a run, whose newes
 @checkpoint_app.command("list", epilog="Example: m3i-scale checkpoint list /data/runs/first")
 def list_(run: Run, as_json: AsJson = False) -> None:
     """List all checkpoints of a run: step, age, size, validity by names and sizes, metrics, and why each is kept."""
-    from m3i_scale.checkpoint.documents import list_checkpoints
-    from m3i_scale.checkpoint.layout import root_of
     from m3i_scale.checkpoint.retention import evaluations
+    from m3i_scale.checkpoint_tools.documents import list_checkpoints
+    from m3i_scale.checkpoint_tools.paths import root_of
 
     root = root_of(run)
     document = list_checkpoints(root, evaluations(root.absolute().parent))
@@ -43,8 +43,8 @@ def verify(
     as_json: AsJson = False,
 ) -> None:
     """Compare every byte with the manifest. Exits with 2 if there are differences, and names the corrupt files."""
-    from m3i_scale.checkpoint.documents import verify_checkpoints
-    from m3i_scale.checkpoint.layout import named_checkpoints
+    from m3i_scale.checkpoint_tools.documents import verify_checkpoints
+    from m3i_scale.checkpoint_tools.paths import named_checkpoints
     from m3i_scale.files import folder_bytes
 
     with _bytes_bar(sum(map(folder_bytes, named_checkpoints(path))), quiet=as_json) as advance:
@@ -57,8 +57,8 @@ def verify(
 @checkpoint_app.command(epilog="Example: m3i-scale checkpoint inspect /data/runs/first/checkpoints/step-00000100")
 def inspect(path: One, as_json: AsJson = False) -> None:
     """Show the contents of a checkpoint; reads headers and small files only."""
-    from m3i_scale.checkpoint.documents import inspect_checkpoint
-    from m3i_scale.checkpoint.manifest import checkpoint_or_newest
+    from m3i_scale.checkpoint_tools.documents import inspect_checkpoint
+    from m3i_scale.checkpoint_tools.paths import checkpoint_or_newest
 
     document = inspect_checkpoint(checkpoint_or_newest(path))
     print_result(as_json, document, lambda: _inspect_table(document))
@@ -77,8 +77,8 @@ def prune(
     as_json: AsJson = False,
 ) -> None:
     """Delete checkpoints that no rule keeps. Default: the rules of the config. The latest valid one is always kept."""
-    from m3i_scale.checkpoint.documents import prune_run, rules_given
-    from m3i_scale.checkpoint.layout import root_of
+    from m3i_scale.checkpoint_tools.documents import prune_run, rules_given
+    from m3i_scale.checkpoint_tools.paths import root_of
 
     root = root_of(run)
     rules, given_by = rules_given(root, keep_latest, keep_every, keep_best, max_gib)
@@ -98,7 +98,7 @@ def consolidate(
     as_json: AsJson = False,
 ) -> None:
     """Merge the shards of all ranks into full tensors. Streams data, so memory does not grow with the model."""
-    from m3i_scale.checkpoint.consolidate import consolidate as write
+    from m3i_scale.checkpoint_tools.consolidate import consolidate as write
 
     document = write(
         path,

@@ -20,7 +20,6 @@ from m3i_scale.checkpoint.layout import (
     MANIFEST,
     TEMPORARY_PREFIX,
     TENSORS,
-    named_checkpoints,
     named_latest,
     read_meta,
     read_object,
@@ -38,6 +37,7 @@ from m3i_scale.checkpoint.retention import (
     which_to_keep,
 )
 from m3i_scale.checkpoint.tensors import DTYPES, NAMES, SavedTensors
+from m3i_scale.checkpoint_tools.paths import named_checkpoints
 from m3i_scale.config import CheckpointConfig, KeepBestConfig, RetentionConfig, parse_section, read_yaml
 from m3i_scale.data.state import StreamState, merge_states
 from m3i_scale.errors import CheckpointError, ConfigError, DataError, did_you_mean

@@ -20,9 +20,9 @@ from torch import Tensor
 
 from m3i_scale.checkpoint.commit import cause_of
 from m3i_scale.checkpoint.layout import BUFFERS, read_meta
-from m3i_scale.checkpoint.manifest import resolve_checkpoint
 from m3i_scale.checkpoint.stream import Streamed, write_safetensors
 from m3i_scale.checkpoint.tensors import AVERAGE, SavedTensors
+from m3i_scale.checkpoint_tools.paths import resolve_checkpoint
 from m3i_scale.engine.engine_state import MASTER
 from m3i_scale.errors import CheckpointError, did_you_mean
 from m3i_scale.files import atomic_dir, write_json

@@ -1,0 +1,1 @@
+"""Commands for saved checkpoints: list, verify, inspect, prune and consolidate."""
