@@ -15,7 +15,7 @@ from m3i_scale import __version__
 from m3i_scale.checkpoint_tools.commands import checkpoint_app
 from m3i_scale.elastic.doctor.doctor_command import doctor
 from m3i_scale.errors import EXIT_FAILED, EXIT_PREEMPTED, EXIT_USER_ERROR, ConfigError, ErrorCollector, UserError
-from m3i_scale.evaluate.commands import compare, evaluate
+from m3i_scale.evaluate.command_line import compare, evaluate
 from m3i_scale.export.export_command import export
 from m3i_scale.launch_command import launch
 from m3i_scale.options import AsJson, Overrides, RunFile

@@ -1,214 +1,189 @@
-"""`m3i-scale evaluate`, and `m3i-scale compare` with its tables and its page. Slow imports happen inside the
-functions."""
+"""`m3i-scale evaluate`: metrics with confidence intervals for a model folder and shards."""
 
 from __future__ import annotations
 
-import base64
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import Any, Literal, get_args
 
-import typer
-from rich.console import Group, RenderableType
-from rich.table import Table
-from rich.text import Text
+import torch
 
-from m3i_scale import __version__
-from m3i_scale.evaluate.report import render, warning_lines
-from m3i_scale.options import AsJson, Imports, reading_bar, writes_to
-from m3i_scale.output import print_result
-from m3i_scale.text import without_secrets
+from m3i_scale.errors import ConfigError, DataError, did_you_mean
+from m3i_scale.evaluate.classifier import trained_heads
+from m3i_scale.evaluate.features import Encoder, Pool, load_vision, pixel_features
+from m3i_scale.evaluate.intervals import clusters_of
+from m3i_scale.evaluate.job import MEASURES, PROBES, WITH_TEXT, Job, Progress, measure_all, read_side
+from m3i_scale.evaluate.measures import measure_advantage
+from m3i_scale.evaluate.pictures.collect import check_samples, draw_pictures
+from m3i_scale.evaluate.pictures.draw import OVERLAY_COUNT, make_folder
+from m3i_scale.evaluate.samples import check_apart, check_groups, open_table
+from m3i_scale.evaluate.towers import TEMPLATES, why_no_towers
+from m3i_scale.evaluate.trained_model import MODELS, EvaluationOptions, load_trained_model
 
-if TYPE_CHECKING:
-    from m3i_scale.run.callbacks import Picture
-
-_COLUMNS = ("measure", "before", "after", "difference", "interval", "change")
+Baseline = Literal["none", "pixels"]
 
 
 def evaluate(
-    model_dir: Annotated[Path, typer.Argument(help="An exported folder, or any Hub folder of a vision model.")],
-    data: Annotated[str, typer.Option(help="Shards to measure on.")],
-    train_data: Annotated[str | None, typer.Option(help="Shards that kNN and the linear probes learn from.")] = None,
-    measure: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="knn, linear, dense, classifier, zero_shot, retrieval: all by default; or segmenter or detector."
-        ),
-    ] = None,
-    pool: Annotated[str, typer.Option(help="mean, cls or both: the image vector of kNN and linear probe.")] = "mean",
-    baseline: Annotated[str, typer.Option(help="pixels: also probe the raw pixels.")] = "none",
-    exclude_group: Annotated[list[str] | None, typer.Option(help="Leave out samples of a group.")] = None,
-    template: Annotated[
-        list[str] | None, typer.Option(help="A zero-shot prompt, {} for the class name; several are averaged.")
-    ] = None,
-    batch_size: Annotated[
-        int | None,
-        typer.Option(help="Images in one forward pass (64), of a detector (4); of a segmenter windows (16)."),
-    ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")] = "auto",
-    pictures: Annotated[
-        Path | None,
-        typer.Option(
-            callback=writes_to,
-            help="New folder for visualizations: of features (attention, dense PCA …), or predictions of a segmenter "
-            "or detector.",
-        ),
-    ] = None,
-    picture_count: Annotated[
-        int | None, typer.Option(min=1, help="Number of predictions of a segmenter or detector; default: 20.")
-    ] = None,
-    picture_samples: Annotated[
-        str | None, typer.Option(help="Samples whose features are shown, at most eight: shard.tar/key,shard.tar/key …")
-    ] = None,
-    imports: Imports = None,
-    as_json: AsJson = False,
-) -> None:
-    """Measure what frozen features are worth (kNN, linear and dense probe, zero-shot, retrieval). Also measure how
-    often a trained head is right (top-1, top-5, mIoU of a segmenter, AP of a detector). Intervals are by concept."""
-    from m3i_scale.config.sections import import_given
-    from m3i_scale.evaluate.evaluation import evaluate as run_evaluation
-    from m3i_scale.evaluate.towers import TEMPLATES
+    model_dir: Path | str,
+    data: str,
+    *,
+    train_data: str | None = None,
+    measures: tuple[str, ...] | None = None,
+    pool: Pool = "mean",
+    baseline: Baseline = "none",
+    exclude_groups: tuple[str, ...] = (),
+    templates: tuple[str, ...] = TEMPLATES,
+    batch_size: int | None = None,
+    device: str = "auto",
+    pictures: Path | None = None,
+    picture_count: int | None = None,
+    picture_samples: Sequence[str] | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Evaluate the frozen features of a model, and the accuracy of its trained classifier.
 
-    import_given(imports)
-    with reading_bar() as progress:
-        result = run_evaluation(
-            model_dir,
-            data,
-            train_data=train_data,
-            measures=tuple(measure) if measure else None,
-            pool=cast(Any, pool),
-            baseline=cast(Any, baseline),
-            exclude_groups=tuple(exclude_group or ()),
-            templates=tuple(template or TEMPLATES),
-            batch_size=batch_size,
-            device=device,
-            pictures=pictures,
-            picture_count=picture_count,
-            picture_samples=picture_samples.split(",") if picture_samples is not None else None,
-            progress=progress,
+    Deterministic. Writes nothing to disk except pictures.
+
+    Args:
+        model_dir: a folder from `m3i-scale export`, or any Hub folder of a vision model (then without text metrics).
+        data: test shards: a folder, a brace pattern or one .tar.
+        train_data: training shards of the probes; required by kNN and the linear probes.
+        measures: a subset of `MEASURES`, or only one of `MODELS`; default: all that the model supports.
+        pool: image features of kNN and linear probe: mean of the patch tokens, class token, or both.
+        baseline: `pixels` also runs the probes on the raw 32 × 32 image.
+        exclude_groups: skip samples with one of these values as `group` in their json field.
+        templates: zero-shot prompts; `{}` is replaced by the class name.
+        batch_size: images per forward pass, or windows for a segmenter. Default: that of the model, or `IMAGES`.
+        device: auto (CUDA if available), cpu, cuda, cuda:1, …
+        pictures: new folder for visualizations of features, or for prediction overlays of a segmenter or of a
+            detector's worst images.
+        picture_count: number of overlays; default: `OVERLAY_COUNT`.
+        picture_samples: keys (`shard.tar/key`) of the samples to visualize; at most and by default `SAMPLES`.
+        progress: callback for the number of samples read and the current metric.
+
+    Returns:
+        A JSON-serializable document: model, data, measures, not_measured (with reasons), warnings, and pictures if
+        requested.
+    """
+    check_options(measures, (*MEASURES, *MODELS), pool, batch_size)
+    _check_known(baseline, get_args(Baseline), "baseline")
+    _check_pictures(pictures, picture_count, picture_samples)
+    where, folder = device_of(device), Path(model_dir)
+    given = {
+        "--train-data": train_data is not None,
+        "--baseline": baseline != "none",
+        "--pool": pool != "mean",
+        "--template": templates != TEMPLATES,
+        "--picture-samples": picture_samples is not None,
+    }
+    idle = [name for name, is_given in given.items() if is_given]
+    drawing = None if pictures is None else (pictures, OVERLAY_COUNT if picture_count is None else picture_count)
+    if (measured := load_trained_model(folder, measures, idle)) is not None:
+        advance = None if progress is None else partial(progress, "data")
+        return measured(EvaluationOptions(folder, data, where, batch_size, exclude_groups, drawing, advance))
+    if picture_count is not None:
+        raise ConfigError(
+            "--picture-count has no effect: no predictions of a segmenter or detector are drawn",
+            where=str(folder),
+            fix=f"leave it out; or --measure {' or '.join(MODELS)}, if the folder holds one",
         )
-    print_result(as_json, result, lambda: render(result))
-
-
-def compare(
-    before: Annotated[str, typer.Argument(help="An exported folder, any Hub folder of a vision model, or a Hub id.")],
-    after: Annotated[str, typer.Argument(help="The other model, likewise.")],
-    data: Annotated[str, typer.Option(help="A folder of shards with train and val, as `shards make` writes it.")],
-    general: Annotated[str | None, typer.Option(help="Another one, for what may have been forgotten.")] = None,
-    measure: Annotated[
-        list[str] | None, typer.Option(help="knn, linear, dense, zero_shot, retrieval: all by default.")
-    ] = None,
-    pool: Annotated[str, typer.Option(help="mean, cls or both: the image vector of kNN and linear probe.")] = "mean",
-    batch_size: Annotated[int | None, typer.Option(help="Images in one forward pass (64).")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")] = "auto",
-    output: Annotated[
-        Path | None,
-        typer.Option(callback=writes_to, help="Also write a page with dense features side by side: FILE.html."),
-    ] = None,
-    imports: Imports = None,
-    as_json: AsJson = False,
-) -> None:
-    """Show what a training has improved and what it has forgotten: compare the frozen features of two models on the
-    same samples, with confidence intervals of the differences."""
-    from m3i_scale.config.sections import import_given
-    from m3i_scale.evaluate.compare import compare as run_comparison
-    from m3i_scale.report.html_file import check_page
-
-    import_given(imports)
-    if output is not None:
-        check_page(output)
-    with reading_bar() as progress:
-        result, pictures = run_comparison(
-            before,
-            after,
-            data,
-            general=general,
-            measures=tuple(measure) if measure else None,
-            pool=cast(Any, pool),
-            batch_size=batch_size,
-            device=device,
-            draw=output is not None,
-            progress=progress,
+    measures = MEASURES if measures is None else measures
+    test_table = open_table(data, "--data")
+    train_table = open_table(train_data, "--train-data") if train_data is not None else None
+    if train_table is not None:
+        check_apart(test_table, train_table)
+    if pictures is not None:
+        make_folder(pictures)
+        if picture_samples is not None:
+            check_samples(test_table, picture_samples)
+    vision = load_vision(folder, pool, where)
+    no_towers = why_no_towers(folder)
+    classifier, no_classifier, towers = trained_heads(
+        folder,
+        vision,
+        test_table.classes,
+        wants_text=no_towers is None and (pictures is not None or bool(set(WITH_TEXT) & set(measures))),
+        wants_classifier="classifier" in measures,
+    )
+    pixels: dict[str, Encoder] = {"pixels": pixel_features} if baseline == "pixels" else {}
+    heads: dict[str, Encoder] = {}
+    if classifier is not None:
+        heads["classifier"] = classifier
+    if towers is not None:
+        heads["joint"] = towers.images
+    read = partial(
+        read_side,
+        vision=vision,
+        batch_size=batch_size,
+        dense="dense" in measures and train_table is not None,
+        exclude_groups=exclude_groups,
+        progress=progress,
+    )
+    test = read(test_table, encoders=heads | pixels, split="data")
+    if not len(test.table):
+        raise DataError("no usable sample in the test data", where=data, why=str(dict(test.table.left_out)))
+    train = None
+    if train_table is not None and set(PROBES) & set(measures):
+        train = read(train_table, encoders=pixels, split="train data")
+    check_groups(exclude_groups, [test_table, *([train.table] if train else [])])
+    job = Job(vision, train, test, clusters_of(test_table), towers, no_towers, classifier, no_classifier, templates)
+    figures, absent, ours = measure_all(measures, "model", job, progress)
+    if not figures and pictures is None:
+        raise DataError(
+            "nothing can be measured",
+            where=data,
+            why="; ".join(f"{name}: {reason}" for name, reason in absent.items()),
+            fix="give --train-data with labels (masks for the dense probe), or an export with a text target",
         )
-    if output is not None:
-        write_comparison(result, pictures, output)
-    print_result(as_json, result, lambda: comparison_table(result))
-
-
-def comparison_table(document: dict[str, Any]) -> RenderableType:
-    """Return the document of `compare` as a table for each dataset, followed by notes."""
-    parts: list[RenderableType] = [Text(line) for line in _models(document)]
-    for name, of_set in document["sets"].items():
-        table = Table(title=Text(_title(name, of_set)), title_justify="left")
-        for column in _COLUMNS:
-            table.add_column(column, justify="left" if column in ("measure", "change") else "right")
-        for row in _rows(of_set):
-            table.add_row(*row)
-        parts += [table, *(Text(line) for line in _lines(document, of_set))]
-    return Group(*parts)
-
-
-def write_comparison(document: dict[str, Any], pictures: Mapping[str, Picture], page: Path) -> None:
-    """Write a page with the tables of a comparison and its pictures by dataset."""
-    from m3i_scale.evaluate.pictures.draw import jpeg
-    from m3i_scale.report.html_file import rendered, write_page
-
-    sets = [
-        {
-            "title": _title(name, of_set),
-            "rows": list(_rows(of_set)),
-            "lines": list(_lines(document, of_set)),
-            "picture": pictures.get(name),
-            "jpeg": base64.b64encode(jpeg(pictures[name].image)).decode() if name in pictures else None,
+    result = job.document(folder, data, train_data) | {"measures": figures, "not_measured": absent}
+    if pictures is not None:
+        result["pictures"] = draw_pictures(job, pictures, picture_samples)
+    if baseline == "pixels":
+        probes, why_not, theirs = measure_all(
+            tuple(name for name in measures if name in PROBES), "pixels", job, progress
+        )
+        advantage = {name: measure_advantage(ours[name], theirs[name]) for name in ours if name in theirs}
+        result["baseline"] = {
+            "kind": "pixels",
+            "measures": probes,
+            "not_measured": why_not,
+            "advantage_of_model": advantage,
         }
-        for name, of_set in document["sets"].items()
-    ]
-    text = rendered(
-        "comparison.html.j2",
-        title=f"{document['before']['name']} and {document['after']['name']}",
-        models=list(_models(document)),
-        columns=_COLUMNS,
-        sets=sets,
-        version=__version__,
-        written=time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
-    )
-    write_page(text, page)
+    result["warnings"] = job.warnings(figures, result.get("baseline", {}).get("measures", {}))
+    return result
 
 
-def _title(name: str, of_set: dict[str, Any]) -> str:
-    return without_secrets(f"{name}: {of_set['data']['shards']}  ·  {of_set['data']['samples']} samples")
+def check_options(measures: tuple[str, ...] | None, known: tuple[str, ...], pool: str, batch_size: int | None) -> None:
+    """Validate the options for evaluating a model's features."""
+    for name in measures or ():
+        _check_known(name, known, "measure")
+    _check_known(pool, get_args(Pool), "pool")
+    if measures == ():
+        raise ConfigError("no metric is requested", fix=f"one or more of {', '.join(known)}")
+    if batch_size is not None and batch_size < 1:
+        raise ConfigError(f"batch size {batch_size} is below 1")
 
 
-def _models(document: dict[str, Any]) -> Iterator[str]:
-    for role in ("before", "after"):
-        model = document[role]
-        size = model["image_size"]
-        yield f"{role}: {model['path']} ({model['type']}, {size} × {size} pixels, pool {model['pool']})"
+def _check_pictures(folder: Path | None, count: int | None, samples: Sequence[str] | None) -> None:
+    if folder is None and (samples is not None or count is not None):
+        raise ConfigError("pictures have no folder", where="--pictures", fix="--pictures /data/pictures")
+    if count is not None and count < 1:
+        raise ConfigError(f"the number of pictures must be 1 or more, got {count}", where="--picture-count")
 
 
-def _rows(of_set: dict[str, Any]) -> Iterator[tuple[str, ...]]:
-    """Yield metric, both values, their difference, its interval, and the direction of change."""
-    for name, figures in of_set["measures"].items():
-        before, after, difference = (figures[key] for key in ("before", "after", "difference"))
-        yield (
-            name.replace("_", " "),
-            f"{before['value']:.3f}",
-            f"{after['value']:.3f}",
-            f"{difference['value']:+.3f}",
-            f"{difference['low']:+.3f} … {difference['high']:+.3f}",
-            figures["change"],
-        )
+def _check_known(value: str, known: tuple[str, ...], what: str) -> None:
+    if value not in known:
+        raise ConfigError(f"no {what} '{value}'", fix=did_you_mean(value, known))
 
 
-def _lines(document: dict[str, Any], of_set: dict[str, Any]) -> Iterator[str]:
-    data = of_set["data"]
-    yield (
-        f"{document['level']:.0%} intervals of differences by paired bootstrap over {data['clusters']} ×"
-        f" {data['cluster_unit']}"
-    )
-    for name, reason in of_set["not_measured"].items():
-        yield f"not measured: {name.replace('_', ' ')}: {reason}"
-    if "not_shown" in of_set:
-        yield f"not shown: dense features: {of_set['not_shown']}"
-    yield from warning_lines(of_set)
+def device_of(name: str) -> torch.device:
+    """Return the device with this name; `auto` is CUDA if available."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"no device '{name}': {str(error).splitlines()[0]}", fix="--device cpu") from None
+    return device

@@ -14,7 +14,7 @@ from m3i_scale.backbones.sources import pretrained_folder
 from m3i_scale.errors import ConfigError, DataError, error_prefix
 from m3i_scale.evaluate import NotMeasuredError
 from m3i_scale.evaluate.classifier import trained_heads
-from m3i_scale.evaluate.evaluation import check_options, device_of
+from m3i_scale.evaluate.commands import check_options, device_of
 from m3i_scale.evaluate.features import Encoder, Pool, VisionModel, load_vision
 from m3i_scale.evaluate.intervals import Statistic, clusters_of
 from m3i_scale.evaluate.job import PROBES, WITH_TEXT, Job, Progress, measure_all, read_side

@@ -13,7 +13,7 @@ from m3i_scale.config import OptimConfig, RunConfig
 from m3i_scale.engine.deepspeed.resolve import load_ds_config
 from m3i_scale.engine.device import compute_dtype
 from m3i_scale.engine.peak import named_peak
-from m3i_scale.evaluate.evaluation import evaluate
+from m3i_scale.evaluate.commands import evaluate
 from m3i_scale.export.card import render_card
 from m3i_scale.export.export import Weights, export
 from m3i_scale.export.push import PROVENANCE

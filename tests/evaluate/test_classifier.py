@@ -8,7 +8,7 @@ from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 from m3i_scale.evaluate import NotMeasuredError
 from m3i_scale.evaluate.classifier import Classifier, measure_classifier
-from m3i_scale.evaluate.evaluation import evaluate
+from m3i_scale.evaluate.commands import evaluate
 from m3i_scale.evaluate.intervals import Clusters
 from m3i_scale.evaluate.measures import Side
 from m3i_scale.evaluate.samples import Table

@@ -17,10 +17,10 @@ from transformers import SegformerConfig, SegformerForSemanticSegmentation, ViTC
 from m3i_scale.defaults import NO_CLASS
 from m3i_scale.errors import ConfigError, DataError, ExportError
 from m3i_scale.evaluate import features, job
-from m3i_scale.evaluate.commands import comparison_table, write_comparison
+from m3i_scale.evaluate.command_line import comparison_table, write_comparison
+from m3i_scale.evaluate.commands import evaluate
 from m3i_scale.evaluate.compare import compare, compared
 from m3i_scale.evaluate.dense import mean_iou
-from m3i_scale.evaluate.evaluation import evaluate
 from m3i_scale.evaluate.intervals import LEVEL, RESAMPLES, SEED, Clusters, mean_of
 from m3i_scale.shards.make import make_shards
 from m3i_scale.shards.options import ShardOptions

@@ -14,6 +14,7 @@ from sklearn.metrics import jaccard_score
 from m3i_scale.data.samples import open_mask
 from m3i_scale.defaults import NO_CLASS
 from m3i_scale.evaluate import samples
+from m3i_scale.evaluate.commands import evaluate
 from m3i_scale.evaluate.dense import (
     PATCHES_PER_IMAGE,
     PatchCollector,
@@ -21,7 +22,6 @@ from m3i_scale.evaluate.dense import (
     patch_labels,
     pixel_patches,
 )
-from m3i_scale.evaluate.evaluation import evaluate
 from m3i_scale.evaluate.intervals import Clusters
 from m3i_scale.evaluate.samples import open_table, read_samples
 from m3i_scale.shards.make import make_shards

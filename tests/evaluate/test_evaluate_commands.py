@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 
 from m3i_scale.errors import ConfigError, DataError
-from m3i_scale.evaluate.evaluation import evaluate
+from m3i_scale.evaluate.commands import evaluate
 from m3i_scale.evaluate.intervals import Clusters, mean_of
 from m3i_scale.evaluate.measures import measure_advantage
 from m3i_scale.evaluate.report import render

@@ -7,8 +7,8 @@ import pytest
 from rich.console import Console
 
 from m3i_scale.errors import ConfigError, DataError
-from m3i_scale.evaluate import evaluation
-from m3i_scale.evaluate.evaluation import evaluate
+from m3i_scale.evaluate import commands
+from m3i_scale.evaluate.commands import evaluate
 from m3i_scale.evaluate.pictures import collect
 from m3i_scale.evaluate.report import render
 
@@ -54,7 +54,7 @@ def test_named_samples_are_shown_in_their_order(vit_folder, shards, tmp_path, dr
 
 
 def test_an_unknown_sample_is_refused_before_the_model_is_loaded(vit_folder, shards, tmp_path, drawn, monkeypatch):
-    monkeypatch.delattr(evaluation, "load_vision")
+    monkeypatch.delattr(commands, "load_vision")
     wrong = drawn[0]["pictures"]["samples"][0][:-1] + "x"
     with pytest.raises(DataError) as caught:
         evaluate(vit_folder, str(shards / "val"), pictures=tmp_path / "new", picture_samples=[wrong])

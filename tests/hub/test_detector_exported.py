@@ -15,7 +15,7 @@ from test_detector_measured import BARE, DINOV2, INTERNIMAGE, SHAPE, SIDE, VIT, 
 from transformers import AutoImageProcessor, AutoModelForObjectDetection
 
 from m3i_scale.errors import ConfigError, ExportError
-from m3i_scale.evaluate.evaluation import evaluate
+from m3i_scale.evaluate.commands import evaluate
 from m3i_scale.export import verify as verify_module
 from m3i_scale.export.export import export
 from m3i_scale.export.write import ExportContents

@@ -24,7 +24,7 @@ from m3i_scale.data.batch import Sample as Shown
 from m3i_scale.data.shards import CATEGORIES
 from m3i_scale.data.views import ViewMaker
 from m3i_scale.errors import ConfigError, DataError, ExportError
-from m3i_scale.evaluate.evaluation import evaluate
+from m3i_scale.evaluate.commands import evaluate
 from m3i_scale.evaluate.report import render
 from m3i_scale.evaluate.towers import load_objective
 from m3i_scale.export.export import export

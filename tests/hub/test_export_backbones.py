@@ -15,7 +15,7 @@ from m3i_scale.backbones.internimage import SOURCE_FILES
 from m3i_scale.backbones.load_plan import plan_load
 from m3i_scale.config import BackboneConfig
 from m3i_scale.errors import ExportError
-from m3i_scale.evaluate.evaluation import evaluate
+from m3i_scale.evaluate.commands import evaluate
 from m3i_scale.export.export import export
 
 pytestmark = pytest.mark.slow

@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from m3i_scale.errors import ExportError
+from m3i_scale.evaluate.commands import evaluate
 from m3i_scale.evaluate.compare import compare
-from m3i_scale.evaluate.evaluation import evaluate
 from m3i_scale.evaluate.samples import open_table, read_samples
 from m3i_scale.evaluate.towers import load_objective, towers_of
 

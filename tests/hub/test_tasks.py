@@ -21,7 +21,7 @@ from transformers import (
 from weights import started
 
 from m3i_scale.errors import ExportError
-from m3i_scale.evaluate.evaluation import evaluate
+from m3i_scale.evaluate.commands import evaluate
 from m3i_scale.evaluate.features import load_vision
 from m3i_scale.evaluate.samples import open_table, read_samples
 from m3i_scale.export.export import export

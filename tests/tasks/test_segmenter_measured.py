@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoImageProcessor, SegformerConfig, SegformerForSemanticSegmentation, SegformerImageProcessor
 
 from m3i_scale.errors import ConfigError, DataError, ExportError
-from m3i_scale.evaluate.evaluation import MEASURES, evaluate
+from m3i_scale.evaluate.commands import MEASURES, evaluate
 from m3i_scale.evaluate.intervals import clusters_of
 from m3i_scale.evaluate.report import render
 from m3i_scale.evaluate.samples import Sample, open_table
