@@ -127,11 +127,6 @@ class Backbone(nn.Module, ABC):
             raise ValueError("the backbone has no class token")
         return self.encode_maps(images_BCHW, ())[0]
 
-    def encode_attending(self, images_BCHW: Tensor) -> tuple[Tokens, Tensor | None]:
-        """Encode as `encode_whole`. Also return the class token's attention in the last layer by head: fp32 (B, H, N),
-        or None without class token."""
-        return self.encode_whole(images_BCHW), None
-
     @property
     @abstractmethod
     def stage_widths(self) -> list[int]:

@@ -242,17 +242,8 @@ class PixelNorm(Fp32State):
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
         """Normalize per channel, (x/255 − mean) / std: uint8 (B, 3, H, W) → float32."""
-        mean_C11, std_C11 = self._moments()
-        return (images_BCHW.to(torch.float32) - mean_C11) / std_C11
-
-    def undo(self, pixels_BCHW: Tensor) -> Tensor:
-        """Undo the normalization: (B, 3, H, W) → uint8. Values out of range are clamped."""
-        mean_C11, std_C11 = self._moments()
-        return (pixels_BCHW.float() * std_C11 + mean_C11).round().clamp(0, 255).to(torch.uint8)
-
-    def _moments(self) -> tuple[Tensor, Tensor]:
         mean_C11, std_C11 = (255.0 * values_C[:, None, None] for values_C in (self.mean_C, self.std_C))
-        return mean_C11, std_C11
+        return (images_BCHW.to(torch.float32) - mean_C11) / std_C11
 
 
 def normalize(images_BCHW: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:

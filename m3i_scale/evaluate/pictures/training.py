@@ -22,6 +22,7 @@ from m3i_scale.evaluate.pictures.dense import (
     similarity_to_mean,
 )
 from m3i_scale.evaluate.pictures.draw import Cell, Colour, framed, grid, image_of
+from m3i_scale.evaluate.pictures.model_outputs import encode_attending, reconstruct
 from m3i_scale.objective.information import Objective
 from m3i_scale.objective.inputs import EncodedInput
 from m3i_scale.objective.targets.dense import Pixels
@@ -47,7 +48,7 @@ class EncodedSamples:
     attention: Attention
     """Attention of the class token in the last layer, or the similarity to the mean without a class token."""
     reconstructed: dict[tuple[str, str], NDArray[np.uint8]]
-    """Result of `Objective.reconstruct`."""
+    """Result of `reconstruct`."""
 
 
 class TrainingPictures:
@@ -66,10 +67,10 @@ class TrainingPictures:
         """Encode the samples. Under ZeRO-3, every rank must call it."""
         objective, student, batch = self._objective, self._objective.student, self._samples.to(device)
         images_BCHW = batch.images_VBCHW[0]
-        (_, encoded_BND), attention_BHN = student.encode_attending(objective.pixel_norm(images_BCHW))
+        (_, encoded_BND), attention_BHN = encode_attending(student, objective.pixel_norm(images_BCHW))
         tokens_BND = _host(encoded_BND)
         maps = similarity_to_mean(tokens_BND) if attention_BHN is None else Attention(_host(attention_BHN), CLASS_TOKEN)
-        reconstructed = {key: images.cpu().numpy() for key, images in objective.reconstruct(batch).items()}
+        reconstructed = {key: images.cpu().numpy() for key, images in reconstruct(objective, batch).items()}
         return EncodedSamples(tokens_BND, maps, reconstructed)
 
     def draw(self, encoded: EncodedSamples) -> list[Picture]:
