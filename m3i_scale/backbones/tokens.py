@@ -8,20 +8,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from m3i_scale.backbones.base import Backbone, MaskedPatches, Tokens, Views, gather_tokens
-from m3i_scale.backbones.families import TokenFamily, VisionConfig, find_family, token_family
+from m3i_scale.backbones.families import VisionConfig, token_family
 from m3i_scale.backbones.families.base import Angles
-
-
-def last_norm(model: PreTrainedModel, hidden_BLD: Tensor) -> Tensor:
-    """Return the hidden state after the final norm. CLIP's last hidden state precedes its final norm."""
-    family = find_family(model.config)
-    if isinstance(family, TokenFamily) and not family.norm_is_last:
-        return family.normed(model, hidden_BLD)
-    return hidden_BLD
 
 
 class Sequences(NamedTuple):

@@ -123,10 +123,6 @@ class EncodedInput:
     blocks_BKT: Tensor | None = None
     """int64 (B, K, T): the masked patches of every target block, ascending. None if the mask has no target blocks."""
 
-    def visible_patches(self, sample: int) -> Tensor:
-        """Return the patches of a sample, on the CPU, that are neither dropped nor mask tokens: int64 (L)."""
-        return self.visible_BL[sample] if self.shown_BN is None else self.shown_BN[sample].nonzero()[:, 0]
-
 
 def mix_partners(batch: int, images: int, device: torch.device) -> list[Tensor]:
     """Return the image in row i of the batch for each slot r of a mix: int64 (B) each.

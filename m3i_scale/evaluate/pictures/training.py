@@ -138,7 +138,7 @@ def draw_views(
             Cell(images[sample], frame=_colour_of(view) if several else None) for view, images in enumerate(images_VB)
         ]
         for place, one in hiding:
-            seen = visible_part(images_VB[one.view][sample], one.visible_patches(sample), patches)
+            seen = visible_part(images_VB[one.view][sample], visible_patches(one, sample), patches)
             row.append(Cell(seen, frame=_colour_of(place) if mixed else None))
         if mixed:
             row.append(Cell(mix_of(images_VB, inputs, patches, sample)))
@@ -157,6 +157,11 @@ def draw_views(
         f"{len(names)} samples. By row: {', '.join(columns)}. Samples: {'; '.join(names)}.",
         grid(rows, columns, names),
     )
+
+
+def visible_patches(seen: EncodedInput, sample: int) -> Tensor:
+    """Return the patches of a sample, on the CPU, that are neither dropped nor mask tokens: int64 (L)."""
+    return seen.visible_BL[sample] if seen.shown_BN is None else seen.shown_BN[sample].nonzero()[:, 0]
 
 
 def visible_part(image: Image.Image, visible_L: Tensor, patches: tuple[int, int]) -> Image.Image:
@@ -239,7 +244,7 @@ def draw_reconstruction(
         row = []
         for one in predicted:
             original, seen = (image_of(batch.images_VBCHW[view, sample].numpy()) for view in (one.view, one.seen.view))
-            row += [original, visible_part(seen, one.seen.visible_patches(sample), patches)]
+            row += [original, visible_part(seen, visible_patches(one.seen, sample), patches)]
             row.append(image_of(one.images_BCHW[sample]))
         rows.append([Cell(image) for image in row])
     put_back = "; the mean and contrast of a predicted patch are those of the true one" if standardized else ""
