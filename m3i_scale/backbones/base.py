@@ -49,8 +49,6 @@ class Backbone(nn.Module, ABC):
     """The `transformers` model that is exported."""
     has_class_token: bool
     """Whether the first of `Tokens` is a class token instead of a mean token."""
-    own_attention: bool
-    """Whether images of a mix can be encoded separately. Otherwise, their pixels are mixed."""
 
     @property
     def width(self) -> int:

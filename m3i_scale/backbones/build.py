@@ -6,7 +6,6 @@ import contextlib
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,7 +25,7 @@ from m3i_scale.backbones.families import (
 )
 from m3i_scale.backbones.families.base import MAX_COUNTS, check_counts
 from m3i_scale.backbones.families.internimage import MapBackbone
-from m3i_scale.backbones.internimage import AUTO_MAP, SOURCE_FILES, InternImageConfig
+from m3i_scale.backbones.internimage import InternImageConfig
 from m3i_scale.backbones.sources import Source, find_source
 from m3i_scale.backbones.tokens import TokenBackbone
 from m3i_scale.config import BackboneConfig
@@ -139,11 +138,6 @@ def vision_class(config: VisionConfig) -> tuple[type[PreTrainedModel], dict[str,
     """Return the class of the exported model, and its constructor's other arguments."""
     family = family_of(config)
     return family.model_class, family.options
-
-
-def model_files(config: VisionConfig) -> tuple[dict[str, str], tuple[Path, ...]]:
-    """Return `auto_map` and source files that an export needs if `transformers` lacks the model."""
-    return (AUTO_MAP, SOURCE_FILES) if isinstance(config, InternImageConfig) else ({}, ())
 
 
 def draw_first_values(

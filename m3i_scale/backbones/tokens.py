@@ -32,8 +32,6 @@ class TokenBackbone(Backbone):
     forward of the stock module that owns them, as ZeRO-3 requires.
     """
 
-    own_attention = True
-
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.family = token_family(config)

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from m3i_scale.backbones.build import DERIVED_FIELDS, backbone_config
 from m3i_scale.backbones.families import FAMILIES, TokenFamily, VisionConfig, family_of
+from m3i_scale.backbones.internimage import AUTO_MAP, SOURCE_FILES, InternImageConfig
 from m3i_scale.backbones.load_plan import fit_positions
 from m3i_scale.checkpoint.consolidate import Which, saved_weights
 from m3i_scale.checkpoint.layout import MANIFEST
@@ -89,6 +90,11 @@ def _without_source(backbone: BackboneConfig, meta: dict[str, Any]) -> BackboneC
     if backbone.from_pretrained is None or values is None:
         return backbone
     return backbone.model_copy(update={"from_pretrained": None, **stored_section(values)})
+
+
+def model_files(config: VisionConfig) -> tuple[dict[str, str], tuple[Path, ...]]:
+    """Return `auto_map` and source files that an export needs if `transformers` lacks the model."""
+    return (AUTO_MAP, SOURCE_FILES) if isinstance(config, InternImageConfig) else ({}, ())
 
 
 def portable_section(config: VisionConfig) -> dict[str, Any]:

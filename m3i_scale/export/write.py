@@ -20,13 +20,13 @@ from transformers import (
     SamImageProcessor,
 )
 
-from m3i_scale.backbones.build import backbone_config, model_files, vision_class
+from m3i_scale.backbones.build import backbone_config, vision_class
 from m3i_scale.config import RunConfig
 from m3i_scale.errors import ExportError
 from m3i_scale.export.as_timm import timm_part
 from m3i_scale.export.fresh import fingerprint
 from m3i_scale.export.joint import backbone_part, classifier_part, zero_shot_part
-from m3i_scale.export.source import Source, choose_label_set, portable_section, target_of
+from m3i_scale.export.source import Source, choose_label_set, model_files, portable_section, target_of
 from m3i_scale.export.tensors import (
     DEFAULT_SHARD_SIZE,
     TEXT,
