@@ -10,8 +10,10 @@ from m3i_scale.files import read_json
 
 
 def describe_presets(names: list[str]) -> list[dict[str, Any]]:
-    """Return the stored `flops.describe_backbone` results of the named presets, or of all presets without names. They
-    are stored in sizes.json, since counting takes half a minute."""
+    """Return the rows of sizes.json for the named presets, or for all presets without names.
+
+    `tests/backbone_sizes.py` writes the file, since counting takes half a minute.
+    """
     rows = {row["name"]: row for row in read_json(Path(__file__).with_name("sizes.json"))}
     for name in names:
         if name not in rows:

@@ -49,8 +49,6 @@ class Backbone(nn.Module, ABC):
     """The `transformers` model that is exported."""
     has_class_token: bool
     """Whether the first of `Tokens` is a class token instead of a mean token."""
-    own_attention: bool
-    """Whether images of a mix can be encoded separately. Otherwise, their pixels are mixed."""
 
     @property
     def width(self) -> int:
@@ -126,11 +124,6 @@ class Backbone(nn.Module, ABC):
         if blocks > 1:
             raise ValueError("the backbone has no class token")
         return self.encode_maps(images_BCHW, ())[0]
-
-    def encode_attending(self, images_BCHW: Tensor) -> tuple[Tokens, Tensor | None]:
-        """Encode as `encode_whole`. Also return the class token's attention in the last layer by head: fp32 (B, H, N),
-        or None without class token."""
-        return self.encode_whole(images_BCHW), None
 
     @property
     @abstractmethod

@@ -6,7 +6,6 @@ import contextlib
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +17,6 @@ from transformers.activations import ACT2FN
 from m3i_scale.backbones.base import Backbone
 from m3i_scale.backbones.families import (
     DEFAULT_PRESET,
-    FAMILIES,
     PRESETS,
     TokenFamily,
     VisionConfig,
@@ -27,7 +25,7 @@ from m3i_scale.backbones.families import (
 )
 from m3i_scale.backbones.families.base import MAX_COUNTS, check_counts
 from m3i_scale.backbones.families.internimage import MapBackbone
-from m3i_scale.backbones.internimage import AUTO_MAP, SOURCE_FILES, InternImageConfig
+from m3i_scale.backbones.internimage import InternImageConfig
 from m3i_scale.backbones.sources import Source, find_source
 from m3i_scale.backbones.tokens import TokenBackbone
 from m3i_scale.config import BackboneConfig
@@ -35,7 +33,8 @@ from m3i_scale.errors import ConfigError, did_you_mean
 
 Initialize = Callable[[nn.Module, nn.Module], None]
 """Called with (owner, submodule). The owner is the nearest parent `transformers` model, or the submodule itself."""
-_DERIVED = ("stage_names", "out_features", "out_indices", "_out_features", "_out_indices", "model_type")
+DERIVED_FIELDS = ("stage_names", "out_features", "out_indices", "_out_features", "_out_indices", "model_type")
+"""Fields that a configuration computes when it is created."""
 
 
 def backbone_config(backbone: BackboneConfig, *, where: str = "backbone") -> VisionConfig:
@@ -94,7 +93,7 @@ def _override(config: VisionConfig, fields: dict[str, Any], where: str) -> Visio
     if not family.derives:
         return config
     # Derived fields are only computed when a configuration is created.
-    kept = {key: value for key, value in config.to_diff_dict().items() if key not in _DERIVED}
+    kept = {key: value for key, value in config.to_diff_dict().items() if key not in DERIVED_FIELDS}
     try:
         return type(config)(**kept)
     except (TypeError, ValueError, StrictDataclassError) as error:
@@ -139,28 +138,6 @@ def vision_class(config: VisionConfig) -> tuple[type[PreTrainedModel], dict[str,
     """Return the class of the exported model, and its constructor's other arguments."""
     family = family_of(config)
     return family.model_class, family.options
-
-
-def model_files(config: VisionConfig) -> tuple[dict[str, str], tuple[Path, ...]]:
-    """Return `auto_map` and source files that an export needs if `transformers` lacks the model."""
-    return (AUTO_MAP, SOURCE_FILES) if isinstance(config, InternImageConfig) else ({}, ())
-
-
-def portable_section(config: VisionConfig) -> dict[str, Any]:
-    """Return a backbone section without paths: preset and every field that shapes the modules."""
-    return {
-        "preset": family_of(config).first_preset,
-        "config": {key: getattr(config, key) for key in family_of(config).shape_fields},
-    }
-
-
-def stored_section(values: dict[str, Any]) -> dict[str, Any]:
-    """Return the backbone section for a configuration that is stored in a checkpoint as a dictionary."""
-    family = {family.config_class.model_type: family for family in FAMILIES}[values["model_type"]]
-    fields = {key: value for key, value in values.items() if key not in _DERIVED and not key.startswith("_")}
-    section = portable_section(family.config_class(**fields))
-    training = {key: value for key, value in fields.items() if key in family.training_fields}
-    return {"preset": section["preset"], "config": training | section["config"]}
 
 
 def draw_first_values(

@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from m3i_scale.backbones.base import Backbone, MaskedPatches, Tokens, Views, gather_tokens, split_heads
-from m3i_scale.backbones.families import TokenFamily, VisionConfig, find_family, token_family
+from m3i_scale.backbones.base import Backbone, MaskedPatches, Tokens, Views, gather_tokens
+from m3i_scale.backbones.families import VisionConfig, token_family
 from m3i_scale.backbones.families.base import Angles
-
-
-def last_norm(model: PreTrainedModel, hidden_BLD: Tensor) -> Tensor:
-    """Return the hidden state after the final norm. CLIP's last hidden state precedes its final norm."""
-    family = find_family(model.config)
-    if isinstance(family, TokenFamily) and not family.norm_is_last:
-        return family.normed(model, hidden_BLD)
-    return hidden_BLD
 
 
 class Sequences(NamedTuple):
@@ -40,8 +31,6 @@ class TokenBackbone(Backbone):
     nor returned. Without class token, the mean of an image's patches replaces it. All parameters are used inside the
     forward of the stock module that owns them, as ZeRO-3 requires.
     """
-
-    own_attention = True
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
@@ -75,14 +64,15 @@ class TokenBackbone(Backbone):
     def encode(self, tokens_BSD: Tensor, angles: Angles | None = None) -> Tensor:
         """Encode embedded tokens [prefix | any patches] as normalized tokens. Angles: (L, D / heads) or (B, 1, L, D /
         heads)."""
-        return self._normed(self._through_layers(tokens_BSD, angles))
+        return self.normed(self._through_layers(tokens_BSD, angles))
 
-    def _normed(self, tokens_BLD: Tensor) -> Tensor:
+    def normed(self, tokens_BLD: Tensor) -> Tensor:
+        """Apply the final norm."""
         return self.family.normed(self.model, tokens_BLD)
 
     def _through_layers(self, tokens_BSD: Tensor, angles: Angles | None) -> Tensor:
         for layer in self.layers:
-            tokens_BSD = _call(layer, tokens_BSD, angles)
+            tokens_BSD = call_layer(layer, tokens_BSD, angles)
         return tokens_BSD
 
     def _visible(
@@ -166,111 +156,36 @@ class TokenBackbone(Backbone):
     def _first(self, tokens_BSD: Tensor, patches_BLD: Tensor) -> Tensor:
         return tokens_BSD[:, :1] if self.has_class_token else patches_BLD.mean(dim=1, keepdim=True)
 
-    def _whole(self, images_BCHW: Tensor) -> tuple[Tensor, Angles | None]:
+    def embed_whole(self, images_BCHW: Tensor) -> tuple[Tensor, Angles | None]:
+        """Return [prefix | patches] of normalized images as the first layer gets them, and their rotary angles."""
         return torch.cat(self.embed(images_BCHW), dim=1), self.angles(images_BCHW)
 
     def encode_whole(self, images_BCHW: Tensor, blocks: int = 1) -> Tokens:
         if blocks > 1 and not self.has_class_token:
             raise ValueError("the backbone has no class token")
-        (tokens_BSD, angles), cls = self._whole(images_BCHW), []
+        (tokens_BSD, angles), cls = self.embed_whole(images_BCHW), []
         for left, layer in zip(reversed(range(len(self.layers))), self.layers, strict=True):
-            tokens_BSD = _call(layer, tokens_BSD, angles)
+            tokens_BSD = call_layer(layer, tokens_BSD, angles)
             if 0 < left < blocks:
-                cls.append(self._normed(tokens_BSD[:, :1]))
-        last_B1D, patches_BND = self.read(self._normed(tokens_BSD))
+                cls.append(self.normed(tokens_BSD[:, :1]))
+        last_B1D, patches_BND = self.read(self.normed(tokens_BSD))
         return torch.cat([*cls, last_B1D], dim=1), patches_BND
 
-    def encode_attending(self, images_BCHW: Tensor) -> tuple[Tokens, Tensor | None]:
-        """Encode as documented in `Backbone`. The rest of 1 is attention to the class token itself and to registers."""
-        if not self.has_class_token:
-            return self.encode_whole(images_BCHW), None
-        attention: list[Tensor] = []
-        # Inside the layer's call, before any other hook: under ZeRO-3 its parameters are gathered then, and a compiled
-        # layer is not affected.
-        hook = self.layers[-1].register_forward_hook(
-            lambda layer, inputs, output: attention.append(self._class_attention(layer, *inputs)), prepend=True
-        )
-        try:
-            tokens = self.encode_whole(images_BCHW)
-        finally:
-            hook.remove()
-        return tokens, attention[0]
-
     def encode_maps(self, images_BCHW: Tensor, layers: Sequence[int]) -> tuple[Tokens, list[Tensor]]:
-        (tokens_BSD, angles), maps = self._whole(images_BCHW), []
+        (tokens_BSD, angles), maps = self.embed_whole(images_BCHW), []
         for number, layer in enumerate(self.layers, start=1):
-            tokens_BSD = _call(layer, tokens_BSD, angles)
+            tokens_BSD = call_layer(layer, tokens_BSD, angles)
             if number in layers:
                 maps.append(tokens_BSD[:, self.prefix :].transpose(1, 2).unflatten(2, self.grid_of(images_BCHW)))
-        return self.read(self._normed(tokens_BSD)), maps
-
-    def encode_in_windows(self, images_BCHW: Tensor, windows: int, layers: Sequence[int]) -> list[Tensor]:
-        """Encode images within `windows` × `windows` windows, each with the prefix, as RF-DETR does.
-
-        Requires added position embeddings; `windows` must divide the grid. Return the maps (B, D, H, W) of `layers`,
-        from 1, after the final norm. The layer after each of them attends to all windows and their prefixes.
-        """
-        prefix_BPD, tokens_BND = self.embed(images_BCHW)
-        grid = self.grid_of(images_BCHW)
-        batch, (rows, columns) = len(tokens_BND), (side // windows for side in grid)
-        parted = tokens_BND.unflatten(1, (windows, rows, windows, columns)).transpose(2, 3)
-        tokens = torch.cat(
-            [prefix_BPD.repeat_interleave(windows**2, dim=0), parted.reshape(-1, rows * columns, self.width)], 1
-        )
-        maps = []
-        for number, layer in enumerate(self.layers):
-            across = tokens.reshape(batch, -1, self.width) if number in layers else tokens
-            tokens = layer(across, None).reshape(tokens.shape)
-            if number + 1 in layers:
-                _, patches = self.read(self._normed(tokens))
-                read = patches.unflatten(0, (batch, windows, windows)).unflatten(3, (rows, columns))
-                maps.append(read.transpose(2, 3).reshape(batch, *grid, self.width).permute(0, 3, 1, 2))
-        return maps
-
-    def encode_beside(
-        self,
-        images_BCHW: Tensor,
-        others_BQD: Tensor,
-        blocks: int,
-        attend: Callable[[Tensor, int], Tensor | None] | None = None,
-    ) -> Tensor:
-        """Encode normalized images with additional tokens before theirs in the last `blocks` layers.
-
-        `attend` is called before each of these layers with the normalized tokens (B, S, D) and the layer's number from
-        0; it returns an additive attention mask. Return the last layer's normalized tokens [others | class token?,
-        registers? | patches].
-        """
-        tokens_BSD, angles = self._whole(images_BCHW)
-        first = len(self.layers) - blocks
-        for number, layer in enumerate(self.layers):
-            if number == first:
-                tokens_BSD = torch.cat([others_BQD.to(tokens_BSD.dtype), tokens_BSD], dim=1)
-            mask = attend(self._normed(tokens_BSD), number - first) if attend is not None and number >= first else None
-            tokens_BSD = _call(layer, tokens_BSD, angles, mask)
-        return self._normed(tokens_BSD)
+        return self.read(self.normed(tokens_BSD)), maps
 
     def last_hidden_state(self, images_BCHW: Tensor) -> Tensor:
         """Return [class token?, registers? | patch tokens]: (B, P + N, D)."""
-        tokens_BSD = self._through_layers(*self._whole(images_BCHW))
-        return self._normed(tokens_BSD) if self.family.norm_is_last else tokens_BSD
-
-    def _class_attention(
-        self, layer: Any, tokens_BSD: Tensor, mask: Tensor | None = None, angles: Angles | None = None
-    ) -> Tensor:
-        """Return softmax(QKᵀ/√D) of the first token for the patches: fp32 (B, H, N)."""
-        norm, attention = self.family.attention(layer)
-        heads = int(self.model.config.num_attention_heads)
-        normed_BSD = norm(tokens_BSD)
-        query_BH1D = split_heads(attention.q_proj(normed_BSD[:, :1]), heads).float()  # the prefix is not rotated
-        key_BHSD = split_heads(attention.k_proj(normed_BSD), heads)
-        if angles is not None:
-            key_BHSD = self.family.rotated(key_BHSD, angles)
-        scores_BH1S = query_BH1D @ key_BHSD.float().transpose(2, 3) * query_BH1D.shape[-1] ** -0.5
-        attention_BHS: Tensor = scores_BH1S.softmax(dim=-1)[:, :, 0]
-        return attention_BHS[:, :, self.prefix :]
+        tokens_BSD = self._through_layers(*self.embed_whole(images_BCHW))
+        return self.normed(tokens_BSD) if self.family.norm_is_last else tokens_BSD
 
 
-def _call(layer: Any, tokens_BSD: Tensor, angles: Angles | None, mask: Tensor | None = None) -> Tensor:
+def call_layer(layer: Any, tokens_BSD: Tensor, angles: Angles | None, mask: Tensor | None = None) -> Tensor:
     """Run a stock layer. Angles are an input like tokens, so that activation checkpointing reuses them."""
     output_BSD: Tensor = layer(tokens_BSD, mask) if angles is None else layer(tokens_BSD, mask, angles)
     return output_BSD

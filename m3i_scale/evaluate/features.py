@@ -18,11 +18,12 @@ from transformers import (
     AutoConfig,
     AutoImageProcessor,
     AutoModel,
+    PreTrainedModel,
     TimmWrapperImageProcessor,
     TimmWrapperModel,
 )
 
-from m3i_scale.backbones.tokens import last_norm
+from m3i_scale.backbones.families import TokenFamily, find_family
 from m3i_scale.errors import ExportError
 from m3i_scale.files import read_json
 from m3i_scale.objective.inputs import normalize
@@ -78,6 +79,14 @@ class VisionModel:
             return patches
         patch = getattr(self.model.config, "patch_size", None)
         return (self.size // patch) ** 2 if isinstance(patch, int) else None
+
+
+def last_norm(model: PreTrainedModel, hidden_BLD: Tensor) -> Tensor:
+    """Return the hidden state after the final norm. CLIP's last hidden state precedes its final norm."""
+    family = find_family(model.config)
+    if isinstance(family, TokenFamily) and not family.norm_is_last:
+        return family.normed(model, hidden_BLD)
+    return hidden_BLD
 
 
 def pool_tokens(hidden: Tensor, patches: int | None, pool: Pool) -> Tensor:

@@ -10,9 +10,9 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from m3i_scale import __version__
-from m3i_scale.backbones.build import backbone_config, model_files
+from m3i_scale.backbones.build import backbone_config
 from m3i_scale.backbones.families import family_of
-from m3i_scale.export.source import Source, training_records
+from m3i_scale.export.source import Source, model_files, training_records
 from m3i_scale.text import estimates
 
 _PIPELINES = {

@@ -22,12 +22,12 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from m3i_scale.backbones.build import backbone_config, model_files
+from m3i_scale.backbones.build import backbone_config
 from m3i_scale.backbones.families import VisionConfig, token_family
 from m3i_scale.backbones.internimage import InternImageConfig
 from m3i_scale.errors import ExportError
 from m3i_scale.export.as_timm import timm_part, timm_vision
-from m3i_scale.export.source import Source, target_of
+from m3i_scale.export.source import Source, model_files, target_of
 from m3i_scale.export.tensors import (
     TEXT,
     VISION,

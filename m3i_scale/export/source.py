@@ -12,8 +12,9 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from m3i_scale.backbones.build import backbone_config, stored_section
-from m3i_scale.backbones.families import TokenFamily, family_of
+from m3i_scale.backbones.build import DERIVED_FIELDS, backbone_config
+from m3i_scale.backbones.families import FAMILIES, TokenFamily, VisionConfig, family_of
+from m3i_scale.backbones.internimage import AUTO_MAP, SOURCE_FILES, InternImageConfig
 from m3i_scale.backbones.load_plan import fit_positions
 from m3i_scale.checkpoint.layout import MANIFEST
 from m3i_scale.checkpoint_tools.consolidate import Which, saved_weights
@@ -89,6 +90,28 @@ def _without_source(backbone: BackboneConfig, meta: dict[str, Any]) -> BackboneC
     if backbone.from_pretrained is None or values is None:
         return backbone
     return backbone.model_copy(update={"from_pretrained": None, **stored_section(values)})
+
+
+def model_files(config: VisionConfig) -> tuple[dict[str, str], tuple[Path, ...]]:
+    """Return `auto_map` and source files that an export needs if `transformers` lacks the model."""
+    return (AUTO_MAP, SOURCE_FILES) if isinstance(config, InternImageConfig) else ({}, ())
+
+
+def portable_section(config: VisionConfig) -> dict[str, Any]:
+    """Return a backbone section without paths: preset and every field that shapes the modules."""
+    return {
+        "preset": family_of(config).first_preset,
+        "config": {key: getattr(config, key) for key in family_of(config).shape_fields},
+    }
+
+
+def stored_section(values: dict[str, Any]) -> dict[str, Any]:
+    """Return the backbone section for a configuration that is stored in a checkpoint as a dictionary."""
+    family = {family.config_class.model_type: family for family in FAMILIES}[values["model_type"]]
+    fields = {key: value for key, value in values.items() if key not in DERIVED_FIELDS and not key.startswith("_")}
+    section = portable_section(family.config_class(**fields))
+    training = {key: value for key, value in fields.items() if key in family.training_fields}
+    return {"preset": section["preset"], "config": training | section["config"]}
 
 
 def target_of(source: Source, modality: str) -> Target:

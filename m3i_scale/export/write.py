@@ -20,13 +20,13 @@ from transformers import (
     SamImageProcessor,
 )
 
-from m3i_scale.backbones.build import backbone_config, model_files, portable_section, vision_class
+from m3i_scale.backbones.build import backbone_config, vision_class
 from m3i_scale.config import RunConfig
 from m3i_scale.errors import ExportError
 from m3i_scale.export.as_timm import timm_part
 from m3i_scale.export.fresh import fingerprint
 from m3i_scale.export.joint import backbone_part, classifier_part, zero_shot_part
-from m3i_scale.export.source import Source, choose_label_set, target_of
+from m3i_scale.export.source import Source, choose_label_set, model_files, portable_section, target_of
 from m3i_scale.export.tensors import (
     DEFAULT_SHARD_SIZE,
     TEXT,
@@ -40,7 +40,7 @@ from m3i_scale.export.tensors import (
     write_part,
 )
 from m3i_scale.files import read_json, write_json
-from m3i_scale.objective.build import inference_names
+from m3i_scale.objective.build import build_objective
 from m3i_scale.objective.encoders import TextTower, text_config
 from m3i_scale.objective.information import Objective
 from m3i_scale.objective.targets.base import Target
@@ -225,6 +225,12 @@ def write_heads(folder: Path, source: Source, weights: Mapping[str, Tensor], dty
     values = {name: value_of(TensorSource((name,)), weights, dtype) for name in names}
     save_file(values, folder / "heads.safetensors", metadata={"format": "pt"})
     return {name: fingerprint(value) for name, value in values.items()}
+
+
+def inference_names(run: RunConfig, label_sets: dict[str, list[str]], vocab_size: int | None) -> set[str]:
+    """Return the tensor names of an objective without target encoders; for the arguments see `build_objective`."""
+    with torch.device("meta"):
+        return set(build_objective(run, label_sets, vocab_size, target_encoders=False).state_dict())
 
 
 def portable_run(run: RunConfig) -> dict[str, Any]:

@@ -118,12 +118,6 @@ def build_on_meta(
         ) from error
 
 
-def inference_names(run: RunConfig, label_sets: dict[str, list[str]], vocab_size: int | None) -> set[str]:
-    """Return the tensor names of an objective without target encoders; for the arguments see `build_objective`."""
-    with torch.device("meta"):
-        return set(build_objective(run, label_sets, vocab_size, target_encoders=False).state_dict())
-
-
 def _decoder(recipe: Recipe, name: str, config: VisionConfig) -> nn.Module:
     try:
         return recipe.decoders[name].build(config)

@@ -48,7 +48,7 @@ def check_fit(
             where="recipe.decoders",
             fix="decode with attention_pool or mean_pool",
         )
-    if recipe.mix is not None and run.backbone.attention == "within_image" and not student.own_attention:
+    if recipe.mix is not None and run.backbone.attention == "within_image" and student.stage_widths:
         raise ConfigError(
             "a convolutional backbone cannot keep the images of a mix apart",
             where="backbone.attention: within_image",

@@ -28,7 +28,6 @@ from m3i_scale.objective.recipe import Recipe
 from m3i_scale.objective.regularizers import Memory
 from m3i_scale.objective.schedule import settled
 from m3i_scale.objective.targets.base import Context, Encoded, HeadTarget, Target, TargetModules
-from m3i_scale.objective.targets.dense import Pixels
 from m3i_scale.objective.targets.text import gather_targets
 
 EMA_PREFIX, TEACHERS_PREFIX = "momentum.", "teachers."
@@ -214,16 +213,16 @@ class Objective(nn.Module):
         grid = self.student.grid_of(batch.images_VBCHW)
         return build_inputs(self.recipe.inputs, self.recipe.mix, seeds_B, grid, self.student.cell, small)
 
-    def _views(self, batch: Batch) -> dict[int, Tensor]:
+    def views_of(self, batch: Batch) -> dict[int, Tensor]:
         """Return the views that inputs and targets use, normalized, by view from 1."""
         used = {view for spec in self.recipe.inputs for view in spec.seen}
         used |= {target.view for target in self.recipe.image_targets}
         return {view: self.pixel_norm(batch.view(view)) for view in sorted(used)}
 
     def _encode(self, batch: Batch) -> Context:
-        views, where = self._views(batch), self.inputs_of(batch)
+        views, where = self.views_of(batch), self.inputs_of(batch)
         with self.span("forward"):
-            inputs = self._encode_inputs(where, views)
+            inputs = self.encode_inputs(where, views)
         # Collectives run in order. This one ends after the gather of the EMA weights, which overlaps with the student.
         here_K = torch.stack([target.present(batch).sum(dtype=torch.float32) for target in self.recipe.targets])
         counts = dict(zip((target.name for target in self.recipe.targets), self.ranks.sum(here_K), strict=True))
@@ -249,7 +248,8 @@ class Objective(nn.Module):
             elif target.encoder == "teacher":
                 context.encoded_views[key] = self.teachers[target.teacher](context.batch.view(target.view))
 
-    def _encode_inputs(self, where: list[EncodedInput], views: dict[int, Tensor]) -> dict[str, list[Encoded]]:
+    def encode_inputs(self, where: list[EncodedInput], views: dict[int, Tensor]) -> dict[str, list[Encoded]]:
+        """Encode `inputs_of` a batch, given `views_of` it: the parts of every input, by name."""
         if self.reader is not None:
             (only,) = where
             tokens, maps = self.reader.encode_view(self.student, views[only.view + 1], self.progress)
@@ -296,23 +296,6 @@ class Objective(nn.Module):
     def pooled(self, decoder: str, pixels_BCHW: Tensor) -> Tensor:
         """Return the output of a pooling decoder for full, normalized images: (B, F)."""
         return pool(self.decoders[decoder], *self.student.encode_whole(pixels_BCHW, blocks_read(self.decoders)))
-
-    @torch.no_grad()
-    def reconstruct(self, batch: Batch) -> dict[tuple[str, str], Tensor]:
-        """Return the predictions of pixel targets as images, uint8 (B, 3, H, W), by target and input. For an input of
-        several parts, the first one counts. See `Pixels.reconstruct`. Runs without collectives."""
-        targets = [target for target in self.recipe.targets if isinstance(target, Pixels)]
-        if not targets:
-            return {}
-        views = self._views(batch)
-        context = Context(batch, views, self._encode_inputs(self.inputs_of(batch), views), {}, {}, {})
-        images: dict[tuple[str, str], Tensor] = {}
-        grid = self.student.grid_of(batch.images_VBCHW)
-        for target in targets:
-            for part in reversed(target.sources(context)):
-                pixels_BCHW = target.reconstruct(self.target_modules(target, grid), context, part)
-                images[target.name, part.where.name] = self.pixel_norm.undo(pixels_BCHW)
-        return images
 
     @torch.no_grad()
     def embed_text(self, text_ids_BT: Tensor, text_mask_BT: Tensor) -> Tensor:

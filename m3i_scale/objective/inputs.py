@@ -123,10 +123,6 @@ class EncodedInput:
     blocks_BKT: Tensor | None = None
     """int64 (B, K, T): the masked patches of every target block, ascending. None if the mask has no target blocks."""
 
-    def visible_patches(self, sample: int) -> Tensor:
-        """Return the patches of a sample, on the CPU, that are neither dropped nor mask tokens: int64 (L)."""
-        return self.visible_BL[sample] if self.shown_BN is None else self.shown_BN[sample].nonzero()[:, 0]
-
 
 def mix_partners(batch: int, images: int, device: torch.device) -> list[Tensor]:
     """Return the image in row i of the batch for each slot r of a mix: int64 (B) each.
@@ -242,17 +238,8 @@ class PixelNorm(Fp32State):
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
         """Normalize per channel, (x/255 − mean) / std: uint8 (B, 3, H, W) → float32."""
-        mean_C11, std_C11 = self._moments()
-        return (images_BCHW.to(torch.float32) - mean_C11) / std_C11
-
-    def undo(self, pixels_BCHW: Tensor) -> Tensor:
-        """Undo the normalization: (B, 3, H, W) → uint8. Values out of range are clamped."""
-        mean_C11, std_C11 = self._moments()
-        return (pixels_BCHW.float() * std_C11 + mean_C11).round().clamp(0, 255).to(torch.uint8)
-
-    def _moments(self) -> tuple[Tensor, Tensor]:
         mean_C11, std_C11 = (255.0 * values_C[:, None, None] for values_C in (self.mean_C, self.std_C))
-        return mean_C11, std_C11
+        return (images_BCHW.to(torch.float32) - mean_C11) / std_C11
 
 
 def normalize(images_BCHW: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:

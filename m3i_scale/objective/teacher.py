@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from abc import ABC, abstractmethod
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -28,9 +28,6 @@ from m3i_scale.errors import ConfigError
 from m3i_scale.files import read_json, sha256_of
 from m3i_scale.objective.inputs import PixelNorm
 from m3i_scale.objective.recipe import Recipe
-
-_MOST_TEACHERS = 16
-"""Size of the caches for configurations and hashes."""
 
 
 class Teacher(nn.Module, ABC):
@@ -178,7 +175,7 @@ class FrozenTeacher(Teacher):
             )
 
 
-@lru_cache(maxsize=_MOST_TEACHERS)
+@cache
 def _read_config(source: str, where: str) -> Any:
     """Return the `transformers` configuration of a teacher; for image-text models, the vision part."""
     if Path(source).parent.is_dir() and not Path(source).is_dir() and str(Path(source).parent) != ".":
@@ -254,6 +251,6 @@ def teachers_sha256(recipe: Recipe, backbone: BackboneConfig) -> dict[str, str]:
     return hashes
 
 
-@lru_cache(maxsize=_MOST_TEACHERS)
+@cache
 def _hash_weights(source: str, kind: str, where: str) -> str:
     return sha256_of(*weight_files(pretrained_folder(source, where, kind), kind, where))

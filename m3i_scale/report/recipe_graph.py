@@ -68,7 +68,7 @@ def render_mermaid(recipe: Recipe) -> str:
             f"  p{number}([{_label(*_likelihood(recipe, target))}])",
             f"  y{number}{_box(*_representation(recipe, target))}",
             f"  {decoders[target.decoder]} --> p{number}",
-            f"  {encoder} {'-.->' if target.stopped else '-->'} p{number}",
+            f"  {encoder} {'-.->' if _is_stopped(target) else '-->'} p{number}",
             f"  y{number} --> {encoder}",
         ]
     return "\n".join(lines) + "\n"
@@ -90,9 +90,14 @@ def _decoder(name: str, spec: DecoderSpec) -> tuple[str, ...]:
     return printable(name), f"{word(spec.kind)} × {spec.depth}", *positions
 
 
+def _is_stopped(target: Target) -> bool:
+    """Return whether f_φ gets no gradient."""
+    return target.encoder in ("ema", "teacher") or (target.encoder == "online" and not target.regularizer.trains_target)
+
+
 def _encoder_key(target: Target) -> str:
     key = target.encoder_key if isinstance(target, ImageTarget) else target.encoder
-    return f"{key}, stopped" if target.stopped else key
+    return f"{key}, stopped" if _is_stopped(target) else key
 
 
 def _encoder(recipe: Recipe, target: Target) -> tuple[str, ...]:
@@ -104,7 +109,7 @@ def _encoder(recipe: Recipe, target: Target) -> tuple[str, ...]:
         spec = recipe.teachers[target.teacher]
         details = ("f_θ at the start",) if spec.is_start else (printable(spec.from_pretrained),)
     elif target.encoder == "online":
-        details = ("f_θ itself", *(("stop gradient",) if target.stopped else ()))
+        details = ("f_θ itself", *(("stop gradient",) if _is_stopped(target) else ()))
     return word(target.encoder), *details
 
 

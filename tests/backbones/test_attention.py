@@ -7,6 +7,7 @@ import torch
 from tiny import DINOV2, MAPS, random_batch, tiny_objective
 
 from m3i_scale.backbones.base import attend, split_heads
+from m3i_scale.evaluate.pictures.model_outputs import encode_attending
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -50,7 +51,7 @@ def test_attention_of_the_class_token_is_that_of_the_stock_model(overrides: tupl
     student = tiny_objective("supervised", *overrides).student.eval()
     images = torch.randn(3, 3, 32, 32)
     with torch.no_grad():
-        tokens, attention = student.encode_attending(images)
+        tokens, attention = encode_attending(student, images)
         for one, other in zip(tokens, student.encode_whole(images), strict=True):
             assert torch.equal(one, other)
         student.model.set_attn_implementation("eager")
@@ -62,4 +63,4 @@ def test_attention_of_the_class_token_is_that_of_the_stock_model(overrides: tupl
 def test_a_backbone_without_class_token_has_no_attention_of_one() -> None:
     student = tiny_objective("supervised", *MAPS).student.eval()
     with torch.no_grad():
-        assert student.encode_attending(torch.randn(1, 3, 64, 64))[1] is None
+        assert encode_attending(student, torch.randn(1, 3, 64, 64))[1] is None

@@ -23,9 +23,9 @@ from m3i_scale.backbones.base import MaskedPatches, MaskToken
 from m3i_scale.backbones.build import backbone_config, build_backbone, vision_class
 from m3i_scale.backbones.families import PRESETS
 from m3i_scale.backbones.sources import pretrained_folder
-from m3i_scale.backbones.tokens import last_norm
 from m3i_scale.config import BackboneConfig
 from m3i_scale.errors import ConfigError
+from m3i_scale.evaluate.features import last_norm
 
 SMALL = {
     "hidden_size": 64,

@@ -21,11 +21,14 @@ from transformers import (
 from weights import planned, section, shaken, started
 
 from m3i_scale.backbones.base import MaskedPatches, MaskToken
-from m3i_scale.backbones.build import backbone_config, build_backbone, portable_section
+from m3i_scale.backbones.build import backbone_config, build_backbone
 from m3i_scale.backbones.families import family_of
 from m3i_scale.backbones.tokens import TokenBackbone
 from m3i_scale.config import BackboneConfig
 from m3i_scale.errors import ConfigError
+from m3i_scale.evaluate.pictures.model_outputs import encode_attending
+from m3i_scale.export.source import portable_section
+from m3i_scale.tasks.segmentation.mask_queries import encode_beside
 
 IMAGES = {
     view: torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(view))
@@ -90,14 +93,14 @@ def test_an_image_of_a_mix_has_the_mean_of_its_own_patches() -> None:
 @torch.no_grad()
 def test_there_are_no_maps_of_attention_and_no_class_tokens_of_several_layers() -> None:
     backbone = made()
-    (mean, tokens), attended = backbone.encode_attending(IMAGES[1])
+    (mean, tokens), attended = encode_attending(backbone, IMAGES[1])
     assert attended is None
     torch.testing.assert_close(mean, tokens.mean(dim=1, keepdim=True))
     output = backbone.model(pixel_values=IMAGES[1], output_hidden_states=True)
     torch.testing.assert_close(tokens, output.last_hidden_state, rtol=1e-6, atol=2e-6)
     _, (first,) = backbone.encode_maps(IMAGES[1], [1])
     torch.testing.assert_close(first.flatten(2).transpose(1, 2), output.hidden_states[1], rtol=1e-5, atol=2e-6)
-    beside = backbone.encode_beside(IMAGES[1], torch.zeros(2, 0, 64), 1)
+    beside = encode_beside(backbone, IMAGES[1], torch.zeros(2, 0, 64), 1)
     torch.testing.assert_close(beside, output.last_hidden_state, rtol=1e-5, atol=2e-6)
     with pytest.raises(ValueError, match="no class token"):
         backbone.encode_whole(IMAGES[1], blocks=2)

@@ -13,8 +13,10 @@ from m3i_scale.backbones.base import MaskedPatches, MaskToken
 from m3i_scale.backbones.build import backbone_config, build_backbone
 from m3i_scale.backbones.tokens import TokenBackbone
 from m3i_scale.config import BackboneConfig
+from m3i_scale.evaluate.pictures.model_outputs import encode_attending
 from m3i_scale.objective.inputs import PixelNorm
 from m3i_scale.objective.teacher import FrozenTeacher
+from m3i_scale.tasks.segmentation.mask_queries import encode_beside
 
 SECTIONS = {"registers": REGISTERS, "dinov3": DINOV3}
 IMAGES = {
@@ -85,7 +87,7 @@ def test_a_mix_has_the_prefix_of_its_first_image_and_each_token_the_angles_of_it
 def test_attention_maps_and_further_tokens_leave_registers_out(name: str) -> None:
     backbone = made(SECTIONS[name])
     images, model = IMAGES[1], backbone.model
-    (cls, tokens), attended = backbone.encode_attending(images)
+    (cls, tokens), attended = encode_attending(backbone, images)
     model.set_attn_implementation("eager")
     wanted = model(pixel_values=images, output_attentions=True, output_hidden_states=True)
     torch.testing.assert_close(attended, wanted.attentions[-1][:, :, 0, -16:], rtol=1e-5, atol=1e-6)
@@ -94,7 +96,7 @@ def test_attention_maps_and_further_tokens_leave_registers_out(name: str) -> Non
     torch.testing.assert_close(torch.cat([cls, tokens], dim=1), last[:, [0, *range(-16, 0)]], rtol=1e-5, atol=2e-6)
     _, (first,) = backbone.encode_maps(images, [1])
     torch.testing.assert_close(first.flatten(2).transpose(1, 2), wanted.hidden_states[1][:, -16:], rtol=1e-5, atol=2e-6)
-    beside = backbone.encode_beside(images, torch.zeros(2, 0, 64), 1)
+    beside = encode_beside(backbone, images, torch.zeros(2, 0, 64), 1)
     torch.testing.assert_close(beside, last, rtol=1e-5, atol=2e-6)
 
 

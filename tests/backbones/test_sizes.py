@@ -6,12 +6,13 @@ import json
 
 import pytest
 import torch
+from backbone_sizes import describe_backbone
 from forked import Forks
 
 from m3i_scale.backbones import describe_presets
 from m3i_scale.backbones.build import backbone_config, build_backbone
 from m3i_scale.backbones.families import PRESETS
-from m3i_scale.backbones.flops import counter, describe_backbone
+from m3i_scale.backbones.flops import counter
 from m3i_scale.config import BackboneConfig
 from m3i_scale.errors import ConfigError
 
@@ -50,7 +51,7 @@ def test_every_preset_has_its_size_stored() -> None:
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_stored_sizes_are_those_that_are_counted(preset: str) -> None:
-    """Regenerate the file with `python -m m3i_scale.backbones.flops > m3i_scale/backbones/sizes.json`."""
+    """Regenerate the file with `python tests/backbone_sizes.py > m3i_scale/backbones/sizes.json`."""
     counted = describe_backbone(BackboneConfig(preset=preset), preset)
     assert describe_presets([preset]) == [counted | {"gmac": pytest.approx(counted["gmac"], abs=1e-4)}]
 

@@ -19,6 +19,7 @@ from m3i_scale.evaluate.pictures.training import (
     mix_of,
     views_on_source,
     visible_part,
+    visible_patches,
 )
 from m3i_scale.objective.inputs import InputSpec, MixSpec, build_inputs
 from m3i_scale.objective.masks import RandomMask
@@ -61,7 +62,7 @@ def test_mask_tokens_are_grey_too() -> None:
     (seen,) = build_inputs([masked], None, torch.arange(3), (4, 4))
     assert seen.masked_BM is not None
     for sample, hidden in enumerate(seen.masked_BM.sum(dim=1).tolist()):
-        assert len(seen.visible_patches(sample)) == 16 - hidden
+        assert len(visible_patches(seen, sample)) == 16 - hidden
 
 
 def test_patches_of_a_mix_have_the_tint_of_their_image() -> None:

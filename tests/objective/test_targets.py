@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from tiny import random_batch, tiny_objective
 
+from m3i_scale.evaluate.pictures.model_outputs import reconstruct, unpatchify
 from m3i_scale.objective.encoders import Projector
 from m3i_scale.objective.targets.category import CategoryHead
-from m3i_scale.objective.targets.dense import DenseHead, patchify, unpatchify
+from m3i_scale.objective.targets.dense import DenseHead, patchify
 from m3i_scale.objective.targets.text import TextHead
 
 
@@ -55,7 +56,7 @@ def test_what_predicts_the_true_pixels_reconstructs_the_view(recipe: str, standa
     images = {}
     for name, answer in answers.items():
         head.forward = lambda tokens, answer=answer: answer
-        ((key, images[name]),) = objective.reconstruct(batch).items()
+        ((key, images[name]),) = reconstruct(objective, batch).items()
         assert key == (target.name, seen.name)
     original_BNP = patchify(batch.images_VBCHW[target.view - 1].float(), 8, standardize=False)
     shown = {name: patchify(found.float(), 8, standardize=False) for name, found in images.items()}

@@ -112,19 +112,10 @@ class TokenFamily(Family):
         """Return the rotary angles of all patches, (N, D / heads) each, or None for added position embeddings."""
         return None
 
-    def rotated(self, key_BHSD: Tensor, angles: Angles) -> Tensor:
-        """Rotate the keys of the patches, as attention does."""
-        raise NotImplementedError
-
     def normed(self, model: PreTrainedModel, tokens_BLD: Tensor) -> Tensor:
         """Apply the final norm to the last layer's tokens."""
         output_BLD: Tensor = model.get_submodule(self.parts["norm"])(tokens_BLD)
         return output_BLD
-
-    def attention(self, layer: nn.Module) -> tuple[nn.Module, Any]:
-        """Return a layer's norm before attention, and its attention (with `q_proj` and `k_proj`)."""
-        norm, query = (self.parts[part].partition(".{}.")[2] for part in ("norm1", "q"))
-        return layer.get_submodule(norm), layer.get_submodule(query.rpartition(".")[0])
 
     def check(self, config: Any, where: str) -> None:
         for key in ("image_size", "patch_size"):

@@ -15,7 +15,7 @@ from transformers import (
     DINOv3ViTConfig,
     DINOv3ViTModel,
 )
-from transformers.models.dinov3_vit.modeling_dinov3_vit import DINOv3ViTRopePositionEmbedding, apply_rotary_pos_emb
+from transformers.models.dinov3_vit.modeling_dinov3_vit import DINOv3ViTRopePositionEmbedding
 
 from m3i_scale.backbones.families.base import Angles, TokenFamily
 from m3i_scale.backbones.families.vit import VIT_SHAPE, vit_fields
@@ -161,10 +161,6 @@ class Dinov3(TokenFamily):
         dtype = model.embeddings.patch_embeddings.weight.dtype
         cos, sin = model.rope_embeddings(images_BCHW.new_empty((1, *images_BCHW.shape[1:]), dtype=dtype))
         return cos, sin
-
-    def rotated(self, key_BHSD: Tensor, angles: Angles) -> Tensor:
-        rotated_BHSD: Tensor = apply_rotary_pos_emb(key_BHSD, key_BHSD, *angles)[1]
-        return rotated_BHSD
 
     def check(self, config: Any, where: str) -> None:
         """Reject sizes that are invalid for a backbone, and augmentation of coordinates; see `Family`."""

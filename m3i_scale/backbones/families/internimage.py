@@ -110,7 +110,6 @@ class MapBackbone(Backbone):
     """
 
     has_class_token = False
-    own_attention = False
 
     def __init__(self, config: InternImageConfig) -> None:
         super().__init__()

@@ -22,6 +22,7 @@ from m3i_scale.evaluate.pictures.dense import (
     similarity_to_mean,
 )
 from m3i_scale.evaluate.pictures.draw import Cell, Colour, framed, grid, image_of
+from m3i_scale.evaluate.pictures.model_outputs import encode_attending, reconstruct
 from m3i_scale.objective.information import Objective
 from m3i_scale.objective.inputs import EncodedInput
 from m3i_scale.objective.targets.dense import Pixels
@@ -47,7 +48,7 @@ class EncodedSamples:
     attention: Attention
     """Attention of the class token in the last layer, or the similarity to the mean without a class token."""
     reconstructed: dict[tuple[str, str], NDArray[np.uint8]]
-    """Result of `Objective.reconstruct`."""
+    """Result of `reconstruct`."""
 
 
 class TrainingPictures:
@@ -66,10 +67,10 @@ class TrainingPictures:
         """Encode the samples. Under ZeRO-3, every rank must call it."""
         objective, student, batch = self._objective, self._objective.student, self._samples.to(device)
         images_BCHW = batch.images_VBCHW[0]
-        (_, encoded_BND), attention_BHN = student.encode_attending(objective.pixel_norm(images_BCHW))
+        (_, encoded_BND), attention_BHN = encode_attending(student, objective.pixel_norm(images_BCHW))
         tokens_BND = _host(encoded_BND)
         maps = similarity_to_mean(tokens_BND) if attention_BHN is None else Attention(_host(attention_BHN), CLASS_TOKEN)
-        reconstructed = {key: images.cpu().numpy() for key, images in objective.reconstruct(batch).items()}
+        reconstructed = {key: images.cpu().numpy() for key, images in reconstruct(objective, batch).items()}
         return EncodedSamples(tokens_BND, maps, reconstructed)
 
     def draw(self, encoded: EncodedSamples) -> list[Picture]:
@@ -137,7 +138,7 @@ def draw_views(
             Cell(images[sample], frame=_colour_of(view) if several else None) for view, images in enumerate(images_VB)
         ]
         for place, one in hiding:
-            seen = visible_part(images_VB[one.view][sample], one.visible_patches(sample), patches)
+            seen = visible_part(images_VB[one.view][sample], visible_patches(one, sample), patches)
             row.append(Cell(seen, frame=_colour_of(place) if mixed else None))
         if mixed:
             row.append(Cell(mix_of(images_VB, inputs, patches, sample)))
@@ -156,6 +157,11 @@ def draw_views(
         f"{len(names)} samples. By row: {', '.join(columns)}. Samples: {'; '.join(names)}.",
         grid(rows, columns, names),
     )
+
+
+def visible_patches(seen: EncodedInput, sample: int) -> Tensor:
+    """Return the patches of a sample, on the CPU, that are neither dropped nor mask tokens: int64 (L)."""
+    return seen.visible_BL[sample] if seen.shown_BN is None else seen.shown_BN[sample].nonzero()[:, 0]
 
 
 def visible_part(image: Image.Image, visible_L: Tensor, patches: tuple[int, int]) -> Image.Image:
@@ -238,7 +244,7 @@ def draw_reconstruction(
         row = []
         for one in predicted:
             original, seen = (image_of(batch.images_VBCHW[view, sample].numpy()) for view in (one.view, one.seen.view))
-            row += [original, visible_part(seen, one.seen.visible_patches(sample), patches)]
+            row += [original, visible_part(seen, visible_patches(one.seen, sample), patches)]
             row.append(image_of(one.images_BCHW[sample]))
         rows.append([Cell(image) for image in row])
     put_back = "; the mean and contrast of a predicted patch are those of the true one" if standardized else ""

@@ -261,11 +261,6 @@ class Target(Kind):
         """Return whether a recipe with only this target could collapse, for any regularizer."""
         return False
 
-    @property
-    def stopped(self) -> bool:
-        """Return whether f_φ gets no gradient."""
-        return self.encoder in ("ema", "teacher") or (self.encoder == "online" and not self.regularizer.trains_target)
-
     def summary(self) -> dict[str, Any]:
         """Return the row of the paper's table as plain data."""
         view = getattr(self, "view", None)

@@ -94,19 +94,6 @@ class Pixels(Dense):
     def build_head(self, sizes: Sizes) -> nn.Module:
         return DenseHead(sizes.decoded, 3 * sizes.backbone.patch_size**2)
 
-    def reconstruct(self, given: TargetModules, context: Context, encoded: Encoded) -> Tensor:
-        """Return the target view as predicted from one input: normalized (B, 3, H, W), fp32. Other patches show the
-        true pixels. Standardized patches get the mean and std of the true pixels."""
-        query_BQ, decoded_BQD = self.decode(given, context, encoded)
-        view_BCHW = context.views[self.view]
-        true_BNP = patchify(view_BCHW, given.patch_size, standardize=False)
-        predicted_BQP = given.head(decoded_BQD).float()
-        if self.normalize_pixels:
-            mean_BQ1, std_BQ1 = _moments(gather_tokens(true_BNP, query_BQ))
-            predicted_BQP = predicted_BQP * std_BQ1 + mean_BQ1
-        shown_BNP = true_BNP.scatter(1, query_BQ[..., None].expand_as(predicted_BQP), predicted_BQP)
-        return unpatchify(shown_BNP, given.grid, given.patch_size)
-
     def _target(self, given: TargetModules, context: Context) -> Tensor:
         return patchify(context.views[self.view], given.patch_size, standardize=self.normalize_pixels)
 
@@ -175,17 +162,11 @@ def patchify(images_BCHW: Tensor, patch: int, *, standardize: bool) -> Tensor:
     blocks = images_BCHW.reshape(batch, channels, rows, patch, columns, patch)
     pixels_BNP = blocks.permute(0, 2, 4, 3, 5, 1).reshape(batch, rows * columns, patch * patch * channels)
     if standardize:
-        mean_BN1, std_BN1 = _moments(pixels_BNP)
+        mean_BN1, std_BN1 = patch_moments(pixels_BNP)
         pixels_BNP = (pixels_BNP - mean_BN1) / std_BN1
     return pixels_BNP
 
 
-def unpatchify(pixels_BNP: Tensor, grid: tuple[int, int], patch: int) -> Tensor:
-    """Reverse `patchify`: return the images (B, 3, H, W)."""
-    blocks = pixels_BNP.unflatten(2, (patch, patch, 3)).unflatten(1, grid)
-    images_BCHW: Tensor = blocks.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
-    return images_BCHW
-
-
-def _moments(pixels_BNP: Tensor) -> tuple[Tensor, Tensor]:
+def patch_moments(pixels_BNP: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and (unbiased) std of every patch: (B, N, 1) each."""
     return pixels_BNP.mean(dim=-1, keepdim=True), (pixels_BNP.var(dim=-1, keepdim=True) + 1e-6).sqrt()

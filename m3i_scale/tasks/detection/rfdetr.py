@@ -63,7 +63,7 @@ class RfDetrDetector(ObjectDetector):
     def read(self, backbone: Backbone, images_BCHW: Tensor) -> list[Tensor]:
         """Return the maps of the selected layers after the final norm: (B, D, H, W) each."""
         vision = cast(TokenBackbone, backbone)  # `__init__` rejects other backbones
-        return vision.encode_in_windows(images_BCHW, self.spec.windows, self.layers)
+        return encode_in_windows(vision, images_BCHW, self.spec.windows, self.layers)
 
     def levels(self, maps: list[Tensor]) -> list[Tensor]:
         """Return the decoder's input: one map (B, C, H, W)."""
@@ -147,6 +147,30 @@ class RfDetrDetector(ObjectDetector):
         (pair,) = matcher(one, [target], groups)  # on the CPU, where it is computed
         query_N, object_N = torch.stack(pair).to(one["logits"].device, non_blocking=True).unbind()
         return query_N, object_N
+
+
+def encode_in_windows(
+    backbone: TokenBackbone, images_BCHW: Tensor, windows: int, layers: Sequence[int]
+) -> list[Tensor]:
+    """Encode images within `windows` × `windows` windows, each with the prefix.
+
+    Requires added position embeddings; `windows` must divide the grid. Return the maps (B, D, H, W) of `layers`,
+    from 1, after the final norm. The layer after each of them attends to all windows and their prefixes.
+    """
+    prefix_BPD, tokens_BND = backbone.embed(images_BCHW)
+    grid, width = backbone.grid_of(images_BCHW), backbone.width
+    batch, (rows, columns) = len(tokens_BND), (side // windows for side in grid)
+    parted = tokens_BND.unflatten(1, (windows, rows, windows, columns)).transpose(2, 3)
+    tokens = torch.cat([prefix_BPD.repeat_interleave(windows**2, dim=0), parted.reshape(-1, rows * columns, width)], 1)
+    maps = []
+    for number, layer in enumerate(backbone.layers):
+        across = tokens.reshape(batch, -1, width) if number in layers else tokens
+        tokens = layer(across, None).reshape(tokens.shape)
+        if number + 1 in layers:
+            _, patches = backbone.read(backbone.normed(tokens))
+            read = patches.unflatten(0, (batch, windows, windows)).unflatten(3, (rows, columns))
+            maps.append(read.transpose(2, 3).reshape(batch, *grid, width).permute(0, 3, 1, 2))
+    return maps
 
 
 def decode_queries(

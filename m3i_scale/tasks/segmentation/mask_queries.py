@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -14,7 +14,7 @@ from transformers import EomtConfig
 from transformers.models.eomt.modeling_eomt import EomtHungarianMatcher, EomtLoss, EomtMaskHead, EomtScaleBlock
 
 from m3i_scale.backbones.base import Backbone, Tokens
-from m3i_scale.backbones.tokens import TokenBackbone
+from m3i_scale.backbones.tokens import TokenBackbone, call_layer
 from m3i_scale.errors import ConfigError
 from m3i_scale.objective.ranks import Ranks
 from m3i_scale.tasks.segmentation.pixel_heads import PixelHead, resized
@@ -63,7 +63,7 @@ class MaskQueries(PixelHead):
         numbers_Q = torch.arange(self.spec.queries, device=images_BCHW.device)
         queries_BQD = self.query(numbers_Q).expand(len(images_BCHW), -1, -1)
         masked = attend if self.training else None
-        tokens_BSD = vision.encode_beside(images_BCHW, queries_BQD, self.spec.blocks, masked)
+        tokens_BSD = encode_beside(vision, images_BCHW, queries_BQD, self.spec.blocks, masked)
         predictions.extend(self._predict(tokens_BSD, vision.grid))
         return vision.read(tokens_BSD[:, self.spec.queries :]), predictions
 
@@ -125,6 +125,29 @@ class MaskQueries(PixelHead):
         read_BSS[:, :queries, -shown_BQN.shape[2] :] = shown_BQN
         lowest = torch.finfo(tokens_BSD.dtype).min
         return torch.zeros_like(read_BSS, dtype=tokens_BSD.dtype).masked_fill(~read_BSS, lowest)[:, None]
+
+
+def encode_beside(
+    backbone: TokenBackbone,
+    images_BCHW: Tensor,
+    others_BQD: Tensor,
+    blocks: int,
+    attend: Callable[[Tensor, int], Tensor | None] | None = None,
+) -> Tensor:
+    """Encode normalized images with additional tokens before theirs in the last `blocks` layers.
+
+    `attend` is called before each of these layers with the normalized tokens (B, S, D) and the layer's number from 0;
+    it returns an additive attention mask. Return the last layer's normalized tokens [others | class token?, registers?
+    | patches].
+    """
+    tokens_BSD, angles = backbone.embed_whole(images_BCHW)
+    first = len(backbone.layers) - blocks
+    for number, layer in enumerate(backbone.layers):
+        if number == first:
+            tokens_BSD = torch.cat([others_BQD.to(tokens_BSD.dtype), tokens_BSD], dim=1)
+        mask = attend(backbone.normed(tokens_BSD), number - first) if attend is not None and number >= first else None
+        tokens_BSD = call_layer(layer, tokens_BSD, angles, mask)
+    return backbone.normed(tokens_BSD)
 
 
 def class_scores(class_logits_BQK: Tensor, mask_logits_BQHW: Tensor) -> Tensor:
