@@ -11,34 +11,45 @@ from torch import Tensor
 
 
 class Ranks(Protocol):
-    """Collectives over ranks, for losses over the global batch. The methods here are those of a world of one rank.
+    """Collectives over ranks, for losses over the global batch.
 
     Gradients are later averaged over ranks (as in DDP and ZeRO). A local loss that is a share of a global mean is
     therefore multiplied by `world_size`.
     """
 
-    rank: int = 0
-    world_size: int = 1
+    rank: int
+    world_size: int
 
     def gather(self, x_B: Tensor) -> Tensor:
         """Return (B, …) of every rank, concatenated by rank: (W·B, …). Gradients flow back to the rank of the rows."""
-        return x_B
 
     def sum(self, x: Tensor) -> Tensor:
         """Return the sum over ranks, without gradient."""
-        return x.detach()
 
     def max(self, x: Tensor) -> Tensor:
         """Return the elementwise maximum over ranks, without gradient."""
-        return x.detach()
 
     def sum_with_gradient(self, x: Tensor) -> Tensor:
         """Return the sum over ranks. The gradient of every rank's share includes the losses of all ranks."""
-        return x
 
 
-class SingleProcess(Ranks):
+class SingleProcess:
     """A world of one rank."""
+
+    rank = 0
+    world_size = 1
+
+    def gather(self, x_B: Tensor) -> Tensor:
+        return x_B
+
+    def sum(self, x: Tensor) -> Tensor:
+        return x.detach()
+
+    def max(self, x: Tensor) -> Tensor:
+        return x.detach()
+
+    def sum_with_gradient(self, x: Tensor) -> Tensor:
+        return x
 
 
 class _GatherRows(torch.autograd.Function):
@@ -74,7 +85,7 @@ class _Sum(torch.autograd.Function):
         return gradient
 
 
-class ProcessGroupRanks(Ranks):
+class ProcessGroupRanks:
     """All ranks of the process group of torch.distributed. Every rank must hold the same number of rows."""
 
     def __init__(self) -> None:
@@ -82,26 +93,30 @@ class ProcessGroupRanks(Ranks):
         self.world_size = dist.get_world_size()
 
     def gather(self, x_B: Tensor) -> Tensor:
+        """Return (B, …) of every rank, concatenated in rank order; booleans are sent as bytes."""
         if self.world_size == 1:
             return x_B
-        if x_B.dtype == torch.bool:  # sent as bytes
+        if x_B.dtype == torch.bool:
             return self.gather(x_B.to(torch.uint8)).to(torch.bool)
         gathered: Tensor = _GatherRows.apply(x_B)  # type: ignore[no-untyped-call]
         return gathered
 
     def sum(self, x: Tensor) -> Tensor:
+        """Return the sum over ranks, without gradient."""
         total = x.detach().clone()
         if self.world_size > 1:
             dist.all_reduce(total)
         return total
 
     def max(self, x: Tensor) -> Tensor:
+        """Return the elementwise maximum over ranks, without gradient."""
         largest = x.detach().clone()
         if self.world_size > 1:
             dist.all_reduce(largest, dist.ReduceOp.MAX)
         return largest
 
     def sum_with_gradient(self, x: Tensor) -> Tensor:
+        """Return the sum over ranks; every rank's term gets the gradients of all ranks' losses."""
         if self.world_size == 1:
             return x
         total: Tensor = _Sum.apply(x)  # type: ignore[no-untyped-call]
