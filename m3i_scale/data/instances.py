@@ -7,7 +7,7 @@ them like other tools. `to_train` filters objects for training.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
@@ -38,7 +38,7 @@ class Rle(TypedDict):
     size: list[int]
     """Height and width of the image."""
     counts: str
-    """Run lengths in COCO's compressed encoding; see `encode_runs`."""
+    """Run lengths in COCO's compressed encoding; see `decode_runs`."""
 
 
 Polygons = list[NDArray[np.float64]]
@@ -255,32 +255,15 @@ def _numbers(values: Any, largest: float) -> NDArray[np.float64]:
     return numbers if (np.abs(numbers) <= largest).all() else none
 
 
-def encode_runs(runs: Sequence[int]) -> str:
-    """Encode the run lengths of a mask, integers from 0 to 2³³ - 1, as text in COCO's compressed run-length encoding.
-    Other values raise a ValueError.
+def decode_runs(text: str, pixels: int) -> NDArray[np.int64]:
+    """Decode run lengths in COCO's compressed encoding. No library does it, because the text may be malicious. Raise a
+    ValueError if it is invalid or the runs do not fill `pixels`.
 
     A mask is a sequence of alternating run lengths of 0 and 1 in column-major order, starting with 0. From the fourth
     on, a run length is stored as the difference from the run two positions before. A number is a sequence of 5-bit
     groups, lowest first, each a character from `0` on. Bit 32 marks that another group follows; bit 16 of the last
     group marks the sign.
     """
-    if not all(type(run) is int and 0 <= run < 2**33 for run in runs):
-        raise ValueError("a run length of the mask is not a non-negative integer")
-    letters = bytearray()
-    for place, run in enumerate(runs):
-        number = run - runs[place - 2] if place > 2 else run
-        while True:
-            group, number = number & 31, number >> 5
-            last = number == (-1 if group & 16 else 0)
-            letters.append(48 + group + (0 if last else 32))
-            if last:
-                break
-    return letters.decode("ascii")
-
-
-def decode_runs(text: str, pixels: int) -> NDArray[np.int64]:
-    """Decode run lengths in COCO's compressed encoding. No library does it, because the text may be malicious. Raise a
-    ValueError if it is invalid or the runs do not fill `pixels`."""
     if len(text) > _LETTERS * (pixels + 2):
         raise ValueError(f"the text of the mask is too long for its {pixels} pixels")
     try:

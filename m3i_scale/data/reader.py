@@ -8,7 +8,7 @@ import re
 import tarfile
 from collections import OrderedDict
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from webdataset.tariterators import group_by_keys, tar_file_iterator
 
@@ -16,7 +16,6 @@ from m3i_scale.data.remote.access import Access
 from m3i_scale.data.remote.prefetch import RemoteShards
 from m3i_scale.data.remote.read_errors import ReadError, bad_shard, retried
 from m3i_scale.data.scan import ShardIndex, head_of
-from m3i_scale.data.tar import RawSample, read_members
 from m3i_scale.data.workers import Activity
 
 OPEN_SHARDS = 32
@@ -47,15 +46,6 @@ def check_sample_size(size: int, limit: int) -> None:
     """Check the size of a sample in bytes, before reading it, against `limit` (data.max_sample_bytes)."""
     if size > limit:
         raise BadSampleError("sample too large", f"{size} bytes, data.max_sample_bytes is {limit}")
-
-
-def readable_members(stream: BinaryIO, sample: RawSample, max_bytes: int) -> dict[str, bytes]:
-    """Read the files of a sample by extension. Raise `BadSampleError` if they are too large or cannot be read."""
-    check_sample_size(sample.size, max_bytes)
-    try:
-        return read_members(stream, sample)
-    except OSError as error:
-        raise BadSampleError("cannot be read", str(error)) from None
 
 
 class ShardReader:

@@ -7,7 +7,6 @@ negative size backwards and loop forever.
 
 from __future__ import annotations
 
-import io
 import tarfile
 import zlib
 from collections.abc import Iterator
@@ -35,7 +34,7 @@ SCATTERED = "members are not consecutive"
 """The only error of a sample that can be repaired without loss."""
 TWICE = "duplicate key in the shard"
 _BLOCK = tarfile.BLOCKSIZE
-_TAR_ERRORS = (tarfile.TarError, EOFError, ValueError, IndexError, OverflowError, RecursionError)
+TAR_ERRORS = (tarfile.TarError, EOFError, ValueError, IndexError, OverflowError, RecursionError)
 """Errors that tarfile raises on damaged headers; not all of them are TarErrors."""
 _RENAMING = {"path", "size", "GNU.sparse.name", "GNU.sparse.size", "GNU.sparse.realsize"}
 _MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
@@ -174,20 +173,6 @@ def read_members(stream: BinaryIO, sample: RawSample) -> dict[str, bytes]:
     return contents
 
 
-def key_at(path: Path, offset: int) -> str:
-    """Return the key of the file whose header starts at `offset`; `?` if there is none."""
-    try:
-        with path.open("rb") as stream:
-            stream.seek(offset)
-            head = io.BytesIO(stream.read(MAX_HEADER_BYTES + 4 * _BLOCK))
-        with tarfile.open(fileobj=head, mode="r:") as tar:
-            member = tar.next()
-    except (OSError, *_TAR_ERRORS):  # the shard has changed meanwhile
-        member = None
-    key = None if member is None else base_plus_ext(member.name)[0]
-    return "?" if key is None else printable(key)
-
-
 class _HeaderFile:
     """File object that lets tarfile read only headers, in short reads."""
 
@@ -224,7 +209,7 @@ class _Headers:
                     if end > self._shard.size:
                         break
                 end = tar.offset
-        except _TAR_ERRORS as error:
+        except TAR_ERRORS as error:
             damage = printable(str(error) or type(error).__name__)
         if end == 0:
             self._no_tar(damage)

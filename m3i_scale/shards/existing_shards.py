@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
+import io
 import json
+import tarfile
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 from typing_extensions import override
+from webdataset.tariterators import base_plus_ext
 
 from m3i_scale.data.categories import Categories, shard_categories
 from m3i_scale.data.images import MASK
 from m3i_scale.data.instances import INSTANCES
+from m3i_scale.data.reader import BadSampleError, check_sample_size
 from m3i_scale.data.samples import read_caption, read_label
 from m3i_scale.data.shards import CATEGORIES, LABELS, MASK_LABELS, local_shards, read_labels
-from m3i_scale.data.tar import Problem, RawSample, RawShard, read_members, read_shard, shard_error
+from m3i_scale.data.tar import (
+    MAX_HEADER_BYTES,
+    TAR_ERRORS,
+    Problem,
+    RawSample,
+    RawShard,
+    read_members,
+    read_shard,
+    shard_error,
+)
 from m3i_scale.defaults import MAX_SAMPLE_BYTES
 from m3i_scale.errors import DataError
 from m3i_scale.shards.encode_image import FILE_EXTENSIONS
@@ -271,3 +284,26 @@ def _group(stream: BinaryIO, sample: RawSample, origin: Origin) -> str | None:
         what = f"the field '{origin.group}' is no text and no integer: {value!r:.80}"
         raise DataError(what, where=origin.where(sample.key))
     return str(value)
+
+
+def readable_members(stream: BinaryIO, sample: RawSample, max_bytes: int) -> dict[str, bytes]:
+    """Read the files of a sample by extension. Raise `BadSampleError` if they are too large or cannot be read."""
+    check_sample_size(sample.size, max_bytes)
+    try:
+        return read_members(stream, sample)
+    except OSError as error:
+        raise BadSampleError("cannot be read", str(error)) from None
+
+
+def key_at(path: Path, offset: int) -> str:
+    """Return the key of the file whose header starts at `offset`; `?` if there is none."""
+    try:
+        with path.open("rb") as stream:
+            stream.seek(offset)
+            head = io.BytesIO(stream.read(MAX_HEADER_BYTES + 4 * tarfile.BLOCKSIZE))
+        with tarfile.open(fileobj=head, mode="r:") as tar:
+            member = tar.next()
+    except (OSError, *TAR_ERRORS):  # the shard has changed meanwhile
+        member = None
+    key = None if member is None else base_plus_ext(member.name)[0]
+    return "?" if key is None else printable(key)
