@@ -145,8 +145,8 @@ def parse_instances(value: Any, categories: int | None) -> Instances:
     image_id, width, height = of_image
     if not is_index(image_id) or not all(is_index(side) and 0 < side <= _LARGEST for side in (width, height)):
         raise BadSampleError(MALFORMED, "no image_id, width or height")
-    annotations = [_Annotation.of(row, number, categories, (width, height)) for number, row in enumerate(rows)]
-    ids = [annotation.id for annotation in annotations]
+    annotations = [_annotation(row, number, categories, (width, height)) for number, row in enumerate(rows)]
+    ids, labels, boxes, areas, crowds, segmentations = zip(*annotations, strict=True) if annotations else ((),) * 6
     if len(set(ids)) < len(ids):
         raise BadSampleError(MALFORMED, "two annotations have one id")
     return Instances(
@@ -154,46 +154,36 @@ def parse_instances(value: Any, categories: int | None) -> Instances:
         width,
         height,
         np.array(ids, dtype=np.int64),
-        np.array([annotation.category for annotation in annotations], dtype=np.int64),
-        np.array([annotation.box for annotation in annotations], dtype=np.float64).reshape(-1, 4),
-        np.array([annotation.area for annotation in annotations], dtype=np.float64),
-        np.array([annotation.crowd for annotation in annotations], dtype=np.bool_),
-        [annotation.segmentation for annotation in annotations],
+        np.array(labels, dtype=np.int64),
+        np.array(boxes, dtype=np.float64).reshape(-1, 4),
+        np.array(areas, dtype=np.float64),
+        np.array(crowds, dtype=np.bool_),
+        list(segmentations),
         _listed(value, "neg_category_ids", categories),
         _listed(value, "not_exhaustive_category_ids", categories),
     )
 
 
-@dataclass(frozen=True)
-class _Annotation:
-    id: int
-    category: int
-    box: NDArray[np.float64]
-    area: float
-    crowd: bool
-    segmentation: Segmentation | None
-
-    @staticmethod
-    def of(row: Any, number: int, categories: int | None, size: tuple[int, int]) -> _Annotation:
-        """Parse and validate annotation `number` of the list; `size` is the width and height of the image."""
-        if not isinstance(row, dict) or not is_index(row.get("id")):
-            raise BadSampleError(MALFORMED, f"annotation {number} in the list has no id")
-        place = f"annotation {row['id']}"
-        category = _category(row.get("category"), categories, place)
-        box = _numbers(row.get("bbox"), _LARGEST)
-        if len(box) != 4 or (box[2:] < 0).any():
-            what = f"{row.get('bbox')!r:.80}"
-            raise BadSampleError(MALFORMED, f"the box of {place} is not [x, y, width, height] in pixels: {what}")
-        area = _numbers([row.get("area")], _LARGEST**2)
-        if not len(area) or area[0] < 0:
-            raise BadSampleError(MALFORMED, f"{place} has no area: {row.get('area')!r:.80}")
-        crowd = row.get("iscrowd", 0)
-        if crowd not in (0, 1):
-            raise BadSampleError(MALFORMED, f"iscrowd of {place} is neither 0 nor 1: {crowd!r:.80}")
-        segmentation = row.get("segmentation")
-        if segmentation is not None:
-            segmentation = _segmentation(segmentation, size, place)
-        return _Annotation(row["id"], category, box, float(area[0]), bool(crowd), segmentation)
+def _annotation(
+    row: Any, number: int, categories: int | None, size: tuple[int, int]
+) -> tuple[int, int, NDArray[np.float64], float, bool, Segmentation | None]:
+    """Validate annotation `number` of the list: its id, category, box, area, whether it is a crowd, and its mask."""
+    if not isinstance(row, dict) or not is_index(row.get("id")):
+        raise BadSampleError(MALFORMED, f"annotation {number} in the list has no id")
+    place = f"annotation {row['id']}"
+    category = _category(row.get("category"), categories, place)
+    box = _numbers(row.get("bbox"), _LARGEST)
+    if len(box) != 4 or (box[2:] < 0).any():
+        what = f"{row.get('bbox')!r:.80}"
+        raise BadSampleError(MALFORMED, f"the box of {place} is not [x, y, width, height] in pixels: {what}")
+    area = _numbers([row.get("area")], _LARGEST**2)
+    if not len(area) or area[0] < 0:
+        raise BadSampleError(MALFORMED, f"{place} has no area: {row.get('area')!r:.80}")
+    crowd = row.get("iscrowd", 0)
+    if crowd not in (0, 1):
+        raise BadSampleError(MALFORMED, f"iscrowd of {place} is neither 0 nor 1: {crowd!r:.80}")
+    mask = row.get("segmentation")
+    return row["id"], category, box, area[0], bool(crowd), None if mask is None else _segmentation(mask, size, place)
 
 
 def _segmentation(value: Any, size: tuple[int, int], place: str) -> Segmentation:
