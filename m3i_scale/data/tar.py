@@ -11,7 +11,7 @@ import tarfile
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import BinaryIO, cast
 
 from webdataset.tariterators import base_plus_ext
@@ -25,7 +25,6 @@ MAX_HEADER_BYTES = 16_384
 """Larger extended headers (long names, attributes) are an error; tarfile would read gigabytes."""
 RESERVED = frozenset({"__key__", "__url__", "__local_path__"})
 """Names of webdataset's internal fields of a sample."""
-UNREADABLE = "shard cannot be read"
 CUT_OFF = "cut off"
 DAMAGED = "damaged header"
 AFTER_END = "data after the end of the tar"
@@ -125,18 +124,6 @@ class RawShard:
     """Number of folders and of files that webdataset skips."""
 
 
-def read_shard(path: Path) -> RawShard:
-    """Group the files of a tar into samples. Errors are returned, even if the tar cannot be read at all."""
-    shard = RawShard()
-    try:
-        shard.size = path.stat().st_size
-        with path.open("rb") as stream:
-            _Headers(stream, shard, None).read()
-    except OSError as error:
-        shard.problems.append(Problem(UNREADABLE, str(error.strerror or error)))
-    return shard
-
-
 def read_strictly(stream: BinaryIO, size: int, where: str) -> RawShard:
     """Group the files of a tar of `size` bytes into samples. Errors in file contents appear only when a sample is read.
 
@@ -144,7 +131,7 @@ def read_strictly(stream: BinaryIO, size: int, where: str) -> RawShard:
     end, or files that a shard must not have (absolute paths, `..`, links, devices). OSErrors are passed on.
     """
     shard = RawShard(size)
-    _Headers(stream, shard, where).read()
+    TarHeaders(stream, shard, where).read()
     return shard
 
 
@@ -161,18 +148,6 @@ def shard_error(where: str, problem: Problem, count: int = 1) -> DataError:
     )
 
 
-def read_members(stream: BinaryIO, sample: RawSample) -> dict[str, bytes]:
-    """Read the files of a sample, by extension. Raise an OSError if the tar is shorter than before."""
-    contents = {}
-    for member in sample.members:
-        stream.seek(member.data)
-        data = stream.read(member.size)
-        if len(data) < member.size:
-            raise OSError(f"{len(data)} of {member.size} bytes of a member")
-        contents[member.extension] = data
-    return contents
-
-
 class _HeaderFile:
     """File object that lets tarfile read only headers, in short reads."""
 
@@ -186,7 +161,7 @@ class _HeaderFile:
         return self._stream.read(size)
 
 
-class _Headers:
+class TarHeaders:
     """Parser that groups the files of a tar into the samples of `shard`, which already has its size.
 
     With `strict`, which names the tar, the first error is raised; with None, errors are collected.
