@@ -8,24 +8,20 @@ samples without objects never; see `order.Repeats`.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from m3i_scale.data.instances import INSTANCES, is_index
+from m3i_scale.data.instances import is_index
 from m3i_scale.data.order import Repeats
 from m3i_scale.data.remote.access import Access, Address
 from m3i_scale.data.remote.fetch import read_file
 from m3i_scale.data.scan import ShardIndex, stored_arrays
 from m3i_scale.data.shards import CATEGORIES, read_sidecar
-from m3i_scale.data.tar import RawSample, read_members, read_shard
 from m3i_scale.errors import DataError, error_prefix
-from m3i_scale.files import replacing
 
 FORMATS = ("coco", "lvis")
 FREQUENCIES = ("r", "c", "f")
@@ -136,25 +132,6 @@ class SampleCategories:
         return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
 
 
-def save_categories(shard: Path, digest: str) -> None:
-    """Write the categories of the samples of a local shard to `index/` next to it; `digest` is the digest of its index.
-    The folder of the shard must have a categories file."""
-    categories = len(shard_categories(shard.parent) or ())
-    found = []
-    with shard.open("rb") as stream:
-        for sample in read_shard(shard).samples:
-            only = [member for member in sample.members if member.extension == INSTANCES]
-            data = read_members(stream, RawSample(sample.key, only)).get(INSTANCES) if only else None
-            found.append([] if data is None else _categories_in(data, categories))
-    with replacing(shard.parent / "index" / categories_file(shard.name), durable=False) as file:
-        np.savez(
-            file,
-            shard=np.str_(digest),
-            counts=np.array([len(of_sample) for of_sample in found], dtype=np.int64),
-            categories=np.array([number for of_sample in found for number in of_sample], dtype=np.int64),
-        )
-
-
 def categories_file(name: str) -> str:
     """Return the file name for a shard's categories, in `index/` next to it."""
     return f"{name}.categories.npz"
@@ -181,16 +158,6 @@ def load_categories(index: ShardIndex, access: Access | None = None) -> SampleCa
             fix=f"m3i-scale shards index FOLDER, with the shards and their {CATEGORIES}",
         ) from None
     return SampleCategories(counts, categories)
-
-
-def _categories_in(data: bytes, categories: int) -> list[int]:
-    """Return the categories of a sample's annotations; empty if malformed, as the sample is then corrupt."""
-    try:
-        rows = json.loads(data)["annotations"]
-        found = sorted({row["category"] for row in rows if not row.get("iscrowd")})
-    except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
-        return []
-    return found if all(is_index(number) and number < categories for number in found) else []
 
 
 def repeat_factors(samples: SampleCategories, threshold: float) -> NDArray[np.float64]:

@@ -6,7 +6,6 @@ import io
 import re
 import struct
 import warnings
-from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -23,9 +22,6 @@ IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 
 MASK = "mask.png"
 """Extension of the segmentation mask: the class of every pixel."""
-
-ValueRange = tuple[float, float]
-"""Intensity window: the gray values that become black and white."""
 
 DEEP_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")
 """Pillow's modes of gray images with more than 8 bits."""
@@ -77,11 +73,6 @@ def open_any_size(data: bytes, formats: tuple[str, ...] = READ_FORMATS) -> Image
         Image.MAX_IMAGE_PIXELS = limit
 
 
-def pixel_counts(mask: Image.Image) -> Counter[int]:
-    """Count the pixels of a mask by value; of a palette PNG, by palette index."""
-    return Counter({value: count for value, count in enumerate(mask.histogram()) if count})
-
-
 def mask_error(data: bytes) -> str | None:
     """Return the reason why bytes are not a valid mask PNG, or None if they are valid.
 
@@ -118,36 +109,21 @@ def upright_size(size: tuple[int, int], lies: int) -> tuple[int, int]:
     return (size[1], size[0]) if lies in _SIDEWAYS else size
 
 
-def on_white(image: Image.Image, value_range: ValueRange | None = None) -> Image.Image:
+def on_white(image: Image.Image) -> Image.Image:
     """Convert an opened image to RGB on white, as exported image processors do: a plain conversion drops transparency.
 
-    A gray image with more than 8 bits may need a `value_range`; see `eight_bits`.
+    16-bit gray images keep their upper 8 bits, as Pillow does for 16-bit color: a plain conversion would turn all but
+    the darkest 1/256 of the values white. Other images in one of `DEEP_MODES` raise a ValueError.
     """
     if image.mode in DEEP_MODES:
-        return eight_bits(image, value_range).convert("RGB")
+        if not is_16_bit(image):
+            raise ValueError(f"values of mode {image.mode} have no range")
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
     if not image.has_transparency_data:
         image.load()
         return image if image.mode == "RGB" else image.convert("RGB")
     opaque = image.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", opaque.size, "white"), opaque).convert("RGB")
-
-
-def eight_bits(image: Image.Image, value_range: ValueRange | None) -> Image.Image:
-    """Convert an image in one of `DEEP_MODES` to 8-bit gray.
-
-    With `value_range`, values up to the first become 0, values from the second on 255, linear in between. Without it,
-    16-bit images keep their upper 8 bits, as Pillow does for 16-bit color: a plain conversion would turn all but the
-    darkest 1/256 of the values white. Other images raise a ValueError.
-    """
-    if value_range is None and not is_16_bit(image):
-        raise ValueError(f"values of mode {image.mode} have no range")
-    values_HW = np.asarray(image)
-    if value_range is None:
-        levels_HW = values_HW >> 8
-    else:
-        low, high = value_range
-        levels_HW = np.rint((np.clip(values_HW.astype(np.float64), low, high) - low) * (255 / (high - low)))
-    return Image.fromarray(levels_HW.astype(np.uint8))
 
 
 def is_16_bit(image: Image.Image) -> bool:

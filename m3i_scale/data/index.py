@@ -13,7 +13,6 @@ from pathlib import Path
 
 from fsspec.spec import AbstractBufferedFile
 
-from m3i_scale.data.categories import save_categories
 from m3i_scale.data.remote.access import Access, Address, Url
 from m3i_scale.data.remote.fetch import Facts, facts, read_file, read_range
 from m3i_scale.data.remote.read_errors import ReadError, bad_shard, start_fix
@@ -26,7 +25,6 @@ from m3i_scale.data.scan import (
     scan_shard,
     scan_stream,
 )
-from m3i_scale.data.shards import CATEGORIES
 from m3i_scale.errors import DataError
 
 WAIT_TIMEOUT_S = 3_600.0
@@ -37,15 +35,13 @@ SCAN_BLOCK_BYTES = 1 << 20
 
 
 def build_index(shards: Sequence[Path], folder: Path, threads: int = 4) -> list[ShardIndex]:
-    """Scan shards and save their indices in `folder`; in `index/` next to them also their object categories."""
+    """Scan shards and save their indices in `folder`."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with ThreadPoolExecutor(threads) as pool:
             indices = list(pool.map(scan_shard, shards))
         for path, index in zip(shards, indices, strict=True):
             save_index(index, folder / f"{path.name}.npz")
-            if folder == path.parent / "index" and (path.parent / CATEGORIES).is_file():
-                save_categories(path, index.digest)
     except OSError as error:
         raise DataError(f"cannot write the index: {error}", where=str(folder)) from None
     return indices

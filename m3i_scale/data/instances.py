@@ -7,7 +7,7 @@ them like other tools. `to_train` filters objects for training.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
@@ -38,7 +38,7 @@ class Rle(TypedDict):
     size: list[int]
     """Height and width of the image."""
     counts: str
-    """Run lengths in COCO's compressed encoding; see `encode_runs`."""
+    """Run lengths in COCO's compressed encoding; see `decode_runs`."""
 
 
 Polygons = list[NDArray[np.float64]]
@@ -145,8 +145,8 @@ def parse_instances(value: Any, categories: int | None) -> Instances:
     image_id, width, height = of_image
     if not is_index(image_id) or not all(is_index(side) and 0 < side <= _LARGEST for side in (width, height)):
         raise BadSampleError(MALFORMED, "no image_id, width or height")
-    annotations = [_Annotation.of(row, number, categories, (width, height)) for number, row in enumerate(rows)]
-    ids = [annotation.id for annotation in annotations]
+    annotations = [_annotation(row, number, categories, (width, height)) for number, row in enumerate(rows)]
+    ids, labels, boxes, areas, crowds, segmentations = zip(*annotations, strict=True) if annotations else ((),) * 6
     if len(set(ids)) < len(ids):
         raise BadSampleError(MALFORMED, "two annotations have one id")
     return Instances(
@@ -154,46 +154,36 @@ def parse_instances(value: Any, categories: int | None) -> Instances:
         width,
         height,
         np.array(ids, dtype=np.int64),
-        np.array([annotation.category for annotation in annotations], dtype=np.int64),
-        np.array([annotation.box for annotation in annotations], dtype=np.float64).reshape(-1, 4),
-        np.array([annotation.area for annotation in annotations], dtype=np.float64),
-        np.array([annotation.crowd for annotation in annotations], dtype=np.bool_),
-        [annotation.segmentation for annotation in annotations],
+        np.array(labels, dtype=np.int64),
+        np.array(boxes, dtype=np.float64).reshape(-1, 4),
+        np.array(areas, dtype=np.float64),
+        np.array(crowds, dtype=np.bool_),
+        list(segmentations),
         _listed(value, "neg_category_ids", categories),
         _listed(value, "not_exhaustive_category_ids", categories),
     )
 
 
-@dataclass(frozen=True)
-class _Annotation:
-    id: int
-    category: int
-    box: NDArray[np.float64]
-    area: float
-    crowd: bool
-    segmentation: Segmentation | None
-
-    @staticmethod
-    def of(row: Any, number: int, categories: int | None, size: tuple[int, int]) -> _Annotation:
-        """Parse and validate annotation `number` of the list; `size` is the width and height of the image."""
-        if not isinstance(row, dict) or not is_index(row.get("id")):
-            raise BadSampleError(MALFORMED, f"annotation {number} in the list has no id")
-        place = f"annotation {row['id']}"
-        category = _category(row.get("category"), categories, place)
-        box = _numbers(row.get("bbox"), _LARGEST)
-        if len(box) != 4 or (box[2:] < 0).any():
-            what = f"{row.get('bbox')!r:.80}"
-            raise BadSampleError(MALFORMED, f"the box of {place} is not [x, y, width, height] in pixels: {what}")
-        area = _numbers([row.get("area")], _LARGEST**2)
-        if not len(area) or area[0] < 0:
-            raise BadSampleError(MALFORMED, f"{place} has no area: {row.get('area')!r:.80}")
-        crowd = row.get("iscrowd", 0)
-        if crowd not in (0, 1):
-            raise BadSampleError(MALFORMED, f"iscrowd of {place} is neither 0 nor 1: {crowd!r:.80}")
-        segmentation = row.get("segmentation")
-        if segmentation is not None:
-            segmentation = _segmentation(segmentation, size, place)
-        return _Annotation(row["id"], category, box, float(area[0]), bool(crowd), segmentation)
+def _annotation(
+    row: Any, number: int, categories: int | None, size: tuple[int, int]
+) -> tuple[int, int, NDArray[np.float64], float, bool, Segmentation | None]:
+    """Validate annotation `number` of the list: its id, category, box, area, whether it is a crowd, and its mask."""
+    if not isinstance(row, dict) or not is_index(row.get("id")):
+        raise BadSampleError(MALFORMED, f"annotation {number} in the list has no id")
+    place = f"annotation {row['id']}"
+    category = _category(row.get("category"), categories, place)
+    box = _numbers(row.get("bbox"), _LARGEST)
+    if len(box) != 4 or (box[2:] < 0).any():
+        what = f"{row.get('bbox')!r:.80}"
+        raise BadSampleError(MALFORMED, f"the box of {place} is not [x, y, width, height] in pixels: {what}")
+    area = _numbers([row.get("area")], _LARGEST**2)
+    if not len(area) or area[0] < 0:
+        raise BadSampleError(MALFORMED, f"{place} has no area: {row.get('area')!r:.80}")
+    crowd = row.get("iscrowd", 0)
+    if crowd not in (0, 1):
+        raise BadSampleError(MALFORMED, f"iscrowd of {place} is neither 0 nor 1: {crowd!r:.80}")
+    mask = row.get("segmentation")
+    return row["id"], category, box, area[0], bool(crowd), None if mask is None else _segmentation(mask, size, place)
 
 
 def _segmentation(value: Any, size: tuple[int, int], place: str) -> Segmentation:
@@ -255,32 +245,15 @@ def _numbers(values: Any, largest: float) -> NDArray[np.float64]:
     return numbers if (np.abs(numbers) <= largest).all() else none
 
 
-def encode_runs(runs: Sequence[int]) -> str:
-    """Encode the run lengths of a mask, integers from 0 to 2³³ - 1, as text in COCO's compressed run-length encoding.
-    Other values raise a ValueError.
+def decode_runs(text: str, pixels: int) -> NDArray[np.int64]:
+    """Decode run lengths in COCO's compressed encoding. No library does it, because the text may be malicious. Raise a
+    ValueError if it is invalid or the runs do not fill `pixels`.
 
     A mask is a sequence of alternating run lengths of 0 and 1 in column-major order, starting with 0. From the fourth
     on, a run length is stored as the difference from the run two positions before. A number is a sequence of 5-bit
     groups, lowest first, each a character from `0` on. Bit 32 marks that another group follows; bit 16 of the last
     group marks the sign.
     """
-    if not all(type(run) is int and 0 <= run < 2**33 for run in runs):
-        raise ValueError("a run length of the mask is not a non-negative integer")
-    letters = bytearray()
-    for place, run in enumerate(runs):
-        number = run - runs[place - 2] if place > 2 else run
-        while True:
-            group, number = number & 31, number >> 5
-            last = number == (-1 if group & 16 else 0)
-            letters.append(48 + group + (0 if last else 32))
-            if last:
-                break
-    return letters.decode("ascii")
-
-
-def decode_runs(text: str, pixels: int) -> NDArray[np.int64]:
-    """Decode run lengths in COCO's compressed encoding. No library does it, because the text may be malicious. Raise a
-    ValueError if it is invalid or the runs do not fill `pixels`."""
     if len(text) > _LETTERS * (pixels + 2):
         raise ValueError(f"the text of the mask is too long for its {pixels} pixels")
     try:

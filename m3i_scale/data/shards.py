@@ -70,17 +70,6 @@ def require_shards(shards: str, where: str, access: Access | None = None) -> Non
         ) from None
 
 
-def local_shards(shards: str, where: str = "shards") -> list[Path]:
-    """List local shards; see `expand_shards`."""
-    if is_remote(shards):
-        raise DataError(
-            "this command needs local shards",
-            where=f"{where}: {without_secrets(shards)}",
-            fix="copy the shards to this host; training itself reads and indexes remote shards",
-        )
-    return [place for place in expand_shards(shards, where) if isinstance(place, Path)]
-
-
 def _expand_remote(shards: str, where: str, access: Access | None) -> list[Address]:
     named = [to_address(item, where) for item in _braces(shards, where)]
     if len(named) > 1 or named[0].suffix == ".tar":

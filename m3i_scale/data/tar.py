@@ -7,12 +7,11 @@ negative size backwards and loop forever.
 
 from __future__ import annotations
 
-import io
 import tarfile
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import BinaryIO, cast
 
 from webdataset.tariterators import base_plus_ext
@@ -26,7 +25,6 @@ MAX_HEADER_BYTES = 16_384
 """Larger extended headers (long names, attributes) are an error; tarfile would read gigabytes."""
 RESERVED = frozenset({"__key__", "__url__", "__local_path__"})
 """Names of webdataset's internal fields of a sample."""
-UNREADABLE = "shard cannot be read"
 CUT_OFF = "cut off"
 DAMAGED = "damaged header"
 AFTER_END = "data after the end of the tar"
@@ -35,7 +33,7 @@ SCATTERED = "members are not consecutive"
 """The only error of a sample that can be repaired without loss."""
 TWICE = "duplicate key in the shard"
 _BLOCK = tarfile.BLOCKSIZE
-_TAR_ERRORS = (tarfile.TarError, EOFError, ValueError, IndexError, OverflowError, RecursionError)
+TAR_ERRORS = (tarfile.TarError, EOFError, ValueError, IndexError, OverflowError, RecursionError)
 """Errors that tarfile raises on damaged headers; not all of them are TarErrors."""
 _RENAMING = {"path", "size", "GNU.sparse.name", "GNU.sparse.size", "GNU.sparse.realsize"}
 _MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
@@ -126,18 +124,6 @@ class RawShard:
     """Number of folders and of files that webdataset skips."""
 
 
-def read_shard(path: Path) -> RawShard:
-    """Group the files of a tar into samples. Errors are returned, even if the tar cannot be read at all."""
-    shard = RawShard()
-    try:
-        shard.size = path.stat().st_size
-        with path.open("rb") as stream:
-            _Headers(stream, shard, None).read()
-    except OSError as error:
-        shard.problems.append(Problem(UNREADABLE, str(error.strerror or error)))
-    return shard
-
-
 def read_strictly(stream: BinaryIO, size: int, where: str) -> RawShard:
     """Group the files of a tar of `size` bytes into samples. Errors in file contents appear only when a sample is read.
 
@@ -145,7 +131,7 @@ def read_strictly(stream: BinaryIO, size: int, where: str) -> RawShard:
     end, or files that a shard must not have (absolute paths, `..`, links, devices). OSErrors are passed on.
     """
     shard = RawShard(size)
-    _Headers(stream, shard, where).read()
+    TarHeaders(stream, shard, where).read()
     return shard
 
 
@@ -162,32 +148,6 @@ def shard_error(where: str, problem: Problem, count: int = 1) -> DataError:
     )
 
 
-def read_members(stream: BinaryIO, sample: RawSample) -> dict[str, bytes]:
-    """Read the files of a sample, by extension. Raise an OSError if the tar is shorter than before."""
-    contents = {}
-    for member in sample.members:
-        stream.seek(member.data)
-        data = stream.read(member.size)
-        if len(data) < member.size:
-            raise OSError(f"{len(data)} of {member.size} bytes of a member")
-        contents[member.extension] = data
-    return contents
-
-
-def key_at(path: Path, offset: int) -> str:
-    """Return the key of the file whose header starts at `offset`; `?` if there is none."""
-    try:
-        with path.open("rb") as stream:
-            stream.seek(offset)
-            head = io.BytesIO(stream.read(MAX_HEADER_BYTES + 4 * _BLOCK))
-        with tarfile.open(fileobj=head, mode="r:") as tar:
-            member = tar.next()
-    except (OSError, *_TAR_ERRORS):  # the shard has changed meanwhile
-        member = None
-    key = None if member is None else base_plus_ext(member.name)[0]
-    return "?" if key is None else printable(key)
-
-
 class _HeaderFile:
     """File object that lets tarfile read only headers, in short reads."""
 
@@ -201,7 +161,7 @@ class _HeaderFile:
         return self._stream.read(size)
 
 
-class _Headers:
+class TarHeaders:
     """Parser that groups the files of a tar into the samples of `shard`, which already has its size.
 
     With `strict`, which names the tar, the first error is raised; with None, errors are collected.
@@ -224,7 +184,7 @@ class _Headers:
                     if end > self._shard.size:
                         break
                 end = tar.offset
-        except _TAR_ERRORS as error:
+        except TAR_ERRORS as error:
             damage = printable(str(error) or type(error).__name__)
         if end == 0:
             self._no_tar(damage)

@@ -16,12 +16,12 @@ from typing import Any, BinaryIO
 from numpy.typing import NDArray
 
 from m3i_scale.data.categories import shard_categories
-from m3i_scale.data.images import IMAGE_EXTENSIONS, MASK, on_white, pixel_counts
+from m3i_scale.data.images import IMAGE_EXTENSIONS, MASK, on_white
 from m3i_scale.data.instances import INSTANCES, read_instances
-from m3i_scale.data.reader import BadSampleError, readable_members
+from m3i_scale.data.reader import BadSampleError
 from m3i_scale.data.samples import MASK_OUT_OF_RANGE, decoding, open_image, open_mask, read_caption, read_label
-from m3i_scale.data.shards import CATEGORIES, MASK_LABELS, local_shards, read_labels
-from m3i_scale.data.tar import CUT_OFF, SCATTERED, Problem, RawSample, key_at, read_shard
+from m3i_scale.data.shards import CATEGORIES, MASK_LABELS, read_labels
+from m3i_scale.data.tar import CUT_OFF, SCATTERED, Problem, RawSample
 from m3i_scale.defaults import MAX_CAPTION_BYTES, MAX_SAMPLE_BYTES
 from m3i_scale.errors import DataError
 from m3i_scale.files import json_line, replacing
@@ -33,7 +33,8 @@ from m3i_scale.shards.annotation_checks import (
     pixel_report,
 )
 from m3i_scale.shards.digests import Digests, digest_of, rows_of
-from m3i_scale.shards.existing_shards import Advance, read_shards
+from m3i_scale.shards.encode_image import pixel_counts
+from m3i_scale.shards.existing_shards import Advance, key_at, local_shards, read_shard, read_shards, readable_members
 from m3i_scale.shards.folder import OF_SIDECARS, Claims, claim_problems, read_claims
 from m3i_scale.shards.image_folders import SPLIT_NAMES
 from m3i_scale.text import printable

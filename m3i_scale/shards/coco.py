@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from m3i_scale.data.categories import Categories, parse_categories
-from m3i_scale.data.instances import NO_MASK, Instances, encode_runs, is_index, parse_instances
+from m3i_scale.data.instances import NO_MASK, Instances, is_index, parse_instances
 from m3i_scale.data.reader import BadSampleError
 from m3i_scale.errors import ConfigError, DataError
 from m3i_scale.shards.annotation_checks import BoxForms
@@ -306,6 +306,25 @@ class AnnotationFile:
         if not is_index(number) or number not in self.indices:
             raise BadSampleError("a category is unknown", f"{number!r:.40} of {where}")
         return self.indices[number]
+
+
+def encode_runs(runs: Sequence[int]) -> str:
+    """Encode the run lengths of a mask, integers from 0 to 2³³ - 1, as text that `decode_runs` reads.
+
+    Other values raise a ValueError.
+    """
+    if not all(type(run) is int and 0 <= run < 2**33 for run in runs):
+        raise ValueError("a run length of the mask is not a non-negative integer")
+    letters = bytearray()
+    for place, run in enumerate(runs):
+        number = run - runs[place - 2] if place > 2 else run
+        while True:
+            group, number = number & 31, number >> 5
+            last = number == (-1 if group & 16 else 0)
+            letters.append(48 + group + (0 if last else 32))
+            if last:
+                break
+    return letters.decode("ascii")
 
 
 def read_annotation_file(path: Path, *, skip_bad: bool) -> AnnotationFile:

@@ -120,14 +120,14 @@ def index(
     as_json: AsJson = False,
 ) -> None:
     """Scan shards and write `index/` next to them. Otherwise training scans them and writes to its cache."""
-    from m3i_scale.data.index import build_index
-    from m3i_scale.data.shards import local_shards
+    from m3i_scale.shards.existing_shards import local_shards
+    from m3i_scale.shards.folder import index_folder
 
     indices = []
     for pattern in shards:
         paths = local_shards(pattern)
         for folder in sorted({path.parent for path in paths}):
-            indices += build_index([path for path in paths if path.parent == folder], folder / "index")
+            indices += index_folder(folder, [path for path in paths if path.parent == folder])
     summary = {"shards": len(indices), "samples": sum(map(len, indices)), "bytes": sum(item.size for item in indices)}
     print_summary(summary, as_json, [f"{summary['shards']} shards, {summary['samples']} samples"])
 

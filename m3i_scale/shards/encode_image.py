@@ -13,14 +13,12 @@ from m3i_scale.data.images import (
     DEEP_MODES,
     KEPT_FORMATS,
     READ_FORMATS,
-    ValueRange,
     error_text,
     is_16_bit,
     mask_error,
     on_white,
     open_any_size,
     orientation,
-    pixel_counts,
     tiff_tag,
     upright_size,
 )
@@ -32,6 +30,9 @@ FILE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "p
 _WHITE_IS, _SAMPLES_PER_PIXEL, _SAMPLE_FORMAT = 262, 277, 339
 """TIFF tags. If the first one is 0 (Pillow's default if absent), zero is white."""
 _UNSIGNED = 1
+
+ValueRange = tuple[float, float]
+"""Intensity window: the gray values that become black and white."""
 
 
 def encoded_image(data: bytes, where: str, value_range: ValueRange | None = None) -> tuple[bytes, str]:
@@ -63,10 +64,22 @@ def encoded_image(data: bytes, where: str, value_range: ValueRange | None = None
 
 
 def to_png(image: Image.Image, value_range: ValueRange | None = None) -> bytes:
-    """Encode an image as an RGB PNG; see `on_white`."""
+    """Encode an image as an RGB PNG; see `on_white`.
+
+    With `value_range`, values up to the first become 0, values from the second on 255, linear in between.
+    """
+    if value_range is not None:
+        low, high = value_range
+        values_HW = np.clip(np.asarray(image).astype(np.float64), low, high)
+        image = Image.fromarray(np.rint((values_HW - low) * (255 / (high - low))).astype(np.uint8))
     buffer = io.BytesIO()
-    on_white(image, value_range).save(buffer, "PNG")
+    on_white(image).save(buffer, "PNG")
     return buffer.getvalue()
+
+
+def pixel_counts(mask: Image.Image) -> Counter[int]:
+    """Count the pixels of a mask by value; of a palette PNG, by palette index."""
+    return Counter({value: count for value, count in enumerate(mask.histogram()) if count})
 
 
 def check_mask(data: bytes, image: bytes, where: str) -> Counter[int]:

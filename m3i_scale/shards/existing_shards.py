@@ -1,30 +1,36 @@
-"""Ordered reader of samples in existing shards, for `make webdataset`, `split` and `merge`."""
+"""Readers of existing local shards: of their headers and files, and of samples in order as records of `make`."""
 
 from __future__ import annotations
 
+import io
 import json
+import tarfile
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 from typing_extensions import override
+from webdataset.tariterators import base_plus_ext
 
 from m3i_scale.data.categories import Categories, shard_categories
 from m3i_scale.data.images import MASK
 from m3i_scale.data.instances import INSTANCES
+from m3i_scale.data.reader import BadSampleError, check_sample_size
+from m3i_scale.data.remote.access import is_remote
 from m3i_scale.data.samples import read_caption, read_label
-from m3i_scale.data.shards import CATEGORIES, LABELS, MASK_LABELS, local_shards, read_labels
-from m3i_scale.data.tar import Problem, RawSample, RawShard, read_members, read_shard, shard_error
+from m3i_scale.data.shards import CATEGORIES, LABELS, MASK_LABELS, expand_shards, read_labels
+from m3i_scale.data.tar import MAX_HEADER_BYTES, TAR_ERRORS, Problem, RawSample, RawShard, TarHeaders, shard_error
 from m3i_scale.defaults import MAX_SAMPLE_BYTES
 from m3i_scale.errors import DataError
 from m3i_scale.shards.encode_image import FILE_EXTENSIONS
 from m3i_scale.shards.process_pool import map_in_processes
 from m3i_scale.shards.records import Input, Record, annotations_of
-from m3i_scale.text import printable
+from m3i_scale.text import printable, without_secrets
 
 Advance = Callable[[int], None]
 """Called with the number of bytes of every completed shard."""
+UNREADABLE = "shard cannot be read"
 TaskT = TypeVar("TaskT")
 ResultT = TypeVar("ResultT")
 
@@ -271,3 +277,61 @@ def _group(stream: BinaryIO, sample: RawSample, origin: Origin) -> str | None:
         what = f"the field '{origin.group}' is no text and no integer: {value!r:.80}"
         raise DataError(what, where=origin.where(sample.key))
     return str(value)
+
+
+def local_shards(shards: str, where: str = "shards") -> list[Path]:
+    """List local shards; see `expand_shards`."""
+    if is_remote(shards):
+        raise DataError(
+            "this command needs local shards",
+            where=f"{where}: {without_secrets(shards)}",
+            fix="copy the shards to this host; training itself reads and indexes remote shards",
+        )
+    return [place for place in expand_shards(shards, where) if isinstance(place, Path)]
+
+
+def read_shard(path: Path) -> RawShard:
+    """Group the files of a tar into samples. Errors are returned, even if the tar cannot be read at all."""
+    shard = RawShard()
+    try:
+        shard.size = path.stat().st_size
+        with path.open("rb") as stream:
+            TarHeaders(stream, shard, None).read()
+    except OSError as error:
+        shard.problems.append(Problem(UNREADABLE, str(error.strerror or error)))
+    return shard
+
+
+def read_members(stream: BinaryIO, sample: RawSample) -> dict[str, bytes]:
+    """Read the files of a sample, by extension. Raise an OSError if the tar is shorter than before."""
+    contents = {}
+    for member in sample.members:
+        stream.seek(member.data)
+        data = stream.read(member.size)
+        if len(data) < member.size:
+            raise OSError(f"{len(data)} of {member.size} bytes of a member")
+        contents[member.extension] = data
+    return contents
+
+
+def readable_members(stream: BinaryIO, sample: RawSample, max_bytes: int) -> dict[str, bytes]:
+    """Read the files of a sample by extension. Raise `BadSampleError` if they are too large or cannot be read."""
+    check_sample_size(sample.size, max_bytes)
+    try:
+        return read_members(stream, sample)
+    except OSError as error:
+        raise BadSampleError("cannot be read", str(error)) from None
+
+
+def key_at(path: Path, offset: int) -> str:
+    """Return the key of the file whose header starts at `offset`; `?` if there is none."""
+    try:
+        with path.open("rb") as stream:
+            stream.seek(offset)
+            head = io.BytesIO(stream.read(MAX_HEADER_BYTES + 4 * tarfile.BLOCKSIZE))
+        with tarfile.open(fileobj=head, mode="r:") as tar:
+            member = tar.next()
+    except (OSError, *TAR_ERRORS):  # the shard has changed meanwhile
+        member = None
+    key = None if member is None else base_plus_ext(member.name)[0]
+    return "?" if key is None else printable(key)

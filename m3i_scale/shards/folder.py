@@ -5,6 +5,7 @@ A new folder appears once it is complete. Sidecar files are class names, sizes.j
 
 from __future__ import annotations
 
+import json
 import os
 import tarfile
 from collections import Counter, OrderedDict, defaultdict
@@ -17,13 +18,16 @@ from typing import Any, BinaryIO
 import numpy as np
 from filelock import FileLock, Timeout
 
-from m3i_scale.data.categories import Categories
+from m3i_scale.data.categories import Categories, categories_file, shard_categories
 from m3i_scale.data.images import MASK
 from m3i_scale.data.index import build_index, load_sidecar_index
-from m3i_scale.data.instances import INSTANCES
-from m3i_scale.data.tar import UNREADABLE, Problem, RawShard
+from m3i_scale.data.instances import INSTANCES, is_index
+from m3i_scale.data.scan import ShardIndex
+from m3i_scale.data.shards import CATEGORIES
+from m3i_scale.data.tar import Problem, RawSample, RawShard
 from m3i_scale.errors import ConfigError, DataError
-from m3i_scale.files import atomic_dir, read_json, sha256_of, write_json
+from m3i_scale.files import atomic_dir, read_json, replacing, sha256_of, write_json
+from m3i_scale.shards.existing_shards import UNREADABLE, read_members, read_shard
 from m3i_scale.shards.layout import WHOLE, Layout
 
 MANIFEST_FORMAT = 1
@@ -197,10 +201,51 @@ def finish_folder(
             write_json(folder / file, of_file.to_json() if isinstance(of_file, Categories) else of_file)
     write_json(folder / "sizes.json", {shard: facts_of["samples"] for shard, facts_of in shards.items()})
     write_json(folder / "manifest.json", {"format": MANIFEST_FORMAT, **facts, "shards": shards})
-    build_index([folder / shard for shard in shards], folder / "index")
+    index_folder(folder, [folder / shard for shard in shards])
     sums = {fact: sum(int(counts[fact]) for counts in shards.values()) for fact in FACTS}
     with_instances = sum(int(counts.get(WITH_INSTANCES, 0)) for counts in shards.values())
     return {"shards": len(shards), **sums, **({WITH_INSTANCES: with_instances} if with_instances else {})}
+
+
+def index_folder(folder: Path, shards: Sequence[Path]) -> list[ShardIndex]:
+    """Write `index/` next to the shards of a folder: their indices, and the categories of their objects if there are
+    any."""
+    indices = build_index(shards, folder / "index")
+    try:
+        for index in indices if (folder / CATEGORIES).is_file() else []:
+            _save_categories(folder / index.path.name, index.digest)
+    except OSError as error:
+        raise DataError(f"cannot write the index: {error}", where=str(folder / "index")) from None
+    return indices
+
+
+def _save_categories(shard: Path, digest: str) -> None:
+    """Write the categories of the samples of a local shard to `index/` next to it; `digest` is the digest of its index.
+    The folder of the shard must have a categories file."""
+    categories = len(shard_categories(shard.parent) or ())
+    found = []
+    with shard.open("rb") as stream:
+        for sample in read_shard(shard).samples:
+            only = [member for member in sample.members if member.extension == INSTANCES]
+            data = read_members(stream, RawSample(sample.key, only)).get(INSTANCES) if only else None
+            found.append([] if data is None else _categories_in(data, categories))
+    with replacing(shard.parent / "index" / categories_file(shard.name), durable=False) as file:
+        np.savez(
+            file,
+            shard=np.str_(digest),
+            counts=np.array([len(of_sample) for of_sample in found], dtype=np.int64),
+            categories=np.array([number for of_sample in found for number in of_sample], dtype=np.int64),
+        )
+
+
+def _categories_in(data: bytes, categories: int) -> list[int]:
+    """Return the categories of a sample's annotations; empty if malformed, as the sample is then corrupt."""
+    try:
+        rows = json.loads(data)["annotations"]
+        found = sorted({row["category"] for row in rows if not row.get("iscrowd")})
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
+        return []
+    return found if all(is_index(number) and number < categories for number in found) else []
 
 
 @dataclass(frozen=True)

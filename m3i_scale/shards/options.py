@@ -158,7 +158,7 @@ def sample_bar(quiet: bool) -> Iterator[ProgressCallback]:
 @contextmanager
 def progress_bar(shards: Sequence[str], quiet: bool, times: int = 1) -> Iterator[Callable[[int], None]]:
     """Show a progress bar over the bytes of all shards, multiplied by the number of reads; hidden if `quiet`."""
-    from m3i_scale.data.shards import local_shards
+    from m3i_scale.shards.existing_shards import local_shards
 
     total = 0
     for path in (path for source in shards for path in local_shards(source)):

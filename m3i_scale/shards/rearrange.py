@@ -15,8 +15,8 @@ from typing import Any, Literal, TypeVar
 from m3i_scale.data.images import MASK
 from m3i_scale.data.instances import INSTANCES
 from m3i_scale.data.samples import read_label
-from m3i_scale.data.shards import CATEGORIES, LABELS, MASK_LABELS, local_shards
-from m3i_scale.data.tar import RawSample, read_shard
+from m3i_scale.data.shards import CATEGORIES, LABELS, MASK_LABELS
+from m3i_scale.data.tar import RawSample
 from m3i_scale.errors import ConfigError, DataError
 from m3i_scale.files import write_json
 from m3i_scale.shards.check import CheckReport, ShardReport
@@ -26,7 +26,9 @@ from m3i_scale.shards.existing_shards import (
     common_categories,
     common_labels,
     contents,
+    local_shards,
     outlines,
+    read_shard,
     tokenizer_folder,
 )
 from m3i_scale.shards.folder import (

@@ -18,11 +18,11 @@ from PIL import Image
 from typing_extensions import override
 
 from m3i_scale.data.categories import Categories
-from m3i_scale.data.images import MASK, READ_FORMATS, ValueRange, orientation, upright_size
+from m3i_scale.data.images import MASK, READ_FORMATS, orientation, upright_size
 from m3i_scale.data.instances import INSTANCES, check_turned, read_instances
 from m3i_scale.data.reader import BadSampleError
 from m3i_scale.errors import ConfigError, DataError
-from m3i_scale.shards.encode_image import check_mask, encoded_image
+from m3i_scale.shards.encode_image import ValueRange, check_mask, encoded_image
 
 Contents = Path | bytes | Callable[[], bytes]
 """A file, bytes from another container, or a function that creates them. It must pickle: a worker process calls it."""

@@ -14,19 +14,27 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from m3i_scale.data.images import MASK, orientation, pixel_counts, upright_size
+from m3i_scale.data.images import MASK, orientation, upright_size
 from m3i_scale.data.instances import INSTANCES
-from m3i_scale.data.reader import BadSampleError, readable_members
+from m3i_scale.data.reader import BadSampleError
 from m3i_scale.data.samples import OUT_OF_RANGE, decoding, open_image, open_mask, read_caption, read_label
-from m3i_scale.data.shards import MASK_LABELS, local_shards, read_labels
-from m3i_scale.data.tar import key_at, read_shard
+from m3i_scale.data.shards import MASK_LABELS, read_labels
 from m3i_scale.data.tokenizer import find_tokenizer
 from m3i_scale.defaults import MAX_SAMPLE_BYTES, MAX_TOKENS
 from m3i_scale.errors import ConfigError
 from m3i_scale.shards.annotation_checks import pixel_report
 from m3i_scale.shards.check import image_extensions
 from m3i_scale.shards.digests import Digests, digest_of, rows_of
-from m3i_scale.shards.existing_shards import Advance, read_shards, tokenizer_folder
+from m3i_scale.shards.encode_image import pixel_counts
+from m3i_scale.shards.existing_shards import (
+    Advance,
+    key_at,
+    local_shards,
+    read_shard,
+    read_shards,
+    readable_members,
+    tokenizer_folder,
+)
 
 EXAMPLES = 5
 QUANTILES = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)

@@ -12,12 +12,12 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from m3i_scale.data.images import IMAGE_EXTENSIONS, mask_error, pixel_counts
+from m3i_scale.data.images import IMAGE_EXTENSIONS, mask_error
 from m3i_scale.data.instances import parse_instances
-from m3i_scale.data.reader import BadSampleError, readable_members
+from m3i_scale.data.reader import BadSampleError
 from m3i_scale.data.samples import decoding, open_image, read_label
-from m3i_scale.data.shards import CATEGORIES, LABELS, MASK_LABELS, local_shards
-from m3i_scale.data.tar import RawSample, key_at, read_shard
+from m3i_scale.data.shards import CATEGORIES, LABELS, MASK_LABELS
+from m3i_scale.data.tar import RawSample
 from m3i_scale.defaults import MAX_IMAGE_PIXELS, MAX_SAMPLE_BYTES
 from m3i_scale.errors import ConfigError
 from m3i_scale.shards.annotation_checks import (
@@ -28,6 +28,8 @@ from m3i_scale.shards.annotation_checks import (
     pixel_report,
 )
 from m3i_scale.shards.digests import Digests, digest_of, rows_of
+from m3i_scale.shards.encode_image import pixel_counts
+from m3i_scale.shards.existing_shards import key_at, local_shards, read_shard, readable_members
 from m3i_scale.shards.process_pool import DEFAULT_WORKERS, map_in_processes
 from m3i_scale.tasks.labelled import Labelled
 from m3i_scale.tasks.subset import MEMBERS

@@ -14,10 +14,18 @@ from m3i_scale.data.categories import shard_categories
 from m3i_scale.data.images import MASK
 from m3i_scale.data.instances import INSTANCES
 from m3i_scale.data.samples import read_label
-from m3i_scale.data.shards import CATEGORIES, LABELS, MASK_LABELS, local_shards
-from m3i_scale.data.tar import RawSample, read_members
+from m3i_scale.data.shards import CATEGORIES, LABELS, MASK_LABELS
+from m3i_scale.data.tar import RawSample
 from m3i_scale.errors import ConfigError
-from m3i_scale.shards.existing_shards import Origin, ShardInput, contents, record_of, valid_shard
+from m3i_scale.shards.existing_shards import (
+    Origin,
+    ShardInput,
+    contents,
+    local_shards,
+    read_members,
+    record_of,
+    valid_shard,
+)
 from m3i_scale.shards.records import ListedInput, Record, annotations_of, hash_of
 from m3i_scale.tasks.unpacked import DIGEST, TRAIN, Unpacked, digest_of
 from m3i_scale.text import listed

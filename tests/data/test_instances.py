@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pycocotools import mask as theirs
 
-from m3i_scale.data.instances import INSTANCES, decode_runs, encode_runs, read_instances
+from m3i_scale.data.instances import INSTANCES, decode_runs, read_instances
 from m3i_scale.data.reader import BadSampleError
+from m3i_scale.shards.coco import encode_runs
 
 SIZE = (20, 16)
 """Width and height."""

@@ -20,10 +20,11 @@ from m3i_scale.data.index import build_index
 from m3i_scale.data.remote.access import Access, Url, check_access, to_address
 from m3i_scale.data.remote.fetch import read_file
 from m3i_scale.data.remote.read_errors import BadShardError
-from m3i_scale.data.shards import expand_shards, local_shards, read_label_sets
+from m3i_scale.data.shards import expand_shards, read_label_sets
 from m3i_scale.data.state import merge_states
 from m3i_scale.data.tokenizer import find_tokenizer
 from m3i_scale.errors import ConfigError, DataError
+from m3i_scale.shards.existing_shards import local_shards
 from m3i_scale.shards.make import train_tokenizer
 from m3i_scale.text import without_secrets
 

@@ -9,9 +9,9 @@ import torch
 
 from m3i_scale.config import DataConfig
 from m3i_scale.data.categories import CATEGORIES, categories_file, load_categories
-from m3i_scale.data.index import build_index
 from m3i_scale.data.state import merge_states
 from m3i_scale.errors import DataError
+from m3i_scale.shards.folder import index_folder
 
 SIZES = [5, 8, 3, 7, 9, 4]
 RARE, EMPTY = {4, 17, 30}, {2, 9, 28, 35}
@@ -37,7 +37,7 @@ def boxes(tools, tmp_path_factory):
     tools.write_folder(folder, SIZES, change=with_boxes)
     names = [{"id": 3, "name": "common"}, {"id": 8, "name": "rare"}]
     (folder / CATEGORIES).write_text(json.dumps({"format": "coco", "categories": names}))
-    build_index(sorted(folder.glob("*.tar")), folder / "index")
+    index_folder(folder, sorted(folder.glob("*.tar")))
     return folder
 
 
@@ -113,7 +113,7 @@ def test_a_state_knows_how_often_samples_were_read(tools, boxes, cache, tmp_path
 def test_without_an_index_of_categories_or_with_one_of_other_shards_nothing_is_repeated(tools, boxes, cache, tmp_path):
     folder = tmp_path / "shards"
     tools.write_folder(folder, SIZES)
-    build_index(sorted(folder.glob("*.tar")), folder / "index")
+    index_folder(folder, sorted(folder.glob("*.tar")))
     with pytest.raises(DataError) as caught:
         loader(tools, folder, cache)
     assert "shards index" in caught.value.fix
@@ -133,7 +133,7 @@ def test_malformed_instances_have_no_categories(tools, tmp_path):
     folder = tools.write_folder(tmp_path / "shards", [len(values)], change=change)
     names = [{"id": 3, "name": "a"}, {"id": 8, "name": "b"}]
     (folder / CATEGORIES).write_text(json.dumps({"format": "coco", "categories": names}))
-    (index,) = build_index(sorted(folder.glob("*.tar")), folder / "index")
+    (index,) = index_folder(folder, sorted(folder.glob("*.tar")))
     found = load_categories(index)
     assert found.counts_N.tolist() == [0] * 6 + [2]
     assert np.array_equal(found.categories_M, [0, 1])

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from webdataset.tariterators import group_by_keys, tar_file_iterator
 
 from m3i_scale.data.scan import scan_shard
-from m3i_scale.data.tar import MAX_NAME, key_at, read_members, read_shard
+from m3i_scale.data.tar import MAX_NAME
 from m3i_scale.errors import DataError
+from m3i_scale.shards.existing_shards import key_at, read_members, read_shard
 from m3i_scale.shards.rearrange import copy_samples
 from m3i_scale.text import printable
 

@@ -11,7 +11,7 @@ from masked import png, write_shards
 from numpy.typing import NDArray
 from PIL import Image
 
-from m3i_scale.data.instances import encode_runs
+from m3i_scale.shards.coco import encode_runs
 
 CATEGORIES = ["square", "disc"]
 COLOURS = ((220, 60, 50), (60, 190, 80))
