@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from m3i_scale.errors import ConfigError
-from m3i_scale.text import without_secrets
+from m3i_scale.text import redact_text
 
 _BLOCK_BYTES = 1 << 20
 _ADDRESS = re.compile(r"[A-Za-z][\w+.-]*:/+")
@@ -31,14 +31,14 @@ def local_path(place: str | Path, where: str | None = None) -> Path:
     if (scheme := _ADDRESS.match(text)) is not None:
         address = text if "://" in text else f"{scheme[0]}/{text[scheme.end() :]}"  # Path collapses double slashes
         raise ConfigError(
-            f"output must go to a local path, got the address '{without_secrets(address)}'",
+            f"output must go to a local path, got the address '{redact_text(address)}'",
             where=where,
             why="a local folder of that name would be written, and lost with the machine",
             fix="a folder on a disk or on a mounted file system, e.g. /data/runs/first",
         )
     if "$" in text:
         raise ConfigError(
-            f"output must go to a path without variables, got '{without_secrets(text)}'",
+            f"output must go to a path without variables, got '{redact_text(text)}'",
             where=where,
             why="only a shell replaces `$NAME`: a local folder of that name would be written",
             fix="write the path out, or let the shell replace the variable (double quotes, not single ones)",

@@ -37,12 +37,17 @@ def is_secret(name: str) -> bool:
 
 def without_secrets(text: str) -> str:
     """Replace logins, URL queries, signatures and access tokens in untrusted text by `…`."""
-    if text.startswith("pipe:"):  # a shell command in the place of a path, as webdataset takes it
+    if text.startswith("pipe:"):  # shell command in a config file of an earlier version
         return "pipe:…"
     text = _QUERY.sub(r"\1?…", _LOGIN.sub("://…@", text))
     for pattern in (_HEADER_SECRET, _AUTHORIZATION, _NAMED_SECRET, _OPTION_SECRET):
         text = pattern.sub(r"\1…", text)
     return _TOKEN.sub("…", text)
+
+
+def redact_text(text: str) -> str:
+    """Redact user input for logs: `without_secrets`, and all text after `pipe:`, which is no longer supported."""
+    return re.sub(r"\bpipe:.*", "pipe:…", without_secrets(text), flags=re.DOTALL)
 
 
 def printable(text: str, *, lines: bool = False) -> str:

@@ -21,6 +21,7 @@ from m3i_scale.config.explain import HINTS
 from m3i_scale.errors import AggregateError, ConfigError, did_you_mean
 from m3i_scale.export.source import describe_data
 from m3i_scale.objective.recipe import load_run_and_recipe, parse_recipe
+from m3i_scale.upgrade import upgrade_config
 
 
 def fault(*overrides):
@@ -303,9 +304,12 @@ def test_all_overrides_that_are_none_are_told_at_once():
     assert [told.where for told in caught.value.errors] == [f"override {given}" for given in overrides]
 
 
-def test_allow_shell_was_removed(tmp_path):
+def test_pipes_and_allow_shell_were_removed(tmp_path):
     (tmp_path / "run.yaml").write_text("extends: m3i\ndata: {allow_shell: false}\n")
     assert load_run(str(tmp_path / "run.yaml")) == load_run("m3i")
+    told = fault("data.datasets.a.path=pipe:cat SECRET.tar")
+    assert told.what == "'data.datasets.a.path': shards must be at a path or an address: `pipe:` was removed"
+    assert told.fix.startswith("mount the shards")
 
 
 def test_finished_runs_that_read_pipes_can_be_exported():
@@ -316,6 +320,9 @@ def test_finished_runs_that_read_pipes_can_be_exported():
     (described,) = describe_data(SimpleNamespace(run=SimpleNamespace(data=data)))
     assert described["manifest_sha256"] is None
     assert described["note"]
+    with pytest.raises(ConfigError) as caught:
+        parse_section(RunConfig, upgrade_config(values), where="")
+    assert "pipe:" in caught.value.what
 
 
 @pytest.mark.parametrize(
@@ -323,6 +330,7 @@ def test_finished_runs_that_read_pipes_can_be_exported():
     [
         "https://u:SECRET@h/x.tar",
         "s3://b/x.tar?X-Amz-Signature=SECRET",
+        "pipe:curl -u u:SECRET https://h/x.tar",
         "hf_SECRETSECRET",
     ],
 )

@@ -36,6 +36,7 @@ def test_other_names_are_none(name: str) -> None:
     [
         ("https://me:hunter2@host:80/a.tar", "https://…@host:80/a.tar"),
         ("https://host/{00..09}.tar?X-Signature=abc", "https://host/{00..09}.tar?…"),
+        ("pipe:curl -H 'Authorization: Bearer abc' https://host/a", "pipe:…"),
         ("curl -H 'Authorization: abc' https://host/a", "curl -H 'Authorization: …' https://host/a"),
         ("aws --token=abc s3://bucket/a", "aws --token=… s3://bucket/a"),
         ("tool --api-key abc s3://bucket/a", "tool --api-key … s3://bucket/a"),

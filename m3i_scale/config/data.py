@@ -30,6 +30,7 @@ _CROPS = ("crop_scale", "crop_ratio")
 Reads = Literal["labels", "masks", "boxes", "boxes_and_masks"]
 """Annotations to read with image and caption: class label, segmentation mask, or objects."""
 _STRONGEST_JITTER = (2.0, 2.0, 2.0, 0.5)
+_INSTEAD_OF_PIPES = "mount the shards, copy them to a local folder, or serve them over HTTP, S3, GCS or the Hub"
 
 
 def _is_probability(value: float, info: ValidationInfo) -> float:
@@ -188,6 +189,13 @@ class DatasetConfig(Section):
     annotations and their index."""
     augment: DistortionConfig | None = None
     """Augmentations that differ from `data.augment`. Omitted fields keep their value from there."""
+
+    @field_validator("path")
+    @classmethod
+    def _is_not_a_command(cls, path: str, info: ValidationInfo) -> str:
+        if path.startswith("pipe:") and not is_stored(info):
+            raise FixableError("shards must be at a path or an address: `pipe:` was removed", _INSTEAD_OF_PIPES)
+        return path
 
     @field_validator("weight")
     @classmethod

@@ -12,7 +12,7 @@ from pydantic.fields import FieldInfo
 
 from m3i_scale.config.sections import Kind, Section, SectionT
 from m3i_scale.errors import AggregateError, ConfigError, did_you_mean
-from m3i_scale.text import without_secrets
+from m3i_scale.text import redact_text
 from m3i_scale.upgrade import KEYS
 
 KeyPath = tuple[int | str, ...]
@@ -96,7 +96,7 @@ def origin(place: KeyPath, overrides: Sequence[str], path: Path) -> str:
         key = override.partition("=")[0].split(".")
         shorter = min(len(key), len(parts))
         if key[:shorter] == parts[:shorter]:
-            return f"override {without_secrets(override)}"
+            return f"override {redact_text(override)}"
     return str(path)
 
 
@@ -141,13 +141,11 @@ def _explain(kind: type[BaseModel], values: Any, detail: Any, where: str, below:
         section = _section_at(kind, values, detail["loc"])
         required = [name for name, field in section.model_fields.items() if field.is_required()]
         keys = " or ".join(f"{key}.{name}=…" for name in required or section.model_fields)
-        return ConfigError(
-            f"'{key}' is a section, and got {without_secrets(repr(detail['input']))}", where=where, fix=keys
-        )
+        return ConfigError(f"'{key}' is a section, and got {redact_text(repr(detail['input']))}", where=where, fix=keys)
     if detail["type"] == "value_error":  # one of our rules: its message is complete
         rule = detail["ctx"]["error"]
         return ConfigError(f"'{key}': {rule}" if key else str(rule), where=where, fix=getattr(rule, "fix", None))
-    return ConfigError(f"'{key}': {detail['msg']} (got {without_secrets(repr(detail['input']))})", where=where)
+    return ConfigError(f"'{key}': {detail['msg']} (got {redact_text(repr(detail['input']))})", where=where)
 
 
 def _nearest(kind: type[BaseModel], values: Any, path: KeyPath) -> str:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import yaml
 
 from m3i_scale.errors import ConfigError, ErrorCollector, did_you_mean, error_prefix
-from m3i_scale.text import without_secrets
+from m3i_scale.text import redact_text
 from m3i_scale.upgrade import upgrade_config
 
 _PACKAGE = Path(__file__).resolve().parent.parent
@@ -69,9 +69,9 @@ def run_values(name_or_path: str, overrides: list[str] | None = None) -> dict[st
     """Return the values of a config file with `extends` and `key=value` overrides applied, without validation."""
     if isinstance(overrides, str):  # a string would be read as one override per letter
         raise ConfigError(
-            f"overrides must be a list, got '{without_secrets(overrides)}'",
+            f"overrides must be a list, got '{redact_text(overrides)}'",
             where="load_run",
-            fix=f'["{without_secrets(overrides)}"]',
+            fix=f'["{redact_text(overrides)}"]',
         )
     path = find_run_file(name_or_path)
     values = _read_with_base(path, ())
@@ -104,7 +104,7 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 
 def _apply_override(values: dict[str, Any], override: str) -> None:
-    with error_prefix(f"override {without_secrets(override)}"):
+    with error_prefix(f"override {redact_text(override)}"):
         _set(values, override)
 
 
@@ -112,7 +112,7 @@ def _set(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise ConfigError(
-            f"'{without_secrets(override)}' is not an override", fix="write section.key=value, e.g. optim.lr=3e-4"
+            f"'{redact_text(override)}' is not an override", fix="write section.key=value, e.g. optim.lr=3e-4"
         )
     if not text.strip():
         raise ConfigError(
@@ -123,7 +123,7 @@ def _set(values: dict[str, Any], override: str) -> None:
     try:
         value = parse_yaml(text, f"'{key}'")
     except NOT_YAML as error:
-        raise ConfigError(f"the value of '{key}' is not YAML: {without_secrets(str(error))}") from None
+        raise ConfigError(f"the value of '{key}' is not YAML: {redact_text(str(error))}") from None
     if isinstance(value, str) and text.strip() == value and _is_number(value):
         value = float(value)  # YAML 1.1 reads 3e-4 as text, which is never intended unless it is quoted
     *parents, last = key.split(".")
@@ -196,7 +196,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         values = parse_yaml(path.read_text(encoding="utf-8"), str(path))
     except (OSError, *NOT_YAML) as error:
-        raise ConfigError(f"cannot read the run file: {without_secrets(str(error))}", where=str(path)) from None
+        raise ConfigError(f"cannot read the run file: {redact_text(str(error))}", where=str(path)) from None
     if not isinstance(values, dict):
         raise ConfigError("a run file is a YAML mapping", where=str(path), fix="see recipes/m3i.yaml")
     return values

@@ -19,7 +19,7 @@ from m3i_scale.launch import PRIVATE, PUBLIC
 from m3i_scale.launch.description import Cluster, Variable, hidden, travelling
 from m3i_scale.launch.hosts import Host, is_here
 from m3i_scale.output import leave_out_accelerator_warning
-from m3i_scale.text import redact, without_secrets
+from m3i_scale.text import redact, redact_text
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class Job:
         """Return the mode of files with the ranks' complete configuration: readable only by the owner if a variable is
         a secret, or a shard address contains a login or a signature."""
         values = dict(self.values)
-        hides = any(without_secrets(override) != override for override in self.overrides) or redact(values) != values
+        hides = any(redact_text(override) != override for override in self.overrides) or redact(values) != values
         return PRIVATE if self.secret or hides or self.redacted else PUBLIC
 
     def head_address(self) -> str:
@@ -118,7 +118,7 @@ class Job:
 
     def without_secrets(self) -> Job:
         """Return the same job with redacted secrets, including those in addresses."""
-        overrides = tuple(map(without_secrets, self.overrides))
+        overrides = tuple(map(redact_text, self.overrides))
         values, secret = redact(dict(self.values)), self.mode == PRIVATE
         return replace(self, variables=hidden(self.variables), overrides=overrides, values=values, redacted=secret)
 

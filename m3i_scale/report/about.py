@@ -13,7 +13,7 @@ from m3i_scale.host.failures import AttemptRecord, Failure
 from m3i_scale.host.output_dir import UnknownHolderError, holder_of
 from m3i_scale.report.metrics_file import unix_s
 from m3i_scale.report.run_files import RunFiles
-from m3i_scale.text import differences, duration_text, listed, redact, short, without_secrets
+from m3i_scale.text import differences, duration_text, listed, redact, redact_text, short, without_secrets
 
 _STOPPED = "stopped without a status, or training on a host whose lock is not visible here"
 MOST_MARKS = 100
@@ -102,7 +102,7 @@ def facts_of(run: RunFiles, progress: Mapping[str, Any], hosts: Sequence[str]) -
         "Commit": last.get("commit"),
         "Folder": str(run.folder.absolute()),
     }
-    return {name: without_secrets(_text(value)) for name, value in facts.items() if value is not None}
+    return {name: redact_text(_text(value)) for name, value in facts.items() if value is not None}
 
 
 def differing_settings(runs: list[RunFiles]) -> list[dict[str, Any]]:
@@ -116,7 +116,7 @@ def differing_settings(runs: list[RunFiles]) -> list[dict[str, Any]]:
         values = [of_run[name][1] if name in of_run else base for of_run in found]
         last_name = next((part for part in reversed(name.split(".")) if not part.isdecimal()), "")  # not a list index
         cells = [short(*redact({last_name: value}, names=True).values()) for value in values]
-        rows.append({"name": without_secrets(name), "cells": cells})
+        rows.append({"name": redact_text(name), "cells": cells})
     return rows
 
 
@@ -141,7 +141,7 @@ def _backbone(settings: dict[str, Any]) -> str | None:
 
 def _sources(sources: dict[Any, Any]) -> str:
     return "; ".join(
-        f"{name}: {without_secrets(str(_at(source, 'path')))}, weight {short(_at(source, 'weight'))}"
+        f"{name}: {redact_text(str(_at(source, 'path')))}, weight {short(_at(source, 'weight'))}"
         for name, source in sources.items()
     )
 

@@ -25,7 +25,7 @@ from m3i_scale.report.charts import CHARTS, MOST_POINTS, evaluation_charts, fill
 from m3i_scale.report.html_file import TEMPLATES, check_page, rendered, write_page
 from m3i_scale.report.results import documents_of_run, rendered_document
 from m3i_scale.report.run_files import Quarantined, RunFiles, checkpoints_of, quarantine_of, ranks_of, read_run
-from m3i_scale.text import redact, size_text, without_secrets
+from m3i_scale.text import redact, redact_text, size_text
 
 HEADINGS = {
     "overview": "Overview",
@@ -177,7 +177,7 @@ def _sections_of(run: RunFiles, name: str) -> dict[str, Any]:
         "figures": figures_of(run, progress),
         "facts": facts_of(run, progress, sorted({sign.host for sign in ranks_of(run.folder)})),
         "marks": marks_of(run, attempts, failure),
-        "errors": [without_secrets(text) for text in error_texts],
+        "errors": [redact_text(text) for text in error_texts],
         "sources": _sources(run),
         "quarantine": [_quarantined(reason, of_reason) for reason, of_reason in quarantine.items()],
         "checkpoints": [_checkpoint(row) for row in checkpoints["checkpoints"]],
@@ -200,8 +200,8 @@ def _checkpoint(row: dict[str, Any]) -> dict[str, str]:
 
 def _quarantined(reason: str, of_reason: Quarantined) -> dict[str, str]:
     first = of_reason.example
-    shard = without_secrets(first["url"]).rpartition("/")[2]
-    return {"reason": without_secrets(reason), "count": f"{of_reason.count:,}", "example": f"{shard} / {first['key']}"}
+    shard = redact_text(first["url"]).rpartition("/")[2]
+    return {"reason": redact_text(reason), "count": f"{of_reason.count:,}", "example": f"{shard} / {first['key']}"}
 
 
 def _sources(run: RunFiles) -> list[dict[str, str]]:

@@ -31,7 +31,7 @@ from m3i_scale.host.output_dir import QUARANTINE, QUARANTINE_VALIDATION, check_o
 from m3i_scale.objective.build import build_on_meta
 from m3i_scale.objective.ranks import Ranks
 from m3i_scale.objective.recipe import Recipe, parse_recipe
-from m3i_scale.text import without_secrets
+from m3i_scale.text import redact_text, without_secrets
 
 _NAMED = {
     MASK_LABELS: ("masks", "put it, a list of class names in the order of the masks' numbers, next to the shards"),
@@ -275,9 +275,7 @@ def _tokenizer(run: RunConfig, access: Access) -> PreTrainedTokenizerBase:
     if read and all(read_sample_count(source.path, "with_caption", access) == 0 for source in read.values()):
         raise ConfigError(
             "the recipe has a text target, and no dataset has captions",
-            where=", ".join(
-                f"data.datasets.{name}.path: {without_secrets(source.path)}" for name, source in read.items()
-            ),
+            where=", ".join(f"data.datasets.{name}.path: {redact_text(source.path)}" for name, source in read.items()),
             why="manifest.json next to the shards counts none",
             fix="make them again with NAME.txt next to NAME.jpg, or take a recipe without text, e.g. continue_images",
         )

@@ -14,7 +14,7 @@ from typing import Any
 from m3i_scale.config import RunConfig, resource_folder
 from m3i_scale.files import sha256_of, sha256_of_json
 from m3i_scale.host.findings import Check, HostReport, Results
-from m3i_scale.text import listed, short_differences, without_secrets
+from m3i_scale.text import listed, redact_text, short_differences
 
 PACKAGES = ("torch", "deepspeed", "transformers", "webdataset", "m3i-scale")
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -126,7 +126,7 @@ def _config(host: HostReport) -> Results:
         yield f"sha256 {answer['sha256'][:12]}", {}
     else:
         apart = [
-            f"{key}: {without_secrets(mine)}, not {without_secrets(theirs)}"
+            f"{key}: {redact_text(mine)}, not {redact_text(theirs)}"
             for key, theirs, mine in short_differences("", master["values"], answer["values"])
         ]
         yield (

@@ -225,7 +225,6 @@ def test_indices_beside_remote_shards_are_taken(tools, tmp_path, expected):
     "place",
     [
         "ftp://host/s.tar",
-        "pipe:cat s.tar",
         "ssh://host/s.tar",
         "https://name:SECRET@host/s.tar",
         "https://host/s.tar?X-Amz-Signature=SECRET",
