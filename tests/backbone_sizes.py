@@ -1,4 +1,4 @@
-"""Sizes of the backbone presets: `python tests/backbone_sizes.py > m3i_scale/backbones/sizes.json` writes them anew."""
+"""Sizes of the backbone presets. `python tests/backbone_sizes.py > m3i_scale/backbones/sizes.json` regenerates them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The checkpoints that a path on the command line names: of one checkpoint, or of a run."""
+"""Resolve a path on the command line to one checkpoint or to all checkpoints of a run."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ SCAN_BLOCK_BYTES = 1 << 20
 
 
 def build_index(shards: Sequence[Path], folder: Path, threads: int = 4) -> list[ShardIndex]:
-    """Scan shards and save their indices in `folder`."""
+    """Scan shards and save their indices in `folder`. `shards.folder.index_folder` writes their categories, too."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with ThreadPoolExecutor(threads) as pool:

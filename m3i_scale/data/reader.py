@@ -15,7 +15,7 @@ from webdataset.tariterators import group_by_keys, tar_file_iterator
 from m3i_scale.data.remote.access import Access
 from m3i_scale.data.remote.prefetch import RemoteShards
 from m3i_scale.data.remote.read_errors import ReadError, bad_shard, retried
-from m3i_scale.data.scan import ShardIndex, head_of, split_members
+from m3i_scale.data.scan import ShardIndex, head_of
 from m3i_scale.data.workers import Activity
 
 OPEN_SHARDS = 32
@@ -25,9 +25,9 @@ _BLOCK = tarfile.BLOCKSIZE
 _END_OF_TAR = bytes(2 * _BLOCK)
 _COMPRESSED = re.compile(rb"\x1f\x8b\x08|BZh.1AY&SY|\xfd7zXZ|\]\0\0\x80|\x28\xb5\x2f\xfd", re.DOTALL)
 """Signatures that make tarfile decompress: a crafted member name could match, and decompress to gigabytes."""
-# Fields of a tar header, or their first bytes.
-_NAME, _SIZE, _TYPE, _FORMAT, _PREFIX = slice(0, 100), 124, 156, slice(257, 263), 345
-_DIGITS = b"01234567"
+# Fields of a tar header.
+_NAME, _SIZE = slice(0, 100), slice(124, 136)
+_TYPE, _FORMAT, _PREFIX = 156, slice(257, 263), 345
 _REGULAR, _PAX = ord("0"), ord("x")
 _TIMES = re.compile(rb"(?:\d{1,9} [amc]time=\d{1,20}(?:\.\d{1,20})?\n)+")
 _TIME = re.compile(rb"(\d+) [^\n]*\n")
@@ -76,10 +76,9 @@ class ShardReader:
         else:
             data = self.remote.read(index, start, end)
         self._activity.end()
-        members = split_members(data)
-        if head_of(members) != index.heads_N[number]:
+        if head_of(data) != index.heads_N[number]:
             raise BadSampleError(NOT_A_MEMBER, "not what was indexed")
-        return parse_members(data, members, str(index.path))
+        return parse_members(data, str(index.path))
 
     def close(self) -> None:
         """Close all shards."""
@@ -120,16 +119,15 @@ class ShardReader:
         return self._open[path]
 
 
-def parse_members(data: bytes, members: list[tuple[bytes, bytes]], url: str) -> dict[str, bytes]:
+def parse_members(data: bytes, url: str) -> dict[str, bytes]:
     """Return the single sample in a part of a tar, grouped as in webdataset; anything else is a `BadSampleError`.
 
-    `members` are those of `data` (see `split_members`), with headers that match the index; `url` is the address of the
-    shard.
+    `data` are complete tar members whose headers match the index; `url` is the address of the shard.
     """
     if _COMPRESSED.match(data):
         raise BadSampleError(NOT_A_MEMBER, "compressed")
     try:
-        plain = plain_members(members)
+        plain = plain_members(data)
         padding = bytes(-len(data) % _BLOCK)
         files = plain if plain is not None else tar_file_iterator(io.BytesIO(data + padding + _END_OF_TAR))
         samples = list(group_by_keys({**file, "__url__": url} for file in files))
@@ -146,28 +144,37 @@ def parse_members(data: bytes, members: list[tuple[bytes, bytes]], url: str) -> 
     return sample
 
 
-def plain_members(members: list[tuple[bytes, bytes]]) -> list[dict[str, Any]] | None:
+def plain_members(data: bytes) -> list[dict[str, Any]] | None:
     """Parse tar members in order, like webdataset's `tar_file_iterator`; return None if a member is not plain.
 
     Nearly all shards have only plain members. Parsing them without `tarfile` saves about the time of decoding a small
     image. Plain members are regular files, optionally with a pax header of timestamps only, as written by webdataset.
     Others (long names, other pax headers, links, sparse files, binary sizes) need `tarfile`.
 
-    Header checksums are not verified again: the headers match the index, which was built from verified ones.
+    `data` may lack the last padding and the end of the archive. Header checksums are not verified again: the headers
+    match the index, which was built from verified ones.
     """
     files: list[dict[str, Any]] = []
-    times_before = False
-    for header, content in members:
-        if header[_FORMAT] not in _FORMATS or header[_PREFIX] or header[_SIZE] not in _DIGITS:
+    offset, times_before = 0, False
+    while offset < len(data):
+        header = data[offset : offset + _BLOCK]
+        if not header[0]:
+            return None if times_before or data[offset:].rstrip(b"\0") else files
+        size = _size_of_plain(header)
+        start = offset + _BLOCK
+        if size is None or start + size > len(data):
             return None
-        if header[_TYPE] == _PAX and not times_before and _tells_times(content):
+        if header[_TYPE] == _PAX:
+            if times_before or not _tells_times(data[start : start + size]):
+                return None
             times_before = True
-            continue
-        name = _name_of_plain(header) if header[_TYPE] == _REGULAR else None
-        if name is None:
-            return None
-        files.append({"fname": name, "data": content})
-        times_before = False
+        else:
+            name = _name_of_plain(header)
+            if name is None:
+                return None
+            files.append({"fname": name, "data": data[start : start + size]})
+            times_before = False
+        offset = start + size + -size % _BLOCK
     return None if times_before else files
 
 
@@ -176,6 +183,16 @@ def _tells_times(records: bytes) -> bool:
     if not _TIMES.fullmatch(records):
         return False
     return all(int(record[1]) == len(record[0]) for record in _TIME.finditer(records))
+
+
+def _size_of_plain(header: bytes) -> int | None:
+    """Return the size in bytes of a regular file or a pax header; None for other members."""
+    if len(header) < _BLOCK or header[_TYPE] not in (_REGULAR, _PAX):
+        return None
+    if header[_FORMAT] not in _FORMATS or header[_PREFIX]:
+        return None
+    digits = header[_SIZE].rstrip(b"\0 ")
+    return int(digits, 8) if digits and not digits.strip(b"01234567") else None
 
 
 def _name_of_plain(header: bytes) -> str | None:

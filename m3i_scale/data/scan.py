@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import io
+import struct
 import tarfile
+import tokenize
 import zipfile
 import zlib
 from dataclasses import dataclass
@@ -33,6 +35,11 @@ _EXTENSIONS = (
     tarfile.GNUTYPE_LONGNAME,
     tarfile.GNUTYPE_LONGLINK,
 )
+_ARRAY_ERRORS = (
+    *(zipfile.BadZipFile, OSError, EOFError, NotImplementedError, RuntimeError, struct.error),
+    *(SyntaxError, tokenize.TokenError, OverflowError, MemoryError),
+)
+"""Errors besides ValueError that zipfile and numpy raise for invalid files."""
 
 
 @dataclass(frozen=True)
@@ -76,38 +83,29 @@ def scan_stream(stream: BinaryIO, size: int, path: Address) -> tuple[NDArray[np.
     return ranges, np.asarray([sample.head for sample in samples], dtype=np.uint32)
 
 
-def split_members(data: bytes) -> list[tuple[bytes, bytes]]:
-    """Split the bytes of a sample in its tar into headers with their contents; empty if these are not tar members.
-
-    The content of an extended header, e.g. a long name, belongs to the next file: `header` then contains it as well.
-    The padding of the last content may be missing.
-    """
-    members, offset = [], 0
+def head_of(data: bytes) -> int | None:
+    """Return the `heads_N` value of a sample from its bytes in the tar; None if these are not tar members."""
+    head, offset = 0, 0
     while offset < len(data):
-        start = offset + tarfile.BLOCKSIZE
-        size = _content_size(data[offset + 124 : offset + 136])
-        if size is None or start + size > len(data):
-            return []
-        stop = start + -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-        is_extended = data[offset + 156 : offset + 157] in _EXTENSIONS
-        members.append((data[offset : stop if is_extended else start], data[start : start + size]))
-        offset = stop
-    return members
+        header = data[offset : offset + tarfile.BLOCKSIZE]
+        size = _member_size(header)
+        if size is None:
+            return None
+        blocks = -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+        offset += tarfile.BLOCKSIZE
+        head = zlib.crc32(header, head)
+        if header[156:157] in _EXTENSIONS:  # its content belongs to the next header, e.g. a long name
+            head = zlib.crc32(data[offset : offset + blocks], head)
+        offset += blocks
+    return head
 
 
-def _content_size(field: bytes) -> int | None:
+def _member_size(header: bytes) -> int | None:
+    field = header[124:136]
     if field[:1] >= b"\x80":
         return int.from_bytes(field[1:], "big")  # 8 GiB or more
     digits = field.strip(b"\0 ")
     return int(digits, 8) if digits and not digits.strip(b"01234567") else None
-
-
-def head_of(members: list[tuple[bytes, bytes]]) -> int:
-    """Return the `heads_N` value of a sample from its headers."""
-    head = 0
-    for header, _ in members:
-        head = zlib.crc32(header, head)
-    return head
 
 
 def cached(path: Address, cache_dir: Path) -> Path:
@@ -186,7 +184,7 @@ def stored_arrays(data: bytes) -> dict[str, NDArray[Any]]:
                 raise ValueError("it is compressed")
             files = {entry.filename.removesuffix(".npy"): io.BytesIO(archive.read(entry)) for entry in entries}
         return {name: np.lib.format.read_array(file) for name, file in files.items()}
-    except Exception as error:  # zipfile and numpy raise a dozen classes for invalid files
+    except _ARRAY_ERRORS as error:
         raise ValueError(str(error)) from None
 
 
@@ -198,6 +196,6 @@ def _has_heads(path: Path, index: ShardIndex) -> bool:
             if end - start > MAX_SAMPLE_BYTES:
                 continue
             stream.seek(start)
-            if head_of(split_members(stream.read(end - start))) != index.heads_N[number]:
+            if head_of(stream.read(end - start)) != index.heads_N[number]:
                 return False
     return True

@@ -10,6 +10,7 @@ from transformers.models.dinov3_vit.modeling_dinov3_vit import apply_rotary_pos_
 
 from m3i_scale.backbones.base import Backbone, Tokens, gather_tokens, split_heads
 from m3i_scale.backbones.families.base import Angles
+from m3i_scale.backbones.families.dino import Dinov3
 from m3i_scale.backbones.tokens import TokenBackbone
 from m3i_scale.data.batch import Batch
 from m3i_scale.objective.information import Objective
@@ -46,7 +47,9 @@ def _class_attention(
     normed_BSD = layer.get_submodule(norm)(tokens_BSD)
     query_BH1D = split_heads(attention.q_proj(normed_BSD[:, :1]), heads).float()  # the prefix is not rotated
     key_BHSD = split_heads(attention.k_proj(normed_BSD), heads)
-    if angles is not None:  # DINOv3, the only family with rotary positions
+    if angles is not None:
+        if not isinstance(backbone.family, Dinov3):
+            raise NotImplementedError("a rotation of positions other than DINOv3's")
         key_BHSD = apply_rotary_pos_emb(key_BHSD, key_BHSD, *angles)[1]
     scores_BH1S = query_BH1D @ key_BHSD.float().transpose(2, 3) * query_BH1D.shape[-1] ** -0.5
     attention_BHS: Tensor = scores_BH1S.softmax(dim=-1)[:, :, 0]
