@@ -48,7 +48,7 @@ class Backbone(nn.Module, ABC):
     model: Any
     """The `transformers` model that is exported."""
     has_class_token: bool
-    """Whether the first of `Tokens` is a class token instead of a mean token."""
+    """Whether the first token of `Tokens` is a class token. Otherwise, it is the mean of the patch tokens."""
 
     @property
     def width(self) -> int:

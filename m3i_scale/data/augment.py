@@ -227,8 +227,8 @@ class RandAugment:
 
 
 def _posterize(image: Image.Image, bits_to_keep: int, **settings: Any) -> Image.Image:
-    """Keep `bits_to_keep` bits per channel. At full strength timm keeps 0 bits, for which current Pillow raises an
-    error. The image is then black, as in published results."""
+    """Keep `bits_to_keep` bits per channel. For 0 bits, which timm keeps at full strength, return a black image, as in
+    published results: current Pillow raises an error."""
     if bits_to_keep < 1:
         return Image.new("RGB", image.size)
     kept: Image.Image = _patched_timm().posterize(image, bits_to_keep, **settings)

@@ -27,7 +27,7 @@ _LONGEST_OUTLINE = 8
 _LARGEST = 1e9
 """Maximum coordinate; the maximum area is its square."""
 _LETTERS = 2
-"""Maximum characters per pixel: a run has at most as many groups as pixels, a difference as many as its two runs."""
+"""Maximum characters per pixel. A run needs at most one group per pixel; a difference needs as many as its two runs."""
 _GROUPS = 7
 """Maximum number of groups: 2³⁴ exceeds the number of pixels of any image."""
 

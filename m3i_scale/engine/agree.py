@@ -16,6 +16,7 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
 from m3i_scale.data.workers import InThread, NotYetError
+from m3i_scale.engine.device import pinning
 from m3i_scale.errors import UserError
 
 VOTE_EVERY_S = 1.0
@@ -58,8 +59,8 @@ def agree_and_average(
     """
     values = [*flags, value, *counts]
     of_host = torch.tensor([0.0 if isinstance(item, Tensor) else float(item) for item in values])
-    if get_accelerator().Stream is not None:
-        of_host = of_host.pin_memory()  # so the copy is asynchronous
+    if (pin := pinning()) is not None:
+        of_host = pin(of_host)  # so the copy is asynchronous
     sums = of_host.to(get_accelerator().current_device_name(), non_blocking=True)
     for index, item in enumerate(values):
         if isinstance(item, Tensor):

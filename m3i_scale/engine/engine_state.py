@@ -192,7 +192,7 @@ def _flat_tensors(optimizer: Any) -> list[Tensor]:
 
 def _place(optimizer: Any, parameter: nn.Parameter) -> tuple[Tensor, int, int, int] | None:
     """Return (flat tensor of the optimizer, offset in it, first element of the parameter, elements) of a piece; None if
-    this rank has none."""
+    this rank has no piece of the parameter."""
     if is_partitioned(parameter):
         group, offset, numel = optimizer.grad_position[optimizer.get_param_id(parameter)]
         start = numel * optimizer._get_param_partition_rank(parameter)

@@ -107,8 +107,8 @@ def copied(names: Iterable[str], source_prefix: str, target_prefix: str = "") ->
 
 
 def backbone_tensors(config: VisionConfig, parts: Mapping[str, str], prefix: str = "") -> dict[str, TensorSource]:
-    """Return the tensors of a backbone under the names in `parts`, with layer scales of 1 for a ViT. The keys of
-    `parts` are those of `TokenFamily.parts`; tensors of other parts are left out."""
+    """Return the tensors of a backbone under the names in `parts`, with layer scales of 1 for a ViT. `parts`
+    has keys of `TokenFamily.parts`; tensors of other parts are not exported."""
     width, ours, tensors = config.hidden_size, token_family(config).parts, {}
     for name in vision_names(config):
         part, number, suffix = _part_of(name, ours)

@@ -53,7 +53,7 @@ class Hardware:
 
 PRESETS = {
     # NVIDIA's data sheet of the H100 SXM (dense rates, NVLink 900 GB/s both ways) and of the DGX H100 (one 400 Gb/s
-    # port a GPU). The MFU, here and below, is that of CLIP g/14 with NVIDIA's NeMo on 8 of them (docs/plan.md).
+    # port a GPU). The MFU, here and below, was measured for CLIP g/14 with NVIDIA's NeMo on 8 GPUs (docs/plan.md).
     "h100": Hardware({**TFLOPS["h100"], "fp32": 67.0}, intra_gb_s=450.0, inter_gb_s=50.0, mfu=0.21),
     # The A100 SXM (dense rates, NVLink 600 GB/s both ways) and the DGX A100 (one 200 Gb/s port a GPU).
     "a100": Hardware({**TFLOPS["a100"], "fp32": 19.5}, intra_gb_s=300.0, inter_gb_s=25.0, mfu=0.39),

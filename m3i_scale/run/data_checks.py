@@ -54,7 +54,7 @@ class DataFacts:
 
 @dataclass
 class RunWithData:
-    """Run whose recipe, backbone and data have been validated together."""
+    """A run after its recipe, backbone and data were validated together."""
 
     run: RunConfig
     recipe: Recipe

@@ -187,7 +187,7 @@ def start_trainer(
     make_hooks: Sequence[MakeHook] = (),
 ) -> Trainer:
     """Build the engine and the hooks of a run. Opens its data if no stream is passed (see `open_data`). Every rank must
-    call it. `callbacks` and `tell` are only used on rank 0."""
+    call it. Only rank 0 uses `callbacks` and `tell`."""
     run = resolved.run
     heartbeat = heartbeat or Heartbeat(None)
     if ranks.rank != 0:

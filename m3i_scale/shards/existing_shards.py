@@ -324,7 +324,7 @@ def readable_members(stream: BinaryIO, sample: RawSample, max_bytes: int) -> dic
 
 
 def key_at(path: Path, offset: int) -> str:
-    """Return the key of the file whose header starts at `offset`; `?` if there is none."""
+    """Return the key of the file with its header at `offset`; `?` if there is no header."""
     try:
         with path.open("rb") as stream:
             stream.seek(offset)

@@ -31,7 +31,7 @@ def record(
     groups: Mapping[str, dict[str, float]] = GROUPS,
     health: Mapping[str, float] | None = None,
 ) -> StepRecord:
-    """A record with some figures changed, or left out where they are None."""
+    """Return a record with changed figures; None removes a figure."""
     figures = {
         "loss": 3.5,
         "lr": 1e-3,

@@ -27,7 +27,7 @@ def install(go: Path) -> None:
             ends = time.monotonic() + LIMIT_S
             while not go.exists() and time.monotonic() < ends:
                 time.sleep(0.01)
-            time.sleep(hooks._CHECK_S)  # what was asked before is seen in this step, and not after the last one
+            time.sleep(hooks._CHECK_S)  # a stop request from before is read in this step, not after the last one
         return next_batch(trainer)
 
     Trainer._next_batch = held

@@ -152,7 +152,7 @@ def _lies(config: dict[str, Any]) -> dict[str, tuple[Any, str]]:
 
 
 def _difference(engine: Any, resolved: ResolvedConfig, path: str, value: Any) -> str:
-    """What check_effective says when the engine was not given `value`."""
+    """Return the error of `check_effective` for a configuration that differs from the engine in `value`."""
     try:
         check_effective(engine, ResolvedConfig(changed(resolved.config, {path: value}), [], resolved.where))
     except ConfigError as error:

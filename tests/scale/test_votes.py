@@ -19,7 +19,8 @@ def test_what_the_host_knows_goes_to_the_device_in_one_copy(monkeypatch: pytest.
         return values
 
     accelerator = SimpleNamespace(Stream=object, current_device_name=lambda: "cpu")
-    monkeypatch.setattr("m3i_scale.engine.agree.get_accelerator", lambda: accelerator)
+    for module in ("agree", "device"):
+        monkeypatch.setattr(f"m3i_scale.engine.{module}.get_accelerator", lambda: accelerator)
     monkeypatch.setattr(Tensor, "pin_memory", pin_memory)
     flags, mean, counts = agree_and_average(
         torch.tensor(True), False, True, value=torch.tensor(2.5, dtype=torch.bfloat16), counts=(7, 0, 9)

@@ -72,8 +72,8 @@ class InternImage(Family):
         check_side(config.image_size, _LAST_STRIDE, "the stride of the last stage, 32,", where)
 
     def lr_scales(self, model: Any, decay: float, *, dense: bool = False, dcn: float = 1.0) -> dict[str, float]:
-        """See `Family`. Published rules: for classification `classification/models/intern_image.py` and `optimizer.py`;
-        dense `mmcv_custom/custom_layer_decay_optimizer_constructor.py`."""
+        """See `Family`. Layers as in InternImage's `classification/models/intern_image.py` and `optimizer.py`, or with
+        `dense` as in its `mmcv_custom/custom_layer_decay_optimizer_constructor.py`."""
         depths, names = tuple(model.config.depths), [name for name, _ in model.named_parameters()]
         scales = {name: decay ** (sum(depths) + dense - _block_of(name, depths, dense)) for name in names}
         return {name: scale * (dcn if any(part in name for part in _DCN) else 1.0) for name, scale in scales.items()}

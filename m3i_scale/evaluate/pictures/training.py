@@ -31,7 +31,7 @@ from m3i_scale.run.setup import ResolvedRun
 
 Floats = NDArray[np.float64]
 _COLOURS: tuple[Colour, ...] = ((214, 96, 42), (40, 116, 190), (70, 150, 70), (150, 80, 170))
-"""Of views, and of the images of a mix by their position."""
+"""Colours of the views, and of the images of a mix by position."""
 _HIDDEN: Colour = (128, 128, 128)
 _BEYOND: Colour = (214, 216, 220)
 """Parts of an image outside all views."""

@@ -23,11 +23,11 @@ class Regularizer(Kind):
     encoders: ClassVar[tuple[str, ...]] = ("ema", "online", "teacher")
     """Target encoders for which it has an effect and prevents collapse."""
     trains_target: ClassVar[bool] = True
-    """Whether gradients reach a target that the student encodes."""
+    """Whether the target gets gradients if the student encodes it (`encoder: online`)."""
     memory_fields: ClassVar[tuple[str, ...] | None] = None
     """Fields on which a head's memory depends. Targets that share the head must agree in them. None: all fields."""
     within_batch: ClassVar[bool] = False
-    """Whether it compares samples within a batch, which needs at least two samples."""
+    """Whether the regularizer compares samples of a batch, and so needs at least two samples."""
 
 
 class OtherCandidates(Regularizer):
@@ -95,7 +95,7 @@ class DenseUniGrad(DenseRegularizer):
 
 
 class Memory(Fp32State):
-    """What a head remembers of earlier batches, identical on all ranks. The base class remembers nothing.
+    """Statistics of earlier batches that a head keeps, identical on all ranks. The base class keeps nothing.
 
     Every memory has all of these buffers, since checkpoints refer to their names. Unused ones are empty. User-defined
     memories may have more.
