@@ -233,8 +233,11 @@ def write_json(path: Path, value: Any, *, durable: bool = True) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON document; raise ValueError if it is not JSON, or not UTF-8."""
-    return json.loads(path.read_text(encoding="utf-8"))
+    """Read a JSON document; raise ValueError if it is not JSON, not UTF-8, or nested too deeply."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
 
 
 def read_json_lines(path: Path, containing: str = "") -> Iterator[dict[str, Any]]:

@@ -156,6 +156,13 @@ def test_the_heads_of_a_pool_split_what_it_is_fed_and_not_what_it_gives():
     assert parse_recipe(run.recipe).decoders["pool"].heads == 3
 
 
+def test_a_file_in_the_working_directory_does_not_shadow_a_built_in_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "m3i").write_text("no run file")
+    (tmp_path / "run.yaml").write_text("extends: m3i\nseed: 3\n")
+    assert load_run("m3i_mini").recipe == load_run("m3i").recipe == load_run("run.yaml").recipe
+
+
 def test_a_name_like_no_other_is_told_all_built_in_names():
     with pytest.raises(ConfigError) as caught:
         load_run("nosuch")

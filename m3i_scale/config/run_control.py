@@ -66,7 +66,7 @@ class LogConfig(Section):
     """Weights & Biases mode (requires the `wandb` package)."""
     pictures_every_steps: int = Field(default=0, ge=0)
     """Draw the same samples every N optimizer steps, and at the first and last step (docs/pictures.md). 0: never."""
-    picture_samples: int = Field(default=8, ge=4, le=8)
+    picture_samples: int = Field(default=8, ge=4, le=64)
     """Number of samples in the pictures."""
 
 

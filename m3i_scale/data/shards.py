@@ -44,7 +44,7 @@ def expand_shards(shards: str, where: str = "shards", access: Access | None = No
     named = [Path(item) for item in _braces(str(path), where)]
     if named == [path] and path.suffix != ".tar" and not path.exists():
         siblings = [item.name for item in path.parent.iterdir() if item.is_dir()] if path.parent.is_dir() else []
-        hint = did_you_mean(path.name, siblings) if siblings else "check the path"
+        hint = did_you_mean(path.name, siblings, otherwise="check the path")
         raise DataError("the folder of shards does not exist", where=f"{where}: {shards}", fix=hint)
     missing = [item for item in named if not item.is_file()]
     if missing:

@@ -92,8 +92,11 @@ class Rank:
         if self._process.poll() is None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
-            with contextlib.suppress(subprocess.TimeoutExpired):  # in a system call that does not return: `end_marked`
-                self._process.wait(_KILL_S)
+
+    def wait(self, timeout_s: float) -> None:
+        """Wait until the rank has ended, or for `timeout_s`: it can be in a system call that does not return."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(timeout_s)
 
     def state(self) -> RankState | None:
         """Return the last known state of the rank; None before its first heartbeat."""
@@ -257,6 +260,9 @@ class Agent:
         """End all processes of this launch on this host, in any case."""
         for rank in self.ranks:
             rank.kill()
+        deadline = time.monotonic() + _KILL_S  # of all ranks: the supervisor does not wait long for `bye`
+        for rank in self.ranks:
+            rank.wait(max(deadline - time.monotonic(), 0))
         pids = end_marked(self.launch, self.host, self.output_dir) if self.launch else []
         for rank in self.ranks:
             if rank.code is None and rank.ended():

@@ -37,11 +37,6 @@ def full_shape(parameter: nn.Parameter) -> torch.Size:
     return torch.Size(shape)
 
 
-def full_numel(module: nn.Module) -> int:
-    """Return the number of elements of the module's parameters, counting partitioned ones at their full size."""
-    return sum(full_shape(parameter).numel() for parameter in module.parameters())
-
-
 @contextlib.contextmanager
 def gathered(parameters: list[nn.Parameter], *, write: bool = False) -> Iterator[None]:
     """Gather the parameters at full shape. With `write`, the values of rank 0 are broadcast at the end."""

@@ -81,8 +81,11 @@ def linear_probe(
     """Select C on a quarter of the training groups, fit on all training samples, and predict the test samples.
 
     Features are standardized with mean and std of the fitted samples. Samples of one group (family) are never on both
-    sides of the selection split. Raise NotMeasuredError if there is no such split with two classes to fit.
+    sides of the selection split. Raise NotMeasuredError if features are not finite, or if there is no such split with
+    two classes to fit.
     """
+    if not (np.isfinite(train_ND).all() and np.isfinite(test_MD).all()):
+        raise NotMeasuredError("features are not finite")
     fit, held_out = selection_split(train_labels_N, groups_N)
     selection: dict[float, float] = {}
     probe, scaler = _probe(), StandardScaler().fit(train_ND[fit])

@@ -17,7 +17,7 @@ from m3i_scale import __version__
 from m3i_scale.checkpoint.layout import MANIFEST
 from m3i_scale.errors import CheckpointError, ExportError, did_you_mean
 from m3i_scale.export.card import compute_of, curve_of, last_figures, render_card
-from m3i_scale.export.push import PROVENANCE, push
+from m3i_scale.export.push import PROVENANCE, check_repository_name, push
 from m3i_scale.export.reference import make_reference
 from m3i_scale.export.source import (
     ExportedWeights,
@@ -119,6 +119,8 @@ def export_and_push(
     """Run `export`, and with `push_to` also `push`."""
     if push_to is None and (public or dry_run):
         raise ExportError(f"{'--public' if public else '--dry-run'} has no effect", fix="--push USER/NAME")
+    if push_to is not None:
+        check_repository_name(push_to)
     facts = export(run_dir_or_checkpoint, output, **options)
     if push_to is None:
         return facts

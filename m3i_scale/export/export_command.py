@@ -14,7 +14,7 @@ from m3i_scale.output import leave_out_accelerator_warning, print_json, wide_con
 
 def export(
     run: Annotated[Path, typer.Argument(help="A run's output_dir (its newest good checkpoint), or one checkpoint.")],
-    output: Annotated[Path, typer.Option(callback=writes_to, help="Folder to write; must not exist.")],
+    output: Annotated[Path, typer.Option(callback=writes_to, help="Folder to write: new or empty.")],
     weights: Annotated[str, typer.Option(help="student or ema.")] = "student",
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
     task: Annotated[

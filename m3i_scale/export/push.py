@@ -39,6 +39,14 @@ def listed_files(folder: Path) -> dict[str, int]:
     return {name: (folder / name).stat().st_size for name in sorted(names)}
 
 
+def check_repository_name(repo: str) -> None:
+    """Validate a value of `--push`."""
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise ExportError(f"no name of a repository: {error}", where=f"--push {repo}") from None
+
+
 def push(folder: Path, repo: str, *, public: bool = False, dry_run: bool = False) -> dict[str, Any]:
     """Publish an export as a model repository, in one commit.
 
@@ -58,10 +66,7 @@ def push(folder: Path, repo: str, *, public: bool = False, dry_run: bool = False
         `repo`, `public` (actual visibility), `files` (bytes by name) and `bytes`. Except for a dry run, also `removed`
         (names) and `commit`.
     """
-    try:
-        validate_repo_id(repo)
-    except HFValidationError as error:
-        raise ExportError(f"no name of a repository: {error}", where=f"--push {repo}") from None
+    check_repository_name(repo)
     files = listed_files(folder)
     facts = {"repo": repo, "public": public, "files": files, "bytes": sum(files.values())}
     if dry_run:

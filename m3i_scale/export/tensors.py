@@ -33,6 +33,15 @@ VISION, TEXT = "student.model.", "text.model."
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 DEFAULT_SHARD_SIZE = "5GB"
+_ZERO_AT_INIT = (
+    ".dcn.offset.weight",
+    ".dcn.mask.weight",
+    ".dcn.center_feature_scale_proj_weight",
+    ".rows",
+    ".columns",
+)
+"""Ends of the names of matrices that are zero in a new model."""
+_OTHER = "export another checkpoint of the run"
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?B)", re.IGNORECASE)
 
 Trained = Callable[..., Mapping[str, Tensor]]
@@ -204,6 +213,24 @@ def check_shard_size(size: str) -> None:
         raise ExportError(f"no size '{size}'", where="--max-shard-size", fix="a number and KB, MB, GB or TB, e.g. 2GB")
 
 
+class Fingerprints(dict[str, str]):
+    """Fingerprints of the tensors of a model by name."""
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Add a tensor. Raise ExportError if a matrix has a single value or equals an earlier matrix: training leaves
+        neither, so a tensor was never written, or is in the place of another one."""
+        digest = fingerprint(tensor)
+        if sum(side > 1 for side in tensor.shape) > 1:
+            first = tensor.reshape(-1)[0]
+            constant = bool((tensor == first).all())
+            if constant and not (first == 0 and name.endswith(_ZERO_AT_INIT)):
+                raise ExportError(f"all values of a matrix are {first.item():g}", where=name, fix=_OTHER)
+            same = None if constant else next((other for other, value in self.items() if value == digest), None)
+            if same is not None:
+                raise ExportError(f"'{same}' and '{name}' have the same values", where=name, fix=_OTHER)
+        self[name] = digest
+
+
 def write_part(
     folder: Path, part: ExportedModule, weights: Mapping[str, Tensor], dtype: torch.dtype, max_shard_size: str
 ) -> dict[str, str]:
@@ -214,7 +241,7 @@ def write_part(
     place.mkdir(exist_ok=True)
     check_complete(part)
     _write_config(place, part, dtype)
-    fingerprints: dict[str, str] = {}
+    fingerprints = Fingerprints()
     stored = _stored(part.model)
     names = {_file_name(part, key): key for key in stored}
     shapes = {name: stored[key][0] for name, key in names.items()}
@@ -230,7 +257,7 @@ def write_part(
             for name in stored[names[key]][1]:
                 tensors[name] = value_of(part.tensors[name], weights, dtype)
                 _check_shape(part, name, tensors[name])
-                fingerprints[name] = fingerprint(tensors[name])
+                fingerprints.add(name, tensors[name])
             if len(tensors) > 1:
                 tensors = {key: revert_weight_conversion(part.model, tensors)[names[key]].contiguous()}
             (shard[key],) = tensors.values()

@@ -200,7 +200,7 @@ def _note(folder: Path, value: dict[str, Any]) -> Path:
 def _running(notes: Path) -> dict[int, float]:
     """Return start times by rank of the ranks that have not ended normally."""
     began: dict[int, float] = {}
-    with contextlib.suppress(FileNotFoundError):
+    with contextlib.suppress(OSError):  # removed, or of another user
         for note in read_json_lines(notes):
             rank, started = note.get("rank"), note.get("began")
             if type(rank) is int and isinstance(started, float):

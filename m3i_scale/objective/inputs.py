@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import Annotated, Literal
 
 import torch
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 from torch import Tensor
 from typing_extensions import Self
 
@@ -99,6 +99,13 @@ class MixSpec(Section):
     inputs: list[str] = Field(min_length=2, max_length=4)
     form: Mask = RandomMask()
     """Mask that distributes the patches among the images."""
+
+    @field_validator("form")
+    @classmethod
+    def _has_no_blocks(cls, form: Mask) -> Mask:
+        if form.least_ratio:
+            raise FixableError(f"a mix must not have the target blocks of '{form.kind}'", "form: random or block")
+        return form
 
 
 @dataclass

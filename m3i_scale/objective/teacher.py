@@ -154,7 +154,7 @@ class FrozenTeacher(Teacher):
             side = image_size // self.student.patch_size
             pixels_BCHW = torch.randn(1, 3, *self.size_for((side, side)))
             try:
-                output = model(pixel_values=pixels_BCHW, **options).last_hidden_state
+                output, again = (model(pixel_values=pixels_BCHW, **options).last_hidden_state for _ in range(2))
             except (RuntimeError, ValueError) as error:
                 own = int(getattr(config, "image_size", 224)) // config.patch_size
                 raise ConfigError(
@@ -173,6 +173,8 @@ class FrozenTeacher(Teacher):
                 where=where,
                 fix="take a plain vision Transformer, e.g. a ViT or DINOv2",
             )
+        if not torch.equal(output, again):  # e.g. a ViTMAEModel shuffles its tokens even with mask_ratio 0
+            raise ConfigError("the teacher masks or shuffles patches at random", where=where)
 
 
 @cache

@@ -251,15 +251,11 @@ def _of_stage(number: int, stage: Stage) -> Iterator[None]:
 
 
 def _check_evaluation(run: RunConfig) -> None:
-    """Check that evaluations have validation data and happen during the run, and that validation data is used."""
+    """Check that evaluations have validation data and happen during the run."""
     every, steps = run.evaluation.every_steps, run.optim.steps
     if every and not run.data.validation:
         raise ConfigError(
             "evaluation.every_steps needs data.validation", fix="data.validation.val.path=/data/shards/val"
-        )
-    if run.data.validation and not every and not run.log.pictures_every_steps:
-        raise ConfigError(
-            "data.validation has no effect", where="evaluation.every_steps: 0", fix="set it, e.g. to 1000"
         )
     if every > steps:
         raise ConfigError(

@@ -277,7 +277,8 @@ def _tokenizer(run: RunConfig, access: Access) -> PreTrainedTokenizerBase:
             "the recipe has a text target, and no dataset has captions",
             where=", ".join(f"data.datasets.{name}.path: {redact_text(source.path)}" for name, source in read.items()),
             why="manifest.json next to the shards counts none",
-            fix="make them again with NAME.txt next to NAME.jpg, or take a recipe without text, e.g. continue_images",
+            fix="make them again with NAME.txt next to NAME.jpg, or take a recipe without text: m3i_no_text with class "
+            "labels, sim or mae with images only",
         )
     tokenizer = find_tokenizer(run.data.datasets, run.text.tokenizer, access)
     if tokenizer.pad_token_id != 0:

@@ -131,7 +131,9 @@ def _check_identity(resolved: ResolvedRun, checkpoint: Path, meta: dict[str, Any
         if identity.get("protocol") is not None:
             identity["protocol"].pop("deviations", None)  # free text
     _check_label_order(saved.get("label_sets"), now["label_sets"], checkpoint)
-    now["tokenizer"] = known_part(saved.get("tokenizer"), now.get("tokenizer"))  # newer packages add fields
+    for key in ("tokenizer", "protocol"):  # newer versions add fields
+        if key in now:
+            now[key] = known_part(saved.get(key), now[key])
     different = [key for key in now if saved.get(key) != now[key]]
     if different:
         key = different[0]

@@ -56,6 +56,8 @@ def config_warnings(run: RunConfig, recipe: Recipe) -> Iterator[str]:
     yield from _learning_rate(run)
     yield from _temperatures(recipe)
     yield from _augmentation(run, recipe)
+    if run.data.validation and not run.evaluation.every_steps and not run.log.pictures_every_steps:
+        yield "data.validation has no effect: evaluation.every_steps is 0. Fix: evaluation.every_steps=1000"
 
 
 def _learning_rate(run: RunConfig) -> Iterator[str]:
@@ -138,6 +140,8 @@ def _image_warnings(run: RunConfig) -> Iterator[str]:
 def _source_warnings(run: RunConfig, access: Access | None) -> Iterator[str]:
     """Yield warnings about the datasets of a run. Datasets that cannot be listed are reported as errors elsewhere.
     Without `access`, remote servers are not contacted."""
+    if len(run.data.datasets) + len(run.data.validation) < 2:
+        return
     shards_of = {f"data.datasets.{name}": _listed(source, access) for name, source in run.data.datasets.items()}
     held_out = {f"data.validation.{name}": _listed(source, access) for name, source in run.data.validation.items()}
     pairs = [*combinations(shards_of.items(), 2)]

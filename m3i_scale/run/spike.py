@@ -192,11 +192,11 @@ class Rewinds:
 def read_rewinds(path: Path) -> list[dict[str, Any]]:
     """Return the entries of `rewinds.json`, or [] if there is no file."""
     try:
-        entries: list[dict[str, Any]] = json.loads(path.read_bytes())
-        return entries
+        entries = json.loads(path.read_bytes())
+        return [{**entry, "rewound_to": int(entry["rewound_to"]), "data": entry["data"]} for entry in entries]
     except FileNotFoundError:
         return []
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, LookupError, TypeError) as error:
         raise CheckpointError(
             f"cannot read the rollbacks of the run: {error}",
             where=str(path),

@@ -173,6 +173,8 @@ def check_shards(
     with _lines(quarantine) as write, Digests() as keys:
         report = CheckReport(source, write)
         tasks = _tasks(source, rules, report)
+        folders = sorted({task.path.parent for task in tasks})
+        mask_labels = {folder: read_labels(folder, MASK_LABELS) for folder in folders}
         for shard in read_shards(check_shard, tasks, workers, advance):
             if not keys_per_shard:
                 keys.add(shard.keys)
@@ -189,8 +191,8 @@ def check_shards(
                 shard.bad.add(offset)
                 shard.lost.add(offset)
                 report.add(shard.path, problem)
-        for folder in sorted({shard.path.parent for shard in report.shards}):
-            _check_contents(folder, report)
+        for folder, names in mask_labels.items():
+            _check_contents(folder, names, report)
     if report.members[INSTANCES] and not all(task.rules.categories for task in tasks):
         report.notes.append(f"boxes and masks are not checked: there is no {CATEGORIES} next to the shards")
     extra = sum(shard.others for shard in report.shards)
@@ -321,8 +323,8 @@ def _size(members: Mapping[str, bytes], rules: Rules) -> tuple[int, int] | None:
         return None
 
 
-def _check_contents(folder: Path, report: CheckReport) -> None:
-    contents, names = Contents(), read_labels(folder, MASK_LABELS)
+def _check_contents(folder: Path, names: list[str] | None, report: CheckReport) -> None:
+    contents = Contents()
     for shard in report.shards:
         if shard.path.parent == folder:
             contents.pixels.update(shard.contents.pixels)

@@ -185,6 +185,13 @@ def _check_names(place: Path, names: list[str]) -> None:
             where=f"--data {place}",
             fix="give the folders themselves",
         )
+    unreadable = [name for name in names if name != name.encode(errors="replace").decode()]
+    if unreadable:
+        raise ConfigError(
+            f"class names must be UTF-8, got {unreadable[0].encode(errors='backslashreplace').decode()}",
+            where=f"--data {place}",
+            fix="rename the folder",
+        )
 
 
 def _check_layout(place: Path, names: list[str]) -> None:

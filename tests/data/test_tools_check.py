@@ -182,6 +182,14 @@ def test_what_lies_beside_is_held_against_the_shards(tmp_path):
     assert "count differs" not in found(check_shards(str(root), RULES))
 
 
+def test_class_names_of_masks_are_read_before_the_shards(tmp_path, monkeypatch):
+    foreign.write_tar(tmp_path / "0.tar", foreign.sample("k", 1))
+    (tmp_path / "mask_labels.json").write_text('{"0": "road"}')
+    monkeypatch.setattr("m3i_scale.shards.check.read_shards", lambda *args: pytest.fail("has read shards"))
+    with pytest.raises(DataError):
+        check_shards(str(tmp_path), RULES)
+
+
 def test_a_shard_that_cannot_be_read_does_not_stop_the_rest(tmp_path):
     root = tmp_path / "x"
     foreign.write_tar(root / "1.tar", foreign.sample("a", 1))

@@ -43,7 +43,6 @@ from m3i_scale.engine.engine import stream_into
 from m3i_scale.engine.parameter_groups import parameter_groups
 from m3i_scale.engine.partition import (
     construct,
-    full_numel,
     full_shape,
     initialize_sharded,
     is_partitioned,
@@ -270,7 +269,7 @@ class Cases(LastingCases, PrecisionCases, TrafficCases, CompileCases, GuardCases
         return {
             "peak": peak,
             "largest_module": largest,
-            "full": full_numel(module),
+            "full": sum(full_shape(parameter).numel() for parameter in parameters),
             "held_after": sum(parameter.numel() for parameter in parameters),
             "all_partitioned": all(is_partitioned(parameter) for parameter in parameters),
             "shards_fit": all(

@@ -56,3 +56,15 @@ def test_one_class_or_one_family_is_not_measured(labels, groups):
     features = np.zeros((4, 2), dtype=np.float32)
     with pytest.raises(NotMeasuredError):
         linear_probe(features, np.array(labels), np.array(groups), features)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_features_that_are_not_finite_are_not_measured(value):
+    features = np.random.default_rng(0).normal(size=(16, 2)).astype(np.float32)
+    broken = features.copy()
+    broken[3, 1] = value
+    labels, groups = np.arange(16) % 2, np.arange(16)
+    linear_probe(features, labels, groups, features)
+    for train, test in ((broken, features), (features, broken)):
+        with pytest.raises(NotMeasuredError):
+            linear_probe(train, labels, groups, test)

@@ -259,17 +259,19 @@ def test_weights_are_read_one_at_a_time(runs, tmp_path, monkeypatch, same_proces
         (lambda tensor: torch.full_like(tensor, torch.nan), "not finite"),
         (lambda tensor: tensor.half(), "is float16, and not float32"),
         (lambda tensor: tensor[:1], "does not fill a ViTModel"),
+        (torch.zeros_like, "all values"),
+        (None, "same values"),
     ],
 )
 def test_a_tensor_that_no_training_leaves(runs, tmp_path, monkeypatch, change, message):
     from m3i_scale.export import source as source_module
 
     load = source_module.saved_weights
-    name = "student.model.layers.0.mlp.fc1.weight"
+    name, other = (f"student.model.layers.{layer}.mlp.fc1.weight" for layer in (0, 1))
 
     def changed(*args):
         weights = dict(load(*args))
-        return weights | {name: change(weights[name])}
+        return weights | {name: weights[other] if change is None else change(weights[name])}
 
     monkeypatch.setattr(source_module, "saved_weights", changed)
     with pytest.raises(ExportError, match=message):

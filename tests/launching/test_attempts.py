@@ -133,18 +133,24 @@ def test_processes_that_cannot_be_killed_are_reported_and_keep_their_host_out(tm
     def messages(output: io.BytesIO) -> list[dict[str, Any]]:
         return [cast(dict[str, Any], decode(line)) for line in output.getvalue().splitlines()]
 
+    waits = []
+
     def never_ends(timeout: float) -> int:
+        waits.append(timeout)
+        time.sleep(0.1)
         raise subprocess.TimeoutExpired("rank", timeout)
 
     monkeypatch.setattr("m3i_scale.elastic.wire._CLOSE_S", 300.0)
     agent = Agent(output := io.BytesIO())
     hello(agent)
-    ranks, environment = [{"RANK": "0"}], {"PYTHONPATH": os.environ.get("PYTHONPATH", "")}
+    ranks, environment = [{"RANK": "0"}, {"RANK": "1"}], {"PYTHONPATH": os.environ.get("PYTHONPATH", "")}
     agent._start({"ranks": ranks, "command": ["sleep", "600"], "cwd": str(tmp_path), "environment": environment})
-    monkeypatch.setattr(agent.ranks[0]._process, "wait", never_ends)
+    for rank in agent.ranks:
+        monkeypatch.setattr(rank._process, "wait", never_ends)
     monkeypatch.setattr("m3i_scale.elastic.agent.end_marked", lambda *launch: [42])
     agent._end()
     assert messages(output)[-1] == {"kind": "bye", "left": [42]}
+    assert waits[1] < waits[0]  # one deadline for all ranks: the supervisor waits for `bye` only for a time
     after = Agent(output := io.BytesIO())
     hello(after)
     after.writer.close()

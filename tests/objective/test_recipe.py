@@ -107,6 +107,12 @@ FAULTS: dict[str, tuple[str, Callable[[dict[str, Any]], Any], str]] = {
     "same input twice": ("mae", lambda r: r["inputs"].append(r["inputs"][0]), "two inputs are called 'x'"),
     "same target twice": ("m3i", lambda r: r["targets"].append(r["targets"][0]), "two targets are called 'intra'"),
     "mix lacks an input": ("m3i", section("mix", inputs=["a", "a"]), "must name every input once"),
+    "mix by target blocks": (
+        "m3i",
+        section("mix", form={"kind": "target_blocks", "blocks": 2, "scale": 0.2}),
+        "form: random or block",
+    ),
+    "EMA decay of zero": ("m3i", section("ema", start=0.0, end=0.0), "ema.end"),
     "mix of one": ("m3i", section("mix", inputs=["a"]), "mix.inputs"),
     "mask inside a mix": ("m3i", lambda r: r["inputs"][0].update(mask={"ratio": 0.5}), "have no mask of their own"),
     "gap in the views": (
@@ -244,6 +250,7 @@ FAULTS: dict[str, tuple[str, Callable[[dict[str, Any]], Any], str]] = {
         "give its head a predictor",
     ),
     "no prototypes": ("sim_global", lambda r: r["heads"]["prototypes"].pop("prototypes"), "needs `prototypes`"),
+    "one prototype": ("sim_global", lambda r: r["heads"]["prototypes"].update(prototypes=1), "at least 2"),
     "idle prototypes": (
         "simclr",
         lambda r: r["heads"]["global"].update(prototypes=8),

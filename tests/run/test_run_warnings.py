@@ -62,6 +62,11 @@ MISTAKES: dict[str, tuple[str, list[str], list[str]]] = {
         ["recipe.views=[{count: 2, crop_scale: [0.2, 1]}]", "data.augment.scale_jitter=[0.5, 2]"],
         ["recipe.views=[{crop_scale: [0.2, 1]}, {}]", "data.augment.scale_jitter=[0.5, 2]"],
     ),
+    "data.validation": (
+        "mae",
+        ["data.validation.val.path=/data/val"],
+        ["data.validation.val.path=/data/val", "evaluation.every_steps=5"],
+    ),
     "data.augment.flip": (
         "simclr",
         ["recipe.views=[{count: 2, flip: 0.5}]", "data.augment.flip=0.1"],

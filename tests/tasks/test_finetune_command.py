@@ -350,6 +350,11 @@ def test_other_words_about_a_protocol_are_the_same_run(
     (tmp_path / "again.yaml").write_text(yaml.safe_dump(text))
     again = prepared(start, data, *fields, protocol=str(tmp_path / "again.yaml"), epochs=2)
     check_resume(resolve_finetuning(again.run, again.data, here=False), checkpoint, 1)
+    older = shutil.copytree(checkpoint, tmp_path / "older")  # of a version without this field
+    meta = json.loads((older / "meta.json").read_text())
+    del meta["identity"]["protocol"]["lr_width"]
+    (older / "meta.json").write_text(json.dumps(meta))
+    check_resume(resolve_finetuning(again.run, again.data, here=False), older, 1)
     text["protocol"]["epochs"] = 51
     (tmp_path / "again.yaml").write_text(yaml.safe_dump(text))
     other = prepared(start, data, *fields, protocol=str(tmp_path / "again.yaml"), epochs=2)

@@ -64,8 +64,8 @@ class Prototypes(HeadTarget):
         return loss
 
     def _head_errors(self, head: HeadSpec) -> Iterator[str]:
-        if not head.prototypes:
-            yield f"a distribution over prototypes needs `prototypes` in head '{self.head}', e.g. 4096"
+        if head.prototypes < 2:
+            yield f"a distribution over prototypes needs `prototypes` in head '{self.head}', at least 2, e.g. 4096"
         error = self.regularizer.error(self.distribution)
         if error:
             yield error
