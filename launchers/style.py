@@ -24,10 +24,10 @@ MARKERS = re.compile(
     r"\b(?:told|tells?|says|said|found|own|whose|anew|mend(?:s|ed)?|beside|stands?|lies|behind|(?:as|so) many|"
     r"go(?:es)? on|to the bit|has none|have none|where there (?:is|are)|what is|what was|by itself|by themselves|"
     r"figures?|refuses?|refused|whole|hidden|shown|average|averaged|first weights)\b"
-    r"|(?<=[.:] )(?:What|Whatever|Whoever|Who)\b(?![^.]*\?)|\b(?:that|those) of\b",
+    r"|(?:^|(?<=[.:] ))(?-i:What|Whatever|Whoever|Who)\b(?![^.]*\?)|\b(?:that|those) of\b",
     re.IGNORECASE,
 )
-"""Words and phrases that docs, messages and docstrings should not use."""
+"""Words and phrases that pages, help texts, docstrings and comments should not use."""
 _CODE = re.compile(r"```.*?```|`[^`\n]*`|\]\([^)]*\)|<[^>]+>", re.DOTALL)
 
 

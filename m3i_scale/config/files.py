@@ -53,9 +53,7 @@ def known_recipes() -> dict[str, Path]:
 def find_run_file(name_or_path: str) -> Path:
     """Return the path of a built-in config file (`m3i`) or of a file. A file `m3i` is `./m3i`."""
     built_in = known_runs()
-    if name_or_path in built_in:
-        return built_in[name_or_path]
-    path = Path(name_or_path)
+    path = built_in.get(name_or_path, Path(name_or_path))
     if path.is_file():
         return path
     raise ConfigError(
@@ -91,7 +89,7 @@ def _read_with_base(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     if base is None:
         return values
     sibling = path.parent / str(base)
-    base_path = sibling if sibling.is_file() and base not in known_runs() else find_run_file(str(base))
+    base_path = sibling if sibling.is_file() and str(base) not in known_runs() else find_run_file(str(base))
     return _merge(_read_with_base(base_path, (*seen, path)), values)
 
 

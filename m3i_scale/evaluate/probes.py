@@ -38,7 +38,9 @@ def knn_predict(
     temperature: float = TEMPERATURE,
 ) -> dict[int, NDArray[np.int64]]:
     """Predict classes (M) by k. Each neighbor votes with exp(cosine / temperature), so lower temperatures weight close
-    neighbors more."""
+    neighbors more. Raise NotMeasuredError if there are fewer training samples than neighbors, or if features are not
+    finite."""
+    _check_finite(train_ND, test_MD)
     if len(train_ND) < max(neighbours):
         raise NotMeasuredError(f"{len(train_ND)} labelled training samples for {max(neighbours)} neighbours")
     train = torch.from_numpy(unit_rows(train_ND))
@@ -84,8 +86,7 @@ def linear_probe(
     sides of the selection split. Raise NotMeasuredError if features are not finite, or if there is no such split with
     two classes to fit.
     """
-    if not (np.isfinite(train_ND).all() and np.isfinite(test_MD).all()):
-        raise NotMeasuredError("features are not finite")
+    _check_finite(train_ND, test_MD)
     fit, held_out = selection_split(train_labels_N, groups_N)
     selection: dict[float, float] = {}
     probe, scaler = _probe(), StandardScaler().fit(train_ND[fit])
@@ -100,6 +101,11 @@ def linear_probe(
     converged = _fit(probe, scaler.transform(train_ND), train_labels_N, best)
     predicted_M = np.asarray(probe.predict(scaler.transform(test_MD)), dtype=np.int64)
     return LinearProbe(predicted_M, best, selection, converged)
+
+
+def _check_finite(*features: NDArray[np.float32]) -> None:
+    if not all(np.isfinite(part).all() for part in features):
+        raise NotMeasuredError("features are not finite")
 
 
 def _declines(accuracies: list[float]) -> bool:

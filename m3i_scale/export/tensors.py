@@ -39,8 +39,14 @@ _ZERO_AT_INIT = (
     ".dcn.center_feature_scale_proj_weight",
     ".rows",
     ".columns",
+    ".sampling_offsets.weight",
+    ".attention_weights.weight",
+    "reference_point_embed.weight",
+    ".layers.2.weight",  # of `bbox_embed`
 )
-"""Ends of the names of matrices that are zero in a new model."""
+"""Ends of the names of matrices that are zero in a new model (InternImage, Mask R-CNN, RF-DETR). Some settings do not
+train them, e.g. one sampling point."""
+_NOT_TRAINED = "training does not produce this: the tensor was not written, or is in the place of another one"
 _OTHER = "export another checkpoint of the run"
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?B)", re.IGNORECASE)
 
@@ -217,17 +223,20 @@ class Fingerprints(dict[str, str]):
     """Fingerprints of the tensors of a model by name."""
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Add a tensor. Raise ExportError if a matrix has a single value or equals an earlier matrix: training leaves
-        neither, so a tensor was never written, or is in the place of another one."""
+        """Add a tensor. Raise ExportError if a matrix has a single value or equals an earlier matrix."""
         digest = fingerprint(tensor)
         if sum(side > 1 for side in tensor.shape) > 1:
             first = tensor.reshape(-1)[0]
             constant = bool((tensor == first).all())
             if constant and not (first == 0 and name.endswith(_ZERO_AT_INIT)):
-                raise ExportError(f"all values of a matrix are {first.item():g}", where=name, fix=_OTHER)
+                raise ExportError(
+                    f"all values of a matrix are {first.item():g}", where=name, why=_NOT_TRAINED, fix=_OTHER
+                )
             same = None if constant else next((other for other, value in self.items() if value == digest), None)
             if same is not None:
-                raise ExportError(f"'{same}' and '{name}' have the same values", where=name, fix=_OTHER)
+                raise ExportError(
+                    f"'{same}' and '{name}' have the same values", where=name, why=_NOT_TRAINED, fix=_OTHER
+                )
         self[name] = digest
 
 

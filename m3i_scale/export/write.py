@@ -24,6 +24,7 @@ from m3i_scale.backbones.build import backbone_config, vision_class
 from m3i_scale.config import RunConfig
 from m3i_scale.errors import ExportError
 from m3i_scale.export.as_timm import timm_part
+from m3i_scale.export.fresh import fingerprint
 from m3i_scale.export.joint import backbone_part, classifier_part, zero_shot_part
 from m3i_scale.export.source import Source, choose_label_set, model_files, portable_section, target_of
 from m3i_scale.export.tensors import (
@@ -31,7 +32,6 @@ from m3i_scale.export.tensors import (
     TEXT,
     VISION,
     ExportedModule,
-    Fingerprints,
     Resize,
     TensorSource,
     copied,
@@ -223,11 +223,8 @@ def write_heads(folder: Path, source: Source, weights: Mapping[str, Tensor], dty
     kept = inference_names(source.run, source.label_sets, source.vocab_size)
     names = [name for name in weights if name in kept and not name.startswith((VISION, TEXT))]
     values = {name: value_of(TensorSource((name,)), weights, dtype) for name in names}
-    fingerprints = Fingerprints()
-    for name, value in values.items():
-        fingerprints.add(name, value)
     save_file(values, folder / "heads.safetensors", metadata={"format": "pt"})
-    return fingerprints
+    return {name: fingerprint(value) for name, value in values.items()}
 
 
 def inference_names(run: RunConfig, label_sets: dict[str, list[str]], vocab_size: int | None) -> set[str]:

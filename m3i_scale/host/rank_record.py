@@ -200,7 +200,7 @@ def _note(folder: Path, value: dict[str, Any]) -> Path:
 def _running(notes: Path) -> dict[int, float]:
     """Return start times by rank of the ranks that have not ended normally."""
     began: dict[int, float] = {}
-    with contextlib.suppress(OSError):  # removed, or of another user
+    with contextlib.suppress(FileNotFoundError):
         for note in read_json_lines(notes):
             rank, started = note.get("rank"), note.get("began")
             if type(rank) is int and isinstance(started, float):
@@ -213,7 +213,11 @@ def _running(notes: Path) -> dict[int, float]:
 def running_ranks(output_dir: Path) -> Iterator[tuple[str, int, float]]:
     """Yield (host, rank, start time) of the ranks without an agent that have started and not ended normally."""
     for notes in sorted((output_dir / RANK_RECORDS).glob("host-*.jsonl")):
-        for rank, began in _running(notes).items():
+        try:
+            running = _running(notes)
+        except OSError:  # of another user
+            continue
+        for rank, began in running.items():
             yield notes.stem.removeprefix("host-"), rank, began
 
 

@@ -104,7 +104,9 @@ class MixSpec(Section):
     @classmethod
     def _has_no_blocks(cls, form: Mask) -> Mask:
         if form.least_ratio:
-            raise FixableError(f"a mix must not have the target blocks of '{form.kind}'", "form: random or block")
+            raise FixableError(
+                f"a mix must not have the target blocks of '{form.kind}'", "form: random, block or inverse_block"
+            )
         return form
 
 

@@ -174,7 +174,11 @@ class FrozenTeacher(Teacher):
                 fix="take a plain vision Transformer, e.g. a ViT or DINOv2",
             )
         if not torch.equal(output, again):  # e.g. a ViTMAEModel shuffles its tokens even with mask_ratio 0
-            raise ConfigError("the teacher masks or shuffles patches at random", where=where)
+            raise ConfigError(
+                "the teacher masks or shuffles patches at random",
+                where=where,
+                fix="take a plain vision Transformer, e.g. a ViT or DINOv2",
+            )
 
 
 @cache

@@ -8,7 +8,6 @@ from the checkpoint of the rollback and reads the data position from this file.
 
 from __future__ import annotations
 
-import json
 import math
 from collections import deque
 from collections.abc import Mapping
@@ -23,7 +22,7 @@ from m3i_scale.checkpoint.manifest import verify
 from m3i_scale.config import RunConfig, SpikeConfig
 from m3i_scale.engine.agree import from_rank_0, gather_objects
 from m3i_scale.errors import CheckpointError, ConfigError
-from m3i_scale.files import write_json
+from m3i_scale.files import read_json, write_json
 
 MAD_TO_DEVIATION = 1.4826
 """Standard deviation of a normal distribution per median absolute deviation."""
@@ -192,17 +191,23 @@ class Rewinds:
 def read_rewinds(path: Path) -> list[dict[str, Any]]:
     """Return the entries of `rewinds.json`, or [] if there is no file."""
     try:
-        entries = json.loads(path.read_bytes())
-        return [{**entry, "rewound_to": int(entry["rewound_to"]), "data": entry["data"]} for entry in entries]
+        entries = read_json(path)
+        if not (isinstance(entries, list) and all(_is_rewind(entry) for entry in entries)):
+            raise ValueError("not a list of rollbacks")
+        return entries
     except FileNotFoundError:
         return []
-    except (OSError, ValueError, LookupError, TypeError) as error:
+    except (OSError, ValueError) as error:
         raise CheckpointError(
             f"cannot read the rollbacks of the run: {error}",
             where=str(path),
             why="the data would continue at the wrong position",
             fix="restore the file; without it (remove it) a spike that was skipped may occur again",
         ) from None
+
+
+def _is_rewind(entry: Any) -> bool:
+    return isinstance(entry, dict) and type(entry.get("rewound_to")) is int and "data" in entry
 
 
 def newest_before(root: Path, step: int) -> Path | None:

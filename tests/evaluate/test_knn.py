@@ -33,6 +33,15 @@ def test_equals_sklearn_and_ignores_length(seed, k, scale):
     assert (found == wanted).mean() > 0.9  # near-ties may fall either way in fp32
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_features_that_are_not_finite_are_not_measured(value):
+    features, labels = np.eye(4, dtype=np.float32), np.arange(4)
+    broken = np.where(features == 1, np.float32(value), features)
+    for train, test in ((broken, features), (features, broken)):
+        with pytest.raises(NotMeasuredError):
+            knn_predict(train, labels, test, neighbours=(1,), classes=4)
+
+
 def test_refuses_more_neighbours_than_samples():
     with pytest.raises(NotMeasuredError):
         knn_predict(np.eye(3, dtype=np.float32), np.arange(3), np.eye(3, dtype=np.float32), neighbours=(10,), classes=3)

@@ -110,7 +110,7 @@ FAULTS: dict[str, tuple[str, Callable[[dict[str, Any]], Any], str]] = {
     "mix by target blocks": (
         "m3i",
         section("mix", form={"kind": "target_blocks", "blocks": 2, "scale": 0.2}),
-        "form: random or block",
+        "form: random, block or inverse_block",
     ),
     "EMA decay of zero": ("m3i", section("ema", start=0.0, end=0.0), "ema.end"),
     "mix of one": ("m3i", section("mix", inputs=["a"]), "mix.inputs"),

@@ -162,6 +162,7 @@ def test_a_model_that_hides_patches_is_refused(ratio: float, tmp_path: Path) -> 
     with pytest.raises(ConfigError) as caught:
         teacher_of(tmp_path).plan()
     assert caught.value.where == f"recipe.teachers.teacher.from_pretrained: {tmp_path}"
+    assert "DINOv2" in str(caught.value.fix)
 
 
 def test_positions_that_fit_no_other_grid_are_refused_with_theirs(tmp_path: Path) -> None:

@@ -64,7 +64,7 @@ def test_a_damaged_checkpoint_stays_for_whoever_looks_into_it(tmp_path: Path) ->
     assert steps(root) == [200, 100]
 
 
-@pytest.mark.parametrize("text", ["", "{}1", "[{}]", "[1]", '[{"rewound_to": "x", "data": []}]'])
+@pytest.mark.parametrize("text", ["", "{}1", "{}", "[{}]", "[1]", '[{"rewound_to": "x", "data": []}]'])
 def test_a_file_that_cannot_be_read_is_explained(text: str, tmp_path: Path) -> None:
     assert read_rewinds(tmp_path / REWINDS) == []
     (tmp_path / REWINDS).write_text(text)

@@ -45,16 +45,14 @@ def known_ds_configs() -> dict[str, Path]:
 
 def load_ds_config(name_or_path: str) -> dict[str, Any]:
     """Read the JSON of a built-in name (`zero3_bf16`) or of a path, unchanged."""
-    path = Path(name_or_path)
+    built_in = known_ds_configs()
+    path = built_in.get(name_or_path, Path(name_or_path))
     if not path.is_file():
-        built_in = known_ds_configs()
-        if name_or_path not in built_in:
-            raise ConfigError(
-                f"no DeepSpeed file '{name_or_path}'",
-                where=str(path.absolute()),
-                fix=f"give a path, or a built-in name: {did_you_mean(name_or_path, built_in)}",
-            )
-        path = built_in[name_or_path]
+        raise ConfigError(
+            f"no DeepSpeed file '{name_or_path}'",
+            where=str(path.absolute()),
+            fix=f"give a path, or a built-in name: {did_you_mean(name_or_path, built_in)}",
+        )
     try:
         raw = json.loads(
             path.read_text(encoding="utf-8"),
