@@ -19,6 +19,7 @@ LAUNCHERS = {
     "pdsh": ["--with", "deepspeed"],
     "torchrun": ["--with", "torchrun"],
 }
+NAMES = [pytest.param("pdsh", marks=pytest.mark.slow), "torchrun"]
 WORDS = """two words, "double", 'single', $HOME `date` \\ ; & | * ~ #"""
 SECRET, UNNAMED = "a-secret-that-was-named", "a-secret-that-was-not"
 TRAVEL = ("PYTHONPATH", "DS_ACCELERATOR", "OMP_NUM_THREADS", "HF_HUB_OFFLINE", "M3I_WORDS", "WANDB_API_KEY")
@@ -42,7 +43,7 @@ def variables() -> dict[str, str]:
     return environment(M3I_WORDS=WORDS, WANDB_API_KEY=SECRET, HF_TOKEN=UNNAMED, M3I_UNNAMED="here")
 
 
-@pytest.mark.parametrize("name", LAUNCHERS)
+@pytest.mark.parametrize("name", NAMES)
 def test_two_hosts_train_as_one_does(
     hosts: Hosts, shards: Path, tmp_path: Path, on_one_host: dict[int, float], name: str
 ):
@@ -69,7 +70,7 @@ def test_two_hosts_train_as_one_does(
     assert sent["eth1"] > 10 * sent["eth0"], sent
 
 
-@pytest.mark.parametrize("name", ["pdsh", "torchrun"])
+@pytest.mark.parametrize("name", NAMES)
 def test_a_rank_that_is_killed_ends_the_run_on_all_hosts_and_is_told(
     hosts: Hosts, shards: Path, tmp_path: Path, name: str
 ):

@@ -79,6 +79,7 @@ def examine(hosts: list[str], tmp_path: Path, **more: Any) -> dict[tuple[str, st
     return {(item.check, item.host): item for item in findings}
 
 
+@pytest.mark.slow
 def test_a_host_whose_process_ends_does_not_hold_up_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "lost").mkdir()
     (tmp_path / "lost" / "sitecustomize.py").write_text(

@@ -51,7 +51,10 @@ SABOTAGED = (
     "the loss is read in every micro-batch",
 )
 
-pytestmark = pytest.mark.skipif(torch.version.cuda is not None, reason="this build of torch has a GPU's own library")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(torch.version.cuda is not None, reason="this build of torch has a GPU's own library"),
+]
 Answers = dict[str, dict[str, Any]]
 
 

@@ -292,6 +292,7 @@ def flip_a_byte(checkpoint: Path) -> None:
     largest.write_bytes(content)
 
 
+@pytest.mark.slow
 def test_a_recipe_with_schedules_resumes_and_may_be_made_longer(shards: Path, tmp_path: Path) -> None:
     """The loss of the stored samples follows schedules of temperature, which were at 3/4 when it was saved."""
     run_file = write_run(tmp_path, shards, "dinov2")

@@ -408,6 +408,7 @@ def test_of_a_run_the_newest_good_checkpoint_is_exported_first(
     assert (folder / "export.json").stat().st_mtime_ns == made  # it is exported once
 
 
+@pytest.mark.slow
 def test_random_weights_of_the_same_architecture_are_trained_by_the_same_command(
     start: Path, data: Path, forks: Forks, tmp_path: Path
 ) -> None:
