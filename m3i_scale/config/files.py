@@ -51,7 +51,7 @@ def known_recipes() -> dict[str, Path]:
 
 
 def find_run_file(name_or_path: str) -> Path:
-    """Return the path of a built-in config file (`m3i`) or of a file. A file `m3i` is `./m3i`."""
+    """Return the path of a built-in config file (`m3i`) or of a file. A built-in name has priority."""
     built_in = known_runs()
     path = built_in.get(name_or_path, Path(name_or_path))
     if path.is_file():

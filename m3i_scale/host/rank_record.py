@@ -215,7 +215,7 @@ def running_ranks(output_dir: Path) -> Iterator[tuple[str, int, float]]:
     for notes in sorted((output_dir / RANK_RECORDS).glob("host-*.jsonl")):
         try:
             running = _running(notes)
-        except OSError:  # of another user
+        except PermissionError:  # of another user
             continue
         for rank, began in running.items():
             yield notes.stem.removeprefix("host-"), rank, began

@@ -1,6 +1,6 @@
 """Regularizers prevent the collapse of target representations: the entropy term of equation (2).
 
-Their `loss` returns the whole equation, −log P̂ and this term.
+Their `loss` returns both terms of the equation: −log P̂ and this one.
 This file has their base class, regularizers of patches, texts and categories, and memories of earlier batches.
 """
 
