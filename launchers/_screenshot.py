@@ -1,6 +1,6 @@
 """Take the picture of a report that stands in the README.
 
-python launchers/_screenshot.py REPORT.html docs/report.png
+python launchers/_screenshot.py REPORT.html docs/img/report-overview.png
 """
 
 from __future__ import annotations

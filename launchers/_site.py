@@ -1,12 +1,14 @@
-"""Make the site of docs/ complete; mkdocs calls this while it builds (see mkdocs.yml).
+"""Complete the site of docs/ while mkdocs builds it (see mkdocs.yml).
 
-The menu is docs/index.md. Pages and files beside docs/ that pages link to (../CONTRIBUTING.md) become pages and files
-of the site, so that the same link works there and where the repository is browsed. Two pages come from docstrings.
+CONTRIBUTING.md and CHANGELOG.md become pages, reference pages are generated, and links to other files of the repository
+lead to the repository.
 """
 
 from __future__ import annotations
 
+import posixpath
 import re
+import sys
 from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
@@ -16,70 +18,78 @@ from mkdocs.structure.pages import Page
 import m3i_scale
 
 ROOT = Path(__file__).resolve().parent.parent
-TOP = {"README.md": "overview.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changes.md"}
-"""Pages beside docs/, and what they are called in the site."""
-API, EXTENSIONS = "api.md", "extensions.md"
-FAMILIES = [
-    "objective.regularizers.Regularizer",
-    "objective.distributions.Distribution",
-    "objective.distributions.Loss",
-    "objective.masks.Mask",
-    "objective.targets.base.Target",
-    "objective.decoders.DecoderSpec",
-    "objective.balance.BalanceSpec",
-    "run.hooks.Hook",
-    "run.callbacks.Callback",
-    "backbones.base.Backbone",
-    "shards.records.Input",
-    "backbones.sources.base.Source",
-    "launch.job.Job",
-    "launch.description.Cluster",
-]
-"""What CONTRIBUTING.md says is extended by a class, or given to it."""
-LINK_OUT = re.compile(r"\]\(\.\./([^)#\s]+)")
+sys.path.insert(0, str(ROOT / "launchers"))
 
+from _reference import PAGES  # noqa: E402  (next to this file, which mkdocs loads by its path)
 
-def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Read the menu from docs/index.md: a section for every heading, an entry for every row."""
-    menu: list[dict[str, str | list[dict[str, str]]]] = [{"Pages": "index.md"}, {"Overview": TOP["README.md"]}]
-    for part in (ROOT / "docs" / "index.md").read_text(encoding="utf-8").split("\n## ")[1:]:
-        rows = re.findall(r"^\| \[(.+?)\]\((\S+?)\)", part, re.MULTILINE)
-        menu.append({part.splitlines()[0]: [{title: page} for title, page in rows]})
-    reference = [{"Public interface": API}, {"Extension points": EXTENSIONS}]
-    menu.append({"Reference": [*reference, {"Contributing": TOP["CONTRIBUTING.md"]}, {"Changes": TOP["CHANGELOG.md"]}]})
-    config.nav = menu
-    config.watch += [str(ROOT / name) for name in TOP]
-    return config
+TOP = {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md", "README.md": "index.md"}
+"""Pages of the site for files at the top of the repository."""
+PYTHON_API = {
+    "Commands": ["train", "export", "evaluate", "embed", "list_recipes"],
+    "Training loop of your own": [
+        *("load_run", "load_recipe", "open_stream", "build_objective", "load_backbone"),
+        *("parameter_groups", "learning_rate", "update_ema", "merge_states"),
+    ],
+    "Classes": ["RunConfig", "Recipe", "TrainStream", "Batch", "Objective", "LoadedBackbone"],
+    "Errors": ["UserError", "ConfigError", "DataError", "ExportError", "AggregateError"],
+}
+EXTENSIONS = {
+    "Objective": [
+        *("objective.targets.base.Target", "objective.distributions.Distribution", "objective.distributions.Loss"),
+        *("objective.regularizers.Regularizer", "objective.masks.Mask", "objective.decoders.DecoderSpec"),
+        "objective.balance.BalanceSpec",
+    ],
+    "Training": ["run.hooks.Hook", "run.callbacks.Callback"],
+    "Models and data": ["backbones.base.Backbone", "backbones.sources.base.Source", "shards.records.Input"],
+    "Launchers": ["launch.job.Job", "launch.description.Cluster"],
+}
+"""What CONTRIBUTING.md says is extended by a class, or passed to it."""
+LINK = re.compile(r"\]\((?!\w+:|#)([^)#\s]+)(#[^)\s]*)?\)")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the pages beside docs/, the files that pages link to, and the pages from docstrings."""
+    """Add the pages from the top of the repository, and the generated ones."""
     for name, page in TOP.items():
-        files.append(File.generated(config, page, content=_from_top((ROOT / name).read_text(encoding="utf-8"))))
-    linked = {path for page in files.documentation_pages() for path in LINK_OUT.findall(page.content_string)}
-    for path in linked - TOP.keys():
-        if (ROOT / path).is_file():  # else the link is dead, and mkdocs says so
-            files.append(File.generated(config, path, abs_src_path=str(ROOT / path)))
-    public = [f"m3i_scale.{name}" for name in m3i_scale.__all__]
-    files.append(File.generated(config, API, content=_reference("Public interface", public)))
-    families = [f"m3i_scale.{name}" for name in FAMILIES]
-    files.append(File.generated(config, EXTENSIONS, content=_reference("Extension points", families)))
+        if page != "index.md":
+            files.append(File.generated(config, page, content=_from_top((ROOT / name).read_text(encoding="utf-8"))))
+    missing = set(m3i_scale.__all__) - {name for names in PYTHON_API.values() for name in names}
+    if missing:
+        raise ValueError(f"PYTHON_API lacks {', '.join(sorted(missing))}")
+    pages = {name: render() for name, render in PAGES.items()}
+    pages["reference/python-api.md"] = _from_docstrings("Python API", PYTHON_API)
+    pages["reference/extensions.md"] = _from_docstrings("Extension points", EXTENSIONS)
+    for name, content in pages.items():
+        files.append(File.generated(config, name, content=content))
     return files
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Let links that leave docs/ lead to the copies in the site."""
-    return LINK_OUT.sub(lambda link: f"]({TOP.get(link[1], link[1])}", markdown)
+    """Let links that leave docs/ lead to their page, or to the repository."""
+    folder = posixpath.dirname(page.file.src_uri)
+
+    def moved(link: re.Match[str]) -> str:
+        path = posixpath.normpath(posixpath.join(folder, link[1]))
+        if not path.startswith("../"):
+            return link[0]
+        outside, anchor = path.removeprefix("../"), link[2] or ""
+        if outside in TOP:
+            return f"]({posixpath.relpath(TOP[outside], folder or '.')}{anchor})"
+        return f"]({config.repo_url}/blob/main/{outside}{anchor})"
+
+    return LINK.sub(moved, markdown)
 
 
 def _from_top(text: str) -> str:
-    """Return a page beside docs/ with links as a page in docs/ has them."""
-    return re.sub(r"\]\((?!\w+:|#)([^)]+)\)", lambda link: f"]({_moved(link[1])})", text)
+    """Return a page of the top of the repository with links as a page in docs/ has them."""
+    return LINK.sub(lambda link: f"]({_in_docs(link[1])}{link[2] or ''})", text)
 
 
-def _moved(link: str) -> str:
-    return link.removeprefix("docs/") if link.startswith("docs/") else f"../{link}"
+def _in_docs(path: str) -> str:
+    return path.removeprefix("docs/") if path.startswith("docs/") else f"../{path}"
 
 
-def _reference(title: str, names: list[str]) -> str:
-    return "\n\n".join([f"# {title}", *(f"::: {name}" for name in names)])
+def _from_docstrings(title: str, parts: dict[str, list[str]]) -> str:
+    lines = [f"# {title}"]
+    for part, names in parts.items():
+        lines += [f"## {part}", *(f"::: m3i_scale.{name}\n    options:\n      heading_level: 3" for name in names)]
+    return "\n\n".join(lines)

@@ -11,8 +11,8 @@ from tiny import random_batch
 from m3i_scale.config import AugmentConfig
 from m3i_scale.data.batch import Collator, Sample
 from m3i_scale.data.views import ViewMaker
-from m3i_scale.evaluate.pictures.draw import image_of
-from m3i_scale.evaluate.pictures.training import (
+from m3i_scale.evaluation.pictures.draw import image_of
+from m3i_scale.evaluation.pictures.training import (
     Reconstruction,
     draw_reconstruction,
     draw_views,

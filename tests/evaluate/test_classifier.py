@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
-from m3i_scale.evaluate import NotMeasuredError
-from m3i_scale.evaluate.classifier import Classifier, measure_classifier
-from m3i_scale.evaluate.commands import evaluate
-from m3i_scale.evaluate.intervals import Clusters
-from m3i_scale.evaluate.measures import Side
-from m3i_scale.evaluate.samples import Table
+from m3i_scale.evaluation import NotMeasuredError
+from m3i_scale.evaluation.classifier import Classifier, measure_classifier
+from m3i_scale.evaluation.commands import evaluate
+from m3i_scale.evaluation.intervals import Clusters
+from m3i_scale.evaluation.measures import Side
+from m3i_scale.evaluation.samples import Table
 
 HEAD = ["ant", "bee", "cat", "dog", "elk", "fox", "gnu", "hen"]
 RANKED_NK = np.array([[2, 0, 1, 3, 4], [0, 2, 1, 3, 4], [0, 1, 3, 4, 2], [0, 1, 3, 4, 5], [3, 0, 1, 2, 4]], np.float32)

@@ -16,12 +16,12 @@ from transformers import SegformerConfig, SegformerForSemanticSegmentation, ViTC
 
 from m3i_scale.defaults import NO_CLASS
 from m3i_scale.errors import ConfigError, DataError, ExportError
-from m3i_scale.evaluate import features, job
-from m3i_scale.evaluate.command_line import comparison_table, write_comparison
-from m3i_scale.evaluate.commands import evaluate
-from m3i_scale.evaluate.compare import compare, compared
-from m3i_scale.evaluate.dense import mean_iou
-from m3i_scale.evaluate.intervals import LEVEL, RESAMPLES, SEED, Clusters, mean_of
+from m3i_scale.evaluation import features, job
+from m3i_scale.evaluation.command_line import comparison_table, write_comparison
+from m3i_scale.evaluation.commands import evaluate
+from m3i_scale.evaluation.compare import compare, compared
+from m3i_scale.evaluation.dense import mean_iou
+from m3i_scale.evaluation.intervals import LEVEL, RESAMPLES, SEED, Clusters, mean_of
 from m3i_scale.shards.make import make_shards
 from m3i_scale.shards.options import ShardOptions
 from m3i_scale.shards.records import ListedInput, Record

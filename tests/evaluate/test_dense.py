@@ -13,17 +13,17 @@ from sklearn.metrics import jaccard_score
 
 from m3i_scale.data.samples import open_mask
 from m3i_scale.defaults import NO_CLASS
-from m3i_scale.evaluate import samples
-from m3i_scale.evaluate.commands import evaluate
-from m3i_scale.evaluate.dense import (
+from m3i_scale.evaluation import samples
+from m3i_scale.evaluation.commands import evaluate
+from m3i_scale.evaluation.dense import (
     PATCHES_PER_IMAGE,
     PatchCollector,
     mean_iou,
     patch_labels,
     pixel_patches,
 )
-from m3i_scale.evaluate.intervals import Clusters
-from m3i_scale.evaluate.samples import open_table, read_samples
+from m3i_scale.evaluation.intervals import Clusters
+from m3i_scale.evaluation.samples import open_table, read_samples
 from m3i_scale.shards.make import make_shards
 from m3i_scale.shards.options import ShardOptions
 from m3i_scale.shards.records import ListedInput, Record

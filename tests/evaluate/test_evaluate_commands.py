@@ -6,10 +6,10 @@ import pytest
 from rich.console import Console
 
 from m3i_scale.errors import ConfigError, DataError
-from m3i_scale.evaluate.commands import evaluate
-from m3i_scale.evaluate.intervals import Clusters, mean_of
-from m3i_scale.evaluate.measures import measure_advantage
-from m3i_scale.evaluate.report import render
+from m3i_scale.evaluation.commands import evaluate
+from m3i_scale.evaluation.intervals import Clusters, mean_of
+from m3i_scale.evaluation.measures import measure_advantage
+from m3i_scale.evaluation.report import render
 from m3i_scale.shards.make import make_shards
 from m3i_scale.shards.options import ShardOptions
 from m3i_scale.shards.records import ListedInput

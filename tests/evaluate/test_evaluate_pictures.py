@@ -7,10 +7,10 @@ import pytest
 from rich.console import Console
 
 from m3i_scale.errors import ConfigError, DataError
-from m3i_scale.evaluate import commands
-from m3i_scale.evaluate.commands import evaluate
-from m3i_scale.evaluate.pictures import collect
-from m3i_scale.evaluate.report import render
+from m3i_scale.evaluation import commands
+from m3i_scale.evaluation.commands import evaluate
+from m3i_scale.evaluation.pictures import collect
+from m3i_scale.evaluation.report import render
 
 GROUPS = ["warm", "cold", "green"]
 

@@ -17,9 +17,9 @@ from transformers import (
 )
 
 from m3i_scale.errors import DataError, ExportError
-from m3i_scale.evaluate.features import load_vision, pixel_features, pool_tokens
-from m3i_scale.evaluate.job import read_side
-from m3i_scale.evaluate.samples import open_table, read_samples
+from m3i_scale.evaluation.features import load_vision, pixel_features, pool_tokens
+from m3i_scale.evaluation.job import read_side
+from m3i_scale.evaluation.samples import open_table, read_samples
 
 CPU = torch.device("cpu")
 

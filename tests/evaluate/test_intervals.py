@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from m3i_scale.evaluate.intervals import Clusters, bootstrap, clusters_of, mean_of
-from m3i_scale.evaluate.samples import Table
+from m3i_scale.evaluation.intervals import Clusters, bootstrap, clusters_of, mean_of
+from m3i_scale.evaluation.samples import Table
 
 
 def table(*metas):

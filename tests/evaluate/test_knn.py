@@ -4,9 +4,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.neighbors import KNeighborsClassifier
 
-from m3i_scale.evaluate import NotMeasuredError
-from m3i_scale.evaluate.features import unit_rows
-from m3i_scale.evaluate.probes import knn_predict
+from m3i_scale.evaluation import NotMeasuredError
+from m3i_scale.evaluation.features import unit_rows
+from m3i_scale.evaluation.probes import knn_predict
 
 
 def test_votes_by_hand():

@@ -5,8 +5,8 @@ from hypothesis import strategies as st
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
-from m3i_scale.evaluate import NotMeasuredError
-from m3i_scale.evaluate.probes import STRENGTHS, linear_probe, selection_split
+from m3i_scale.evaluation import NotMeasuredError
+from m3i_scale.evaluation.probes import STRENGTHS, linear_probe, selection_split
 
 
 def blobs(seed, count=120, noise=1.0):

@@ -17,9 +17,9 @@ from transformers import (
     TimmWrapperModel,
 )
 
-from m3i_scale.evaluate import NotMeasuredError
-from m3i_scale.evaluate.features import load_vision, patch_tokens
-from m3i_scale.evaluate.pictures.dense import (
+from m3i_scale.evaluation import NotMeasuredError
+from m3i_scale.evaluation.features import load_vision, patch_tokens
+from m3i_scale.evaluation.pictures.dense import (
     Attention,
     attention,
     attention_of,
@@ -29,8 +29,8 @@ from m3i_scale.evaluate.pictures.dense import (
     pca_colours,
     similarity,
 )
-from m3i_scale.evaluate.pictures.draw import RIGHT, Cell, drawable, framed, grid, heat_over, write_pictures
-from m3i_scale.evaluate.pictures.ranked import best_of
+from m3i_scale.evaluation.pictures.draw import RIGHT, Cell, drawable, framed, grid, heat_over, write_pictures
+from m3i_scale.evaluation.pictures.ranked import best_of
 from m3i_scale.run.callbacks import Picture
 
 GREY = Image.new("RGB", (64, 64), (128, 128, 128))

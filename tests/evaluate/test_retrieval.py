@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torchmetrics.retrieval import RetrievalHitRate
 
-from m3i_scale.evaluate.towers import distinct_captions, rank
+from m3i_scale.evaluation.towers import distinct_captions, rank
 
 
 def unit(rows):

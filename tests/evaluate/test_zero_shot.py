@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from m3i_scale.errors import ConfigError
-from m3i_scale.evaluate.towers import class_embeddings, prompts_of, zero_shot_predict
+from m3i_scale.evaluation.towers import class_embeddings, prompts_of, zero_shot_predict
 
 
 def test_prompts_are_plain_words():
