@@ -14,7 +14,7 @@ from rich.text import Text
 from m3i_scale import __version__
 from m3i_scale.checkpoint_tools.commands import checkpoint_app
 from m3i_scale.elastic.doctor.doctor_command import doctor
-from m3i_scale.errors import EXIT_FAILED, EXIT_PREEMPTED, EXIT_USER_ERROR, ConfigError, ErrorCollector, UserError
+from m3i_scale.errors import EXIT_FAILED, EXIT_USER_ERROR, ConfigError, ErrorCollector, UserError
 from m3i_scale.evaluate.command_line import compare, evaluate
 from m3i_scale.export.export_command import export
 from m3i_scale.launch_command import launch
@@ -32,6 +32,7 @@ from m3i_scale.rank_variables import adopt_rank_variables
 from m3i_scale.report.commands import recipes_app, report, watch
 from m3i_scale.shards.commands import shards_app
 from m3i_scale.tasks.finetune_command import finetune_app
+from m3i_scale.train_command import TrainCommand, train
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -84,67 +85,39 @@ def _backbone_table(rows: list[dict[str, Any]]) -> Table:
     return table
 
 
-@app.command(
-    epilog="Example: deepspeed --no_local_rank --num_gpus 8 --module m3i_scale train m3i "
-    "data.datasets.main.path=/data/shards/train output_dir=/data/runs/first"
-)
-def train(
-    run: RunFile,
-    overrides: Overrides = None,
-) -> None:
-    """Train, or resume from the latest valid checkpoint. Start it with any launcher; alone it runs on one rank."""
-    from m3i_scale.objective.recipe import load_run_and_recipe
-
-    try:
-        config, _ = load_run_and_recipe(run, overrides)  # before DeepSpeed is imported and builds anything
-    except UserError:
-        leave_out_accelerator_warning()
-        from m3i_scale.run.check import check_run
-
-        adopt_rank_variables(os.environ)
-        world = os.environ.get("WORLD_SIZE", "")
-        ranks = int(world) if world.isdecimal() else 0
-        check_run(run, overrides, ranks or None)  # which also reports all other errors
-        raise
-    from m3i_scale.evaluate.pictures.hook import make_pictures
-    from m3i_scale.run.run_warnings import repeated_overrides
-    from m3i_scale.run.train import start
-
-    if start(config, repeated_overrides(overrides or []), [make_pictures]) == "preempted":
-        raise typer.Exit(EXIT_PREEMPTED)
-
-
 @app.command(epilog="Example: m3i-scale check run.yaml --ranks 64 --json")
 def check(
     run: RunFile,
     overrides: Overrides = None,
-    ranks: Annotated[int | None, typer.Option(min=1, help="That it will have: batch and streams, too.")] = None,
+    ranks: Annotated[
+        int | None, typer.Option(min=1, help="Number of ranks; also validates batch size and data streams.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """List all errors that `train` finds before it reads samples. Start nothing. Exit code 2 if there are errors.
+    """Validate a run without starting it, and print its summary. Exit code 2 if there are errors.
 
-    A valid setting that is probably a mistake is a warning, and does not change the exit code: a learning rate of SGD,
-    a setting without effect, validation on training data. `shards check` reads the samples.
+    Valid settings that are probably mistakes are warnings, which do not change the exit code. `shards check` reads the
+    samples.
     """
-    leave_out_accelerator_warning()
-    from m3i_scale.config import load_run
-    from m3i_scale.run.check import errors_of, stage_lines
+    from m3i_scale.run.check import examine
     from m3i_scale.run.run_warnings import warnings_of
+    from m3i_scale.run.summary import summary_of_check
 
+    checked = examine(run, overrides, ranks)
     errors = ErrorCollector()
-    errors.errors = errors_of(run, overrides, ranks)
+    errors.errors = checked.errors
     warnings = warnings_of(run, overrides, ask_servers=not errors.errors)
     if as_json:
         print_json({"errors": [error.to_json() for error in errors.errors], "warnings": warnings})
         if errors.errors:
             raise typer.Exit(EXIT_USER_ERROR)
-    else:
-        console = wide_console(soft_wrap=True)
-        for warning in warnings:
-            console.print(f"warning: {warning}", style="yellow", markup=False, highlight=False)
-        errors.raise_any()
-        for line in (*stage_lines(load_run(run, overrides)), "nothing to refuse"):
-            console.print(line, markup=False, highlight=False)
+        return
+    console = wide_console(soft_wrap=True)
+    for warning in warnings:
+        console.print(f"warning: {warning}", style="yellow", markup=False, highlight=False)
+    errors.raise_any()
+    for line in (*summary_of_check(checked, ranks), "OK: the configuration is valid"):
+        console.print(line, markup=False, highlight=False)
 
 
 @app.command(epilog="Example: m3i-scale config m3i optim.steps=10")
@@ -182,6 +155,10 @@ def stop(
         raise typer.Exit(EXIT_FAILED)
 
 
+app.command(
+    cls=TrainCommand,
+    epilog="Example: m3i-scale train m3i_mini data.datasets.photos.path=/data/shards/train output_dir=/data/runs/first",
+)(train)
 app.command(epilog="Example: m3i-scale plan m3i_vit_g14 --nodes 2 --ranks-per-node 8 --memory-gib 80")(plan)
 app.command(epilog="Example: m3i-scale doctor m3i --hostfile /data/hostfile --interface eth0")(doctor)
 app.command(epilog="Example: m3i-scale evaluate /data/export --data /data/shards/val --train-data /data/shards/train")(
@@ -214,6 +191,7 @@ def main() -> None:
     sys.argv[1:] = [item for item in sys.argv[1:] if not item.startswith("--local_rank=")]
     if "--json" in sys.argv:
         reserve_stdout()
+    leave_out_accelerator_warning()
     try:
         _check_dotted_options(sys.argv[1:])
         app()

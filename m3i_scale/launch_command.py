@@ -6,13 +6,14 @@ To add a launcher, create a module with `HONOURS` and `render`, and add its name
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from importlib import import_module
 from typing import TYPE_CHECKING, Annotated, Protocol, cast
 
 import typer
 
 from m3i_scale.errors import EXIT_PREEMPTED, ConfigError, UserError, did_you_mean
-from m3i_scale.launch.description import Cluster, takes_cluster
+from m3i_scale.launch.description import Cluster, takes_cluster, without_secret_variables
 from m3i_scale.options import RunFile
 from m3i_scale.output import print_json, print_line, release_stdout
 
@@ -95,19 +96,18 @@ def launch(
     release_stdout()
     plan = render(launcher, job)
     check_fit(config, job, launcher)
-    raise typer.Exit(_run(plan, render(launcher, job.without_secrets()), job))
+    environment = without_secret_variables(os.environ, job.variables)
+    raise typer.Exit(run_plan(plan, render(launcher, job.without_secrets()), job, environment))
 
 
-def _run(plan: LaunchPlan, redacted: LaunchPlan, job: Job) -> int:
-    """Run a plan; print the cause of a failure at the end."""
+def run_plan(plan: LaunchPlan, redacted: LaunchPlan, job: Job, environment: Mapping[str, str]) -> int:
+    """Run a plan and return its exit code; print the cause of a failure at the end."""
     from m3i_scale.checkpoint.layout import stopped_words
     from m3i_scale.host.output_dir import launch_lock
     from m3i_scale.host.rank_record import forget_records
-    from m3i_scale.launch.description import without_secret_variables
     from m3i_scale.launch.execute import check_needs, execute, write_files
     from m3i_scale.launch.exit_reason import conclude
 
-    environment = without_secret_variables(os.environ, job.variables)
     if not plan.waits:
         with launch_lock(job.output_dir):
             check_needs(plan)

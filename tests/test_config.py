@@ -18,6 +18,7 @@ from m3i_scale.config import (
     run_values,
 )
 from m3i_scale.config.explain import HINTS
+from m3i_scale.config.files import values_beyond_built_in
 from m3i_scale.errors import AggregateError, ConfigError, did_you_mean
 from m3i_scale.export.source import describe_data
 from m3i_scale.objective.recipe import load_run_and_recipe, parse_recipe
@@ -399,3 +400,35 @@ def test_names_of_sources_make_names_of_metrics(key: str, name: str) -> None:
     assert parse_section(RunConfig, values, where="run.yaml", stored=True).data  # of a run that is over
     for good in ("birds-2", "a.b", "photos (large)", "données"):
         parse_section(RunConfig, {"recipe": {}, "data": {key: {good: {"path": "/data/shards"}}}}, where="run.yaml")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "where"),
+    [
+        (["optim.steps=6", "backbone.config.image_size=64", "optim.batch_size=32"], ["optim.steps=6", "m3i_mini.yaml"]),
+        (["optim.warmup_steps=2000", "optim.batch_size=32"], ["optim.warmup_steps=2000"]),
+    ],
+)
+def test_a_warm_up_that_does_not_fit_names_the_settings_at_fault(overrides, where):
+    with pytest.raises(ConfigError) as caught:
+        load_run("m3i_mini", overrides)
+    assert all(part in caught.value.where for part in where)
+    assert "batch_size" not in caught.value.where
+
+
+@pytest.mark.parametrize("key", ["optim.learning_rte", "optim.learning_rate", "optim.Learning_Rte"])
+def test_a_misspelled_synonym_is_recognized(key):
+    with pytest.raises(ConfigError) as caught:
+        load_run("m3i", [f"{key}=1e-3"])
+    assert caught.value.fix == "did you mean optim.lr?"
+
+
+def test_what_users_set_beyond_a_built_in_config_is_known(tmp_path):
+    (tmp_path / "base.yaml").write_text("extends: m3i_mini\noptim: {lr: 0.5}\n")
+    (tmp_path / "run.yaml").write_text("extends: base.yaml\noptim: {steps: 9}\n")
+    (tmp_path / "alone.yaml").write_text("name: alone\n")
+    name, values = values_beyond_built_in(str(tmp_path / "run.yaml"), ["optim.batch_size=8", "seed=1"])
+    assert name == "m3i_mini"
+    assert values == {"optim": {"lr": 0.5, "steps": 9, "batch_size": 8}, "seed": 1}
+    assert values_beyond_built_in("m3i_mini", []) == ("m3i_mini", {})
+    assert values_beyond_built_in(str(tmp_path / "alone.yaml"), []) == (None, {"name": "alone"})

@@ -40,10 +40,11 @@ LEVELS = {
     "evaluate": 11,
     "export": 11,
     "tasks": 12,
-    "api": 13,
     "launch_command": 13,
-    "cli": 14,
-    "__main__": 15,
+    "train_command": 14,
+    "api": 15,
+    "cli": 16,
+    "__main__": 17,
 }
 CARRIED = {*internimage.SOURCE_FILES, *export_detector.SOURCE_FILES}
 """By exports, for a reader whose `transformers` has no such model."""

@@ -6,6 +6,7 @@ The YAML parser is for untrusted files: YAML 1.2 numbers, no duplicate keys, and
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -63,8 +64,11 @@ def find_run_file(name_or_path: str) -> Path:
     )
 
 
-def run_values(name_or_path: str, overrides: list[str] | None = None) -> dict[str, Any]:
-    """Return the values of a config file with `extends` and `key=value` overrides applied, without validation."""
+def run_values(
+    name_or_path: str, overrides: list[str] | None = None, errors: ErrorCollector | None = None
+) -> dict[str, Any]:
+    """Return the values of a config file with `extends` and `key=value` overrides applied, without validation. With
+    `errors`, invalid overrides are collected there and left out, so that the rest can be validated."""
     if isinstance(overrides, str):  # a string would be read as one override per letter
         raise ConfigError(
             f"overrides must be a list, got '{redact_text(overrides)}'",
@@ -73,11 +77,29 @@ def run_values(name_or_path: str, overrides: list[str] | None = None) -> dict[st
         )
     path = find_run_file(name_or_path)
     values = _read_with_base(path, ())
-    errors = ErrorCollector()
+    collected = ErrorCollector() if errors is None else errors
     for override in overrides or []:
-        errors.collect(_apply_override, values, override)
-    errors.raise_any()
+        collected.collect(_apply_override, values, override)
+    if errors is None:
+        collected.raise_any()
     return values
+
+
+def values_beyond_built_in(name_or_path: str, overrides: Sequence[str]) -> tuple[str | None, dict[str, Any]]:
+    """Return the built-in config that a run is or extends (None: it extends none), and the values that the user's
+    config files and overrides set beyond it."""
+    built_in = {path.resolve(): name for name, path in known_runs().items()}
+    path, values = find_run_file(name_or_path).resolve(), dict[str, Any]()
+    while path not in built_in:
+        here = upgrade_config(read_yaml(path))
+        base = here.pop("extends", None)
+        values = _merge(here, values)
+        if base is None:
+            break
+        path = _base_path(path, base).resolve()
+    for override in overrides:
+        _apply_override(values, override)
+    return built_in.get(path), values
 
 
 def _read_with_base(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
@@ -88,9 +110,13 @@ def _read_with_base(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     base = values.pop("extends", None)
     if base is None:
         return values
+    return _merge(_read_with_base(_base_path(path, base), (*seen, path)), values)
+
+
+def _base_path(path: Path, base: Any) -> Path:
+    """Return the file that the config file at `path` extends: a built-in one, or one next to it."""
     sibling = path.parent / str(base)
-    base_path = sibling if sibling.is_file() and str(base) not in known_runs() else find_run_file(str(base))
-    return _merge(_read_with_base(base_path, (*seen, path)), values)
+    return sibling if sibling.is_file() and str(base) not in known_runs() else find_run_file(str(base))
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

@@ -131,7 +131,8 @@ class OptimConfig(Section):
         if steps is not None and warmup_steps >= steps:
             raise FixableError(
                 f"warmup_steps ({warmup_steps}) must be less than steps ({steps})",
-                f"optim.warmup_steps={steps // 10}, or leave it out",
+                f"optim.warmup_steps={steps // 10}",
+                "steps",
             )
         return warmup_steps
 
@@ -143,6 +144,7 @@ class OptimConfig(Section):
             raise FixableError(
                 f"the milestone {schedule.milestones[-1]} has no effect: the run has {steps} steps",
                 f"optim.schedule.milestones below {steps}",
+                "steps",
             )
         return schedule
 
@@ -154,6 +156,7 @@ class OptimConfig(Section):
             raise FixableError(
                 f"min_lr ({min_lr:g}) is above lr ({lr:g}): the rate would rise to the end",
                 f"optim.min_lr={lr / 100:g}, or 0, the default",
+                "lr",
             )
         return min_lr
 

@@ -225,6 +225,11 @@ class TrainStream:
         return Batch.cat(peeked)
 
     @property
+    def sample_counts(self) -> dict[str, int]:
+        """Return the number of samples of every dataset."""
+        return {name: sum(shard[2] for shard in shards) for name, shards in self._shards.items()}
+
+    @property
     def quarantined(self) -> dict[str, int]:
         """Return the number of corrupt samples of this rank's streams by reason, once per epoch each. After the data
         has ended, samples of the last, incomplete batch are included."""

@@ -109,13 +109,12 @@ def apply_activation_checkpointing(module: nn.Module, text: str) -> list[str]:
     return chosen
 
 
-def describe_activations(module: nn.Module, text: str, *, compiled: bool) -> str:
-    """Return a log line about the policy `text` that is set on `module`."""
-    if compiled and read_policy(text).kind == "selective":
-        return f"activations ({text}): compiled layers keep about half, and compute the rest again"
-    layers = [layer for stack in trained_stacks(module) for _, layer in stack]
-    recomputed = sum(layer.gradient_checkpointing for layer in layers)
-    return f"activations ({text}): {recomputed} of {len(layers)} layers recompute"
+def describe_policy(text: str, *, compiled: bool) -> str:
+    """Return a policy for the log; `off` without recomputation."""
+    kind = read_policy(text).kind
+    if compiled and kind == "selective":
+        return f"{text} (compiled layers keep about half of the activations)"
+    return "off" if kind == "none" else text
 
 
 _ATTENTION = (

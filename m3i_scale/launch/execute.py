@@ -82,9 +82,11 @@ class LaunchResult:
 
 
 def execute(plan: LaunchPlan, redacted: LaunchPlan, environment: Mapping[str, str]) -> LaunchResult:
-    """Run the commands until all have ended, after `check_needs` and `write_files`. `redacted` is printed."""
-    for command in redacted.commands:
-        print(f"+ {command}", file=sys.stderr, flush=True)
+    """Run the commands until all have ended, after `check_needs` and `write_files`. `redacted` is printed, except the
+    commands of ranks, which are all alike (`launch --dry-run` prints them)."""
+    lines = [f"+ {command}" for command in redacted.commands]
+    for line in [f"starting {len(lines)} processes on this machine"] if plan.ranks else lines:
+        print(line, file=sys.stderr, flush=True)
     return Running(plan, environment).wait()
 
 

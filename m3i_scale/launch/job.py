@@ -18,7 +18,6 @@ from m3i_scale.errors import ConfigError
 from m3i_scale.launch import PRIVATE, PUBLIC
 from m3i_scale.launch.description import Cluster, Variable, hidden, travelling
 from m3i_scale.launch.hosts import Host, is_here
-from m3i_scale.output import leave_out_accelerator_warning
 from m3i_scale.text import redact, redact_text
 
 
@@ -126,11 +125,15 @@ class Job:
 @cache
 def devices_here() -> int:
     """Return the number of accelerators that DeepSpeed finds on this machine; one if ranks compute on CPUs."""
-    leave_out_accelerator_warning()
+    return max(1, gpus_here())
+
+
+def gpus_here() -> int:
+    """Return the number of accelerators that are visible to this process; 0 if ranks compute on CPUs."""
     from deepspeed.accelerator import get_accelerator  # takes seconds, needed only without a given number of ranks
 
     accelerator = get_accelerator()
-    return 1 if accelerator.device_name() == "cpu" else max(1, int(accelerator.device_count()))
+    return 0 if accelerator.device_name() == "cpu" else int(accelerator.device_count())
 
 
 def _address_here(interface: str, hosts: tuple[Host, ...]) -> str:

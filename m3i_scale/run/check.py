@@ -40,26 +40,44 @@ _ANY_WIDTH = 768
 """Backbone width used if the backbone is invalid. It only resolves DeepSpeed bucket sizes, which are then discarded."""
 
 
+@dataclass
+class CheckedRun:
+    """Result of `examine`."""
+
+    errors: list[UserError]
+    resolved: ResolvedRun | None = None
+    """None if there are errors."""
+    resume_from: Path | None = None
+
+
 def errors_of(name_or_path: str, overrides: list[str] | None = None, ranks: int | None = None) -> list[UserError]:
-    """Return all errors that `train` would raise at startup, except errors that only the machines of the run can
+    """Return all errors that `examine` finds."""
+    return examine(name_or_path, overrides, ranks).errors
+
+
+def examine(name_or_path: str, overrides: list[str] | None = None, ranks: int | None = None) -> CheckedRun:
+    """Find all errors that `train` would raise at startup, except errors that only the machines of the run can
     detect. If `ranks` is None, checks that depend on the number of ranks are skipped."""
     errors = ErrorCollector()
-    values = errors.collect(run_values, name_or_path, overrides)
+    checked = CheckedRun(errors.errors)
+    values = errors.collect(run_values, name_or_path, overrides, errors)
     if values is None:
-        return errors.errors
+        return checked
     errors.collect(load_run_and_recipe, name_or_path, overrides, values)
     run, broken = valid_part(values)
     if run is not None:
         if ErrorCollector().collect(parse_recipe, run.recipe) is None:  # its errors are already recorded
             broken |= {"recipe"}
         checks = Checks(run, ranks, broken, here=False, errors=errors)
-        resolved = checks.resolve()
+        checked.resolved = checks.resolve()
         if ErrorCollector().collect(check_output_dir, run.output_dir) is not None:
             checks.collect("backbone", _check_weights, run)
-            checks.collect("checkpoint data output_dir", _check_checkpoint, run, resolved, ranks or 1)
+            checked.resume_from = checks.collect(
+                "checkpoint data output_dir", _check_checkpoint, run, checked.resolved, ranks or 1
+            )
     for error in errors.errors:
         error.where = error.where or str(find_run_file(name_or_path))
-    return errors.errors
+    return checked
 
 
 def _check_weights(run: RunConfig) -> None:
@@ -72,11 +90,12 @@ def _check_weights(run: RunConfig) -> None:
         plan_load(backbone_source(run.backbone), model)
 
 
-def _check_checkpoint(run: RunConfig, resolved: ResolvedRun | None, ranks: int) -> None:
+def _check_checkpoint(run: RunConfig, resolved: ResolvedRun | None, ranks: int) -> Path | None:
     """Find the checkpoint to resume from, checking file sizes only, and compare the run with it."""
     checkpoint, _ = find_resume(run, contents=False)
     if checkpoint is not None and resolved is not None:
         check_resume(resolved, checkpoint, ranks)
+    return checkpoint
 
 
 def check_run(name_or_path: str, overrides: list[str] | None = None, ranks: int | None = None) -> None:
@@ -216,7 +235,9 @@ class Checks:
             resolved.vocab_size,
             image_counts=resolved.image_counts,
         )
-        if built is not None and run.stages:
+        if built is not None:
+            trainable = (parameter for parameter in built.parameters() if parameter.requires_grad)
+            resolved.trainable_parameters = sum(parameter.numel() for parameter in trainable)
             for number in range(len(run.stages)):
                 self.errors.collect(self._check_stage, resolved, number, built)
 

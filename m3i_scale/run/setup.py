@@ -52,6 +52,7 @@ class ResolvedRun(RunWithData):
     """Number of training images per category, if categories.json has it (LVIS)."""
     scored: Sequence[str] = ()
     """Names of the targets whose scores evaluations compute; see `Target.check_scores`."""
+    trainable_parameters: int = 0
 
     def in_stage(self, number: int) -> ResolvedRun:
         """Return the run with the image size, micro-batch size and accumulation of a stage. Without stages, return the

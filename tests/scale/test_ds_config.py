@@ -8,13 +8,13 @@ import re
 from typing import Any
 
 import pytest
-from ds_files import GONE, RUN, changed, text_of
+from ds_files import GONE, RUN, changed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from m3i_scale.config import RunConfig, resource_folder
 from m3i_scale.engine.deepspeed.hints import UNSUPPORTED
-from m3i_scale.engine.deepspeed.resolve import check_accelerator, explain_table, load_ds_config, resolve
+from m3i_scale.engine.deepspeed.resolve import check_accelerator, load_ds_config, resolve
 from m3i_scale.engine.deepspeed.schema import known_paths
 from m3i_scale.errors import ConfigError
 
@@ -225,10 +225,7 @@ def test_auto_becomes_the_documented_formulas():
     assert resolved.config["gradient_accumulation_steps"] == 2
     assert resolved.config["gradient_clipping"] == 0.5
     assert resolved.config["optimizer"]["params"]["betas"] == [0.9, 0.95]
-    table = text_of(explain_table(resolved))
-    for key, _, why in resolved.filled_in:
-        assert key in table
-        assert why in table
+    assert {"gradient_clipping", "zero_optimization.sub_group_size"} <= set(resolved.filled_in)
 
 
 def test_buckets_grow_with_the_model_and_do_not_shrink_with_it():
@@ -259,20 +256,18 @@ def test_zero_3_by_all_reduces_is_zero_3_but_for_three_settings():
     assert reduced == plain
 
 
-def test_batch_keys_that_are_left_out_are_filled_in_and_said():
+def test_batch_keys_that_are_left_out_are_filled_in():
     raw = changed(load_ds_config("zero3_bf16"), {"train_batch_size": GONE, "gradient_accumulation_steps": GONE})
     resolved = resolve(raw, **RUN, where="mine.json")
     assert resolved.config["train_batch_size"] == 8
-    said = {key: why for key, _, why in resolved.filled_in}
-    assert "left out" in said["train_batch_size"]
-    assert "left out" in said["gradient_accumulation_steps"]
+    assert resolved.config["gradient_accumulation_steps"] == 2
+    assert not {"train_batch_size", "gradient_accumulation_steps"} & set(resolved.filled_in)  # not "auto"
 
 
 def test_deepspeed_does_not_wait_for_the_device_for_a_line_of_its_log_unless_the_file_says_so():
     raw = load_ds_config("zero3_bf16")
     resolved = resolve(raw, **RUN, where="mine.json")
     assert resolved.config["timers"] == {"throughput": {"enabled": False}}
-    assert "timers.throughput.enabled" in {key for key, _, _ in resolved.filled_in}
     given = {"throughput": {"enabled": True, "synchronized": False}}
     assert resolve({**raw, "timers": given}, **RUN, where="mine.json").config["timers"] == given
 
