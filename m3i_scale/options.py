@@ -28,7 +28,7 @@ Command = Callable[..., None]
 Imports = Annotated[
     list[str] | None, typer.Option("--import", help="A module with classes of one's own in the recipe. Runs its code.")
 ]
-RunFile = Annotated[str, typer.Argument(help="A run file, or the name of a built-in one.")]
+RunFile = Annotated[str, typer.Argument(help="Config file, or the name of a built-in config.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value …")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document, nothing else.")]
 Parts = Mapping[str, tuple[Any, Any]]
