@@ -152,6 +152,13 @@ def _chooser(rows: Sequence[tuple[str, str, str]]) -> Table:
     return table
 
 
+def formula_rows(row: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Return the columns of the formula table, and the cells of each target of a recipe."""
+    names = [field for (field,) in _WIDE if field != "recipe"]
+    targets = [_cells(row, target, first=True) for target in row["targets"]]
+    return [" ".join(name.split()) for name in names], [[cells[name].plain for name in names] for cells in targets]
+
+
 class RecipeTable:
     """Table of rows from `Recipe.summary`, grouped by family, that adapts to the console width."""
 
@@ -221,9 +228,9 @@ def _target(target: dict[str, Any]) -> str:
     if not target["view"]:
         return str(target["modality"])
     return f"view {target['view']}" + {
-        "masked": ", hidden",
-        "blocks": ", hidden",
-        "shown": ", shown",
+        "masked": ", masked",
+        "blocks": ", masked",
+        "shown": ", visible",
         "pooled": ", whole",
     }.get(target["tokens"], "")
 
