@@ -95,7 +95,7 @@ def report(
 
 def watch(
     run: Annotated[Path, typer.Argument(help="Output folder of a run.")],
-    every: Annotated[float, typer.Option(min=0.1, help="Polling interval in seconds.")] = 2.0,
+    every: Annotated[float, typer.Option(min=0.1, metavar="S", help="Polling interval in seconds.")] = 2.0,
 ) -> None:
     """Show a run in the terminal while it trains: progress, curves, step timings, hosts, warnings. Press q to quit."""
     _check_installed()
