@@ -14,7 +14,7 @@ import typer
 
 from m3i_scale.errors import EXIT_PREEMPTED, ConfigError, UserError, did_you_mean
 from m3i_scale.launch.description import Cluster, takes_cluster, without_secret_variables
-from m3i_scale.options import RunFile
+from m3i_scale.options import RunFile, choices
 from m3i_scale.output import print_json, print_line, release_stdout
 
 if TYPE_CHECKING:  # not imported at runtime, to keep --help fast
@@ -70,13 +70,16 @@ def render(name: str, job: Job) -> LaunchPlan:
 @takes_cluster(Cluster.model_fields)
 def launch(
     run: RunFile,
-    launcher: Annotated[str, typer.Option("--with", help=f"{', '.join(LAUNCHERS)}.")],
+    launcher: Annotated[str, typer.Option("--with", **choices(*LAUNCHERS), help="Launcher.")],
     cluster: Cluster,
-    overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value … for `train`.")] = None,
-    dry_run: Annotated[bool, typer.Option(help="Only print what would be written and run.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="With --dry-run: print it as one JSON document.")] = False,
+    overrides: Annotated[list[str] | None, typer.Argument(help="Settings of the run as section.key=value.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print the files and commands.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="With --dry-run: print one JSON document.")] = False,
 ) -> None:
-    """Start a run with any launcher: write launch files to `output_dir/launch`, run it, and exit with its exit code."""
+    """Start a run with a launcher, on one node or many, and exit with its exit code.
+
+    Launch files are written to `output_dir/launch`.
+    """
     from m3i_scale.elastic.worlds import check_fit
 
     config, job = read_job(run, overrides or [], cluster)

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import ast
-import inspect
 import os
-import textwrap
-from itertools import pairwise
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -45,26 +41,15 @@ class TrainCommand(TyperCommand):
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Print the help text. The fields are only read here, because it takes time."""
         super().format_help(ctx, formatter)
+        from m3i_scale.config.fields import describe_section
+
         table = Table.grid(padding=(0, 2))
         for key in _COMMON:
-            table.add_row(Text(key, style="bold cyan", no_wrap=True), Text(_meaning(key)))
+            ((field,),) = (doc.fields for doc in describe_section(key, {}))
+            meaning = field.meaning.partition(". ")[0].rstrip(".")
+            table.add_row(Text(key, style="bold cyan", no_wrap=True), Text(meaning))
         title = "Common settings (m3i-scale config lists all)"
         Console().print(Panel(table, title=title, title_align="left", border_style="dim"))
-
-
-def _meaning(key: str) -> str:
-    """Return the first sentence of the docstring of a config field, without its final period."""
-    from m3i_scale.config import DatasetConfig, RunConfig
-
-    *sections, name = key.split(".")
-    section = DatasetConfig if "NAME" in sections else RunConfig
-    for part in () if section is DatasetConfig else sections:
-        section = section.model_fields[part].annotation  # type: ignore[assignment]
-    (described,) = ast.parse(textwrap.dedent(inspect.getsource(section))).body
-    for field, text in pairwise(getattr(described, "body", [])):
-        if isinstance(field, ast.AnnAssign) and ast.unparse(field.target) == name and isinstance(text, ast.Expr):
-            return " ".join(str(ast.literal_eval(text.value)).split()).partition(". ")[0].rstrip(".")
-    raise ValueError(f"the field {key} has no docstring")
 
 
 def train(

@@ -42,7 +42,8 @@ def tell_imported():
 
 print(tell_all(root, click.Context(root, info_name="m3i-scale")))
 tell_imported()
-for arguments in (["--version"], ["-h"], ["recipes"], ["backbones"], ["config", "m3i"]):
+for line in ("--version", "-h", "recipes", "backbones", "config", "config optim", "config --resolved m3i"):
+    arguments = line.split()
     app(arguments, standalone_mode=False)
 tell_imported()
 """

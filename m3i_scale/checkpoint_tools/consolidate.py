@@ -62,6 +62,13 @@ class SavedWeights(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._keys) + len(self._buffers)
 
+    @property
+    def trained_parts(self) -> list[str]:
+        """Return the parts of the model whose tensors have their trained values instead of an EMA."""
+        trained = {name for name, key in self._keys.items() if key == f"{MASTER}/{name}"}
+        averaged = {name.partition(".")[0] for name in self._keys.keys() - trained}
+        return sorted({".".join(name.split(".")[: 1 + (name.partition(".")[0] in averaged)]) for name in trained})
+
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a tensor, without reading it."""
         return tuple(self._buffers[name].shape) if name in self._buffers else self._saved.shape(self._keys[name])
@@ -120,7 +127,8 @@ def consolidate(
         max_shard_size: of a file, such as "5GB" or "500MB" (10⁹ and 10⁶ bytes, as the Hub counts); default: 5GB.
 
     Returns:
-        {output, checkpoint, step, weights, dtype, tensors, parameters, files: {path: bytes}, bytes}.
+        {output, checkpoint, step, weights, not_averaged: parts of the model without an EMA, dtype, tensors, parameters,
+        files: {path: bytes}, bytes}.
     """
     for option, value, known in (("weights", weights, ("student", "ema")), ("dtype", dtype, tuple(_DTYPES))):
         if value not in known:
@@ -142,6 +150,7 @@ def consolidate(
         "checkpoint": str(source),
         "step": step,
         "weights": weights,
+        "not_averaged": chosen.trained_parts if weights == "ema" else [],
         "dtype": dtype,
         "tensors": len(chosen),
         "parameters": parameters,

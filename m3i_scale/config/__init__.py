@@ -129,6 +129,8 @@ class RunConfig(Section):
 
     name: str = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Name of the run. Letters, digits, `.`, `_` and `-` are allowed."""
+    description: str = ""
+    """The method in one line, with its paper. For people only: it has no effect on training."""
     output_dir: WrittenPath = Path("runs/run")
     """Output directory for all files of the run."""
     seed: int = Field(default=0, ge=0, lt=2**63)

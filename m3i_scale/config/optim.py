@@ -92,7 +92,7 @@ class OptimConfig(Section):
     """Layer-wise learning-rate decay: each backbone layer's learning rate is this factor times the next layer's.
     Decoders, heads and text encoder use the full rate. For recipes only; tasks use `task.layer_decay`."""
     schedule: Schedule = Field(default_factory=Cosine)
-    """Learning-rate schedule: cosine (after the warm-up) | {kind: poly, power: 1.0} (mmcv, over all steps) |
+    """Learning-rate schedule. cosine (after the warm-up), {kind: poly, power: 1.0} (mmcv, over all steps), or
     {kind: multi_step, milestones: [8000, 9000], gamma: 0.1}."""
     warmup_steps: int = Field(default=2_500, ge=0)
     """Steps of linear warm-up. Default: 2,500, or a tenth of `steps` for runs of at most 2,500 steps."""

@@ -16,56 +16,71 @@ from rich.text import Text
 
 from m3i_scale import __version__
 from m3i_scale.evaluate.report import render, warning_lines
-from m3i_scale.options import AsJson, Imports, reading_bar, writes_to
+from m3i_scale.options import AsJson, Imports, choices, reading_bar, writes_to
 from m3i_scale.output import print_result
 from m3i_scale.text import without_secrets
 
 if TYPE_CHECKING:
     from m3i_scale.run.callbacks import Picture
 
+_PROBES = ("knn", "linear", "dense")
+_TEXT = ("zero_shot", "retrieval")
+Pooling = Annotated[
+    str, typer.Option(**choices("mean", "cls", "both"), help="Image features of kNN and linear probe: which tokens.")
+]
+BatchSize = Annotated[int | None, typer.Option(metavar="N", help="Images per forward pass; default: 64.")]
+Device = Annotated[str, typer.Option(metavar="DEVICE", help="auto, cpu, cuda, cuda:1, …")]
 _COLUMNS = ("measure", "before", "after", "difference", "interval", "change")
 
 
 def evaluate(
-    model_dir: Annotated[Path, typer.Argument(help="An exported folder, or any Hub folder of a vision model.")],
-    data: Annotated[str, typer.Option(help="Shards to measure on.")],
-    train_data: Annotated[str | None, typer.Option(help="Shards that kNN and the linear probes learn from.")] = None,
+    model_dir: Annotated[Path, typer.Argument(help="Exported folder, or a Hugging Face folder of a vision model.")],
+    data: Annotated[str, typer.Option(help="Shards to evaluate on.")],
+    train_data: Annotated[str | None, typer.Option(help="Training shards for kNN and the probes.")] = None,
     measure: Annotated[
         list[str] | None,
         typer.Option(
-            help="knn, linear, dense, classifier, zero_shot, retrieval: all by default; or segmenter or detector."
+            **choices(*_PROBES, "classifier", *_TEXT, "segmenter", "detector"),
+            help="Evaluation to run; repeat for several. Default: all that the model supports.",
         ),
     ] = None,
-    pool: Annotated[str, typer.Option(help="mean, cls or both: the image vector of kNN and linear probe.")] = "mean",
-    baseline: Annotated[str, typer.Option(help="pixels: also probe the raw pixels.")] = "none",
-    exclude_group: Annotated[list[str] | None, typer.Option(help="Leave out samples of a group.")] = None,
+    pool: Pooling = "mean",
+    baseline: Annotated[
+        str, typer.Option(**choices("none", "pixels"), help="Baseline for the probes: raw pixels.")
+    ] = "none",
+    exclude_group: Annotated[
+        list[str] | None, typer.Option(metavar="GROUP", help="Skip samples of this group; repeat for several.")
+    ] = None,
     template: Annotated[
-        list[str] | None, typer.Option(help="A zero-shot prompt, {} for the class name; several are averaged.")
+        list[str] | None,
+        typer.Option(metavar="TEXT", help="Zero-shot prompt with {} for the class name; several are averaged."),
     ] = None,
     batch_size: Annotated[
         int | None,
-        typer.Option(help="Images in one forward pass (64), of a detector (4); of a segmenter windows (16)."),
+        typer.Option(metavar="N", help="Images per forward pass. Default: 64; detector: 4; segmenter: 16 windows."),
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")] = "auto",
+    device: Device = "auto",
     pictures: Annotated[
         Path | None,
         typer.Option(
             callback=writes_to,
-            help="New folder for visualizations: of features (attention, dense PCA …), or predictions of a segmenter "
-            "or detector.",
+            help="New folder for pictures of features, or of a segmenter's or detector's predictions.",
         ),
     ] = None,
     picture_count: Annotated[
-        int | None, typer.Option(min=1, help="Number of predictions of a segmenter or detector; default: 20.")
+        int | None, typer.Option(min=1, metavar="N", help="Number of prediction pictures; default: 20.")
     ] = None,
     picture_samples: Annotated[
-        str | None, typer.Option(help="Samples whose features are shown, at most eight: shard.tar/key,shard.tar/key …")
+        str | None, typer.Option(metavar="KEYS", help="At most eight samples to show: shard.tar/key,shard.tar/key,…")
     ] = None,
     imports: Imports = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure what frozen features are worth (kNN, linear and dense probe, zero-shot, retrieval). Also measure how
-    often a trained head is right (top-1, top-5, mIoU of a segmenter, AP of a detector). Intervals are by concept."""
+    """Evaluate frozen features with kNN, linear and dense probes, zero-shot classification and retrieval.
+
+    The accuracy of a trained head is evaluated, too: top-1 and top-5, mIoU of a segmenter, AP of a detector. All
+    results have bootstrap confidence intervals.
+    """
     from m3i_scale.config.sections import import_given
     from m3i_scale.evaluate.commands import evaluate as run_evaluation
     from m3i_scale.evaluate.towers import TEMPLATES
@@ -92,25 +107,28 @@ def evaluate(
 
 
 def compare(
-    before: Annotated[str, typer.Argument(help="An exported folder, any Hub folder of a vision model, or a Hub id.")],
-    after: Annotated[str, typer.Argument(help="The other model, likewise.")],
-    data: Annotated[str, typer.Option(help="A folder of shards with train and val, as `shards make` writes it.")],
-    general: Annotated[str | None, typer.Option(help="Another one, for what may have been forgotten.")] = None,
+    before: Annotated[str, typer.Argument(help="First model: exported folder, Hugging Face folder, or Hub id.")],
+    after: Annotated[str, typer.Argument(help="Second model.")],
+    data: Annotated[str, typer.Option(help="Folder with shards in train and val.")],
+    general: Annotated[str | None, typer.Option(help="A second dataset, to measure forgetting.")] = None,
     measure: Annotated[
-        list[str] | None, typer.Option(help="knn, linear, dense, zero_shot, retrieval: all by default.")
+        list[str] | None,
+        typer.Option(**choices(*_PROBES, *_TEXT), help="Evaluation to run; repeat for several. Default: all."),
     ] = None,
-    pool: Annotated[str, typer.Option(help="mean, cls or both: the image vector of kNN and linear probe.")] = "mean",
-    batch_size: Annotated[int | None, typer.Option(help="Images in one forward pass (64).")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")] = "auto",
+    pool: Pooling = "mean",
+    batch_size: BatchSize = None,
+    device: Device = "auto",
     output: Annotated[
         Path | None,
-        typer.Option(callback=writes_to, help="Also write a page with dense features side by side: FILE.html."),
+        typer.Option(callback=writes_to, help="Also write an HTML page that shows both models' features."),
     ] = None,
     imports: Imports = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show what a training has improved and what it has forgotten: compare the frozen features of two models on the
-    same samples, with confidence intervals of the differences."""
+    """Compare the frozen features of two models on the same samples.
+
+    Shows what training has improved and what it has forgotten, with confidence intervals of the differences.
+    """
     from m3i_scale.config.sections import import_given
     from m3i_scale.evaluate.compare import compare as run_comparison
     from m3i_scale.report.html_file import check_page

@@ -27,6 +27,7 @@ class EmaSpec(Section):
     start: float = Field(default=0.995, ge=0, lt=1)
     """EMA decay m at the first step; rises to `end` with a cosine schedule."""
     end: float = Field(default=1.0, gt=0, le=1)
+    """EMA decay m at the last step."""
     projector_depth: int = Field(default=2, ge=0, le=MAX_LAYERS)
     """Residual MLP blocks after the backbone for dense targets, in student and EMA teacher; 0 for none."""
 

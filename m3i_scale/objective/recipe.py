@@ -33,13 +33,17 @@ class Recipe(Parts):
     """A pre-training method: its inputs, its targets (loss terms), and their shared parts."""
 
     name: str
+    """Name of the method."""
     family: str
     """Row of the paper's table."""
     ema: EmaSpec | None = None
+    """EMA teacher, for targets with `encoder: ema`."""
     balance: BalanceSpec = FixedSpec()
+    """Loss weighting."""
     views: list[ViewSpec] | None = Field(default=None, min_length=1)
     """The views of an image by role, numbered from 1. Default: identical views, in the number that is used."""
     targets: list[Target] = Field(min_length=1)
+    """Loss terms."""
 
     @property
     def image_targets(self) -> list[ImageTarget]:

@@ -13,21 +13,21 @@ import typer
 from rich.console import Console
 from rich.progress import DownloadColumn, MofNCompleteColumn, Progress, ProgressColumn, TimeRemainingColumn
 
-from m3i_scale.errors import ConfigError, DataError
+from m3i_scale.errors import ConfigError, DataError, did_you_mean
 from m3i_scale.options import Command, Parts, expanded, writes_to
 from m3i_scale.output import print_json, print_line
 from m3i_scale.shards.process_pool import DEFAULT_WORKERS
 
 ProgressCallback = Callable[[int, int], None]
 """Called with (completed samples, total samples)."""
-Shards = Annotated[str, typer.Argument(help="A folder, a brace pattern or one tar.")]
-Output = Annotated[Path, typer.Option(callback=writes_to, help="Folder to write; it must not exist.")]
-Name = Annotated[str, typer.Option(help="Prefix of the shards' file names.")]
-PerShard = Annotated[int, typer.Option(help="Maximum number of samples per shard.")]
-Workers = Annotated[int, typer.Option(min=1, help="Processes that read shards, or read and encode images.")]
+Shards = Annotated[str, typer.Argument(help="Folder of shards, brace pattern, or one .tar file.")]
+Output = Annotated[Path, typer.Option(callback=writes_to, help="New folder for the shards.")]
+Name = Annotated[str, typer.Option(help="Prefix of the shard files.")]
+PerShard = Annotated[int, typer.Option(metavar="N", help="Maximum number of samples per shard.")]
+Workers = Annotated[int, typer.Option(min=1, metavar="N", help="Number of processes.")]
 LabelsFile = Annotated[
     Path | None,
-    typer.Option("--labels", help="Class names: a JSON list, or one per line; default: from the input."),
+    typer.Option("--labels", help="Class names: JSON list, or one per line. Default: from the input."),
 ]
 
 _LIMITS = ("samples_per_shard", "max_mb", "multiple_of")
@@ -114,24 +114,24 @@ DEFAULTS = ShardOptions()
 SIZE_OPTIONS: Parts = {
     "samples_per_shard": (PerShard, DEFAULTS.samples_per_shard),
     "max_mb": (
-        Annotated[float, typer.Option(help="Approximate maximum size of a shard in megabytes.")],
+        Annotated[float, typer.Option(metavar="MB", help="Approximate maximum size of a shard.")],
         DEFAULTS.max_mb,
     ),
     "multiple_of": (
-        Annotated[int, typer.Option(help="Round the number of shards up to a multiple of this.")],
+        Annotated[int, typer.Option(metavar="N", help="Round the number of shards up to a multiple of N.")],
         DEFAULTS.multiple_of,
     ),
     "workers": (Workers, DEFAULT_WORKERS),
 }
 _CUT: Parts = {
     "shard_count": (
-        Annotated[int | None, typer.Option("--shards", min=1, help="Exact number of shards per split.")],
+        Annotated[int | None, typer.Option("--shards", min=1, metavar="N", help="Exact number of shards per split.")],
         None,
     ),
     **SIZE_OPTIONS,
     "keep_order": (
         Annotated[
-            bool, typer.Option("--keep-order", help="Fill shards in input order instead of by a hash of the key.")
+            bool, typer.Option("--keep-order", help="Keep the input order. Default: order by a hash of the key.")
         ],
         False,
     ),
@@ -185,5 +185,5 @@ def print_summary(summary: dict[str, Any], as_json: bool, lines: Iterable[str]) 
 def choice(option: str, value: str, kind: Any) -> Any:
     """Return the value of an option; raise an error if the `Literal` does not contain it."""
     if value not in get_args(kind):
-        raise ConfigError(f"{option} {value}", fix=f"one of {', '.join(get_args(kind))}")
+        raise ConfigError(f"no such value: {option} {value}", fix=did_you_mean(value, get_args(kind)))
     return value

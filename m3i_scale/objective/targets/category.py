@@ -26,6 +26,7 @@ class BoltzmannClasses(Kind):
     kind: ClassVar[str] = "boltzmann"
     bounds_information: ClassVar[bool] = True
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    """Probability that is spread evenly over all classes."""
 
     def loss(
         self,

@@ -37,6 +37,7 @@ class Detection(FullImageTarget):
     labels_file: ClassVar[str | None] = CATEGORIES
 
     head: DetectionHead
+    """Detection head."""
 
     @property
     def reads(self) -> Reads:

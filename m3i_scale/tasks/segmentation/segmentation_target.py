@@ -34,6 +34,7 @@ class Segmentation(FullImageTarget):
     labels_file: ClassVar[str | None] = MASK_LABELS
 
     head: SegmentationHead
+    """Segmentation head."""
 
     @property
     def reads(self) -> Reads:
