@@ -32,6 +32,7 @@ from m3i_scale.rank_variables import adopt_rank_variables
 from m3i_scale.report.commands import recipes_app, report, watch
 from m3i_scale.shards.commands import shards_app
 from m3i_scale.tasks.finetune_command import finetune_app
+from m3i_scale.tasks.init_command import init
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -100,16 +101,21 @@ def train(
     except UserError:
         leave_out_accelerator_warning()
         from m3i_scale.run.check import check_run
+        from m3i_scale.tasks.packed_folders import RunFolders
 
         adopt_rank_variables(os.environ)
         world = os.environ.get("WORLD_SIZE", "")
         ranks = int(world) if world.isdecimal() else 0
-        check_run(run, overrides, ranks or None)  # which also reports all other errors
+        folders = RunFolders(run, overrides)
+        check_run(run, folders.overrides, ranks or None, folders.facts)  # which also reports all other errors
         raise
     from m3i_scale.evaluate.pictures.hook import make_pictures
     from m3i_scale.run.run_warnings import repeated_overrides
     from m3i_scale.run.train import start
+    from m3i_scale.tasks.packed_folders import pack_folders
 
+    overrides = pack_folders(run, overrides)
+    config, _ = load_run_and_recipe(run, overrides)
     if start(config, repeated_overrides(overrides or []), [make_pictures]) == "preempted":
         raise typer.Exit(EXIT_PREEMPTED)
 
@@ -130,9 +136,11 @@ def check(
     from m3i_scale.config import load_run
     from m3i_scale.run.check import errors_of, stage_lines
     from m3i_scale.run.run_warnings import warnings_of
+    from m3i_scale.tasks.packed_folders import RunFolders
 
-    errors = ErrorCollector()
-    errors.errors = errors_of(run, overrides, ranks)
+    errors, folders = ErrorCollector(), RunFolders(run, overrides)
+    overrides = folders.overrides
+    errors.errors = errors_of(run, overrides, ranks, folders.facts)
     warnings = warnings_of(run, overrides, ask_servers=not errors.errors)
     if as_json:
         print_json({"errors": [error.to_json() for error in errors.errors], "warnings": warnings})
@@ -143,7 +151,7 @@ def check(
         for warning in warnings:
             console.print(f"warning: {warning}", style="yellow", markup=False, highlight=False)
         errors.raise_any()
-        for line in (*stage_lines(load_run(run, overrides)), "nothing to refuse"):
+        for line in (*folders.lines(), *stage_lines(load_run(run, overrides)), "nothing to refuse"):
             console.print(line, markup=False, highlight=False)
 
 
@@ -182,6 +190,7 @@ def stop(
         raise typer.Exit(EXIT_FAILED)
 
 
+app.command(epilog="Example: m3i-scale init /data/photos --output run.yaml")(init)
 app.command(epilog="Example: m3i-scale plan m3i_vit_g14 --nodes 2 --ranks-per-node 8 --memory-gib 80")(plan)
 app.command(epilog="Example: m3i-scale doctor m3i --hostfile /data/hostfile --interface eth0")(doctor)
 app.command(epilog="Example: m3i-scale evaluate /data/export --data /data/shards/val --train-data /data/shards/train")(

@@ -77,6 +77,7 @@ def launch(
 ) -> None:
     """Start a run with any launcher: write launch files to `output_dir/launch`, run it, and exit with its exit code."""
     from m3i_scale.elastic.worlds import check_fit
+    from m3i_scale.tasks.packed_folders import pack_folders
 
     config, job = read_job(run, overrides or [], cluster)
     if dry_run:
@@ -93,8 +94,10 @@ def launch(
             "--json has no effect without --dry-run", where="--json", fix="add --dry-run, or leave it out"
         )
     release_stdout()
-    plan = render(launcher, job)
+    render(launcher, job)  # its errors come before the packing
     check_fit(config, job, launcher)
+    config, job = read_job(run, pack_folders(run, overrides), cluster)
+    plan = render(launcher, job)
     raise typer.Exit(_run(plan, render(launcher, job.without_secrets()), job))
 
 
