@@ -34,6 +34,7 @@ from m3i_scale.rank_variables import adopt_rank_variables
 from m3i_scale.report.commands import recipes_app, report, watch
 from m3i_scale.shards.commands import shards_app
 from m3i_scale.tasks.finetune_command import finetune_app
+from m3i_scale.tasks.init_command import init
 from m3i_scale.train_command import TrainCommand, train
 
 PANELS = {
@@ -123,8 +124,11 @@ def check(
     from m3i_scale.run.check import examine
     from m3i_scale.run.run_warnings import warnings_of
     from m3i_scale.run.summary import summary_of_check
+    from m3i_scale.tasks.packed_folders import RunFolders
 
-    checked = examine(run, overrides, ranks)
+    folders = RunFolders(run, overrides)
+    overrides = folders.overrides
+    checked = examine(run, overrides, ranks, folders.facts)
     errors = ErrorCollector()
     errors.errors = checked.errors
     warnings = warnings_of(run, overrides, ask_servers=not errors.errors)
@@ -137,7 +141,7 @@ def check(
     for warning in warnings:
         console.print(f"warning: {warning}", style="yellow", markup=False, highlight=False)
     errors.raise_any()
-    for line in (*summary_of_check(checked, ranks), "OK: the configuration is valid"):
+    for line in (*folders.lines(), *summary_of_check(checked, ranks), "OK: the configuration is valid"):
         console.print(line, markup=False, highlight=False)
 
 
@@ -217,6 +221,7 @@ app.command(
     cls=TrainCommand,
     epilog="Example: m3i-scale train m3i_mini data.datasets.photos.path=/data/shards/train output_dir=/data/runs/first",
 )(train)
+app.command(epilog="Example: m3i-scale init /data/photos --output run.yaml")(init)
 app.command(epilog="Example: m3i-scale plan m3i_vit_g14 --nodes 2 --ranks-per-node 8 --memory-gib 80")(plan)
 app.command(epilog="Example: m3i-scale doctor m3i --hostfile /data/hostfile --interface eth0")(doctor)
 app.command(epilog="Example: m3i-scale evaluate /data/export --data /data/shards/val --train-data /data/shards/train")(

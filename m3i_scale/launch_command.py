@@ -81,6 +81,7 @@ def launch(
     Launch files are written to `output_dir/launch`.
     """
     from m3i_scale.elastic.worlds import check_fit
+    from m3i_scale.tasks.packed_folders import pack_folders
 
     config, job = read_job(run, overrides or [], cluster)
     if dry_run:
@@ -97,8 +98,10 @@ def launch(
             "--json has no effect without --dry-run", where="--json", fix="add --dry-run, or leave it out"
         )
     release_stdout()
-    plan = render(launcher, job)
+    render(launcher, job)  # its errors come before the packing
     check_fit(config, job, launcher)
+    config, job = read_job(run, pack_folders(run, overrides), cluster)
+    plan = render(launcher, job)
     environment = without_secret_variables(os.environ, job.variables)
     raise typer.Exit(run_plan(plan, render(launcher, job.without_secrets()), job, environment))
 

@@ -79,18 +79,23 @@ def train_run(run: str, overrides: list[str], gpus: int | None = None) -> int:
     variables = dict(os.environ)
     adopt_rank_variables(variables)
     try:
-        config, _ = load_run_and_recipe(run, overrides)  # before DeepSpeed is imported and builds anything
+        load_run_and_recipe(run, overrides)  # before DeepSpeed is imported and builds anything
     except UserError:
         from m3i_scale.run.check import check_run
+        from m3i_scale.tasks.packed_folders import RunFolders
 
-        world = variables.get("WORLD_SIZE", "")
-        check_run(run, overrides, int(world) or None if world.isdecimal() else None)  # also reports all other errors
+        world, folders = variables.get("WORLD_SIZE", ""), RunFolders(run, overrides)
+        ranks = int(world) or None if world.isdecimal() else None
+        check_run(run, folders.overrides, ranks, folders.facts)  # also reports all other errors
         raise
     from m3i_scale.launch.job import gpus_here
     from m3i_scale.launch.local import count_processes
+    from m3i_scale.tasks.packed_folders import pack_folders
 
     launched = under_launcher(variables)
     processes = count_processes(gpus, 0 if launched else gpus_here(), launched=launched)
+    overrides = pack_folders(run, overrides)
+    config, _ = load_run_and_recipe(run, overrides)
     if processes > 1:
         return train_in_processes(config, run, overrides, processes)
     from m3i_scale.evaluate.pictures.hook import make_pictures

@@ -6,6 +6,7 @@ The YAML parser is for untrusted files: YAML 1.2 numbers, no duplicate keys, and
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -57,6 +58,12 @@ def find_run_file(name_or_path: str) -> Path:
     path = built_in.get(name_or_path, Path(name_or_path))
     if path.is_file():
         return path
+    if path.is_dir():
+        raise ConfigError(
+            "a folder is not a config file",
+            where=str(path.absolute()),
+            fix=f"`m3i-scale init {shlex.quote(name_or_path)}` writes a config file for a folder of images",
+        )
     raise ConfigError(
         f"no run file '{name_or_path}'",
         where=str(path.absolute()),

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from braceexpand import braceexpand
 
 from m3i_scale.config import DatasetConfig
+from m3i_scale.data.images import IMAGE_EXTENSIONS
 from m3i_scale.data.remote.access import Access, Address, Url, is_remote, to_address
 from m3i_scale.data.remote.fetch import facts, list_folder, read_file
 from m3i_scale.data.remote.read_errors import ReadError, start_fix
 from m3i_scale.errors import DataError, UserError, did_you_mean
-from m3i_scale.text import without_secrets
+from m3i_scale.text import printable, without_secrets
 
 LABELS, MASK_LABELS, CATEGORIES = "labels.json", "mask_labels.json", "categories.json"
 """Sidecar files with class names: of samples, of pixels, and of objects."""
@@ -37,9 +38,7 @@ def expand_shards(shards: str, where: str = "shards", access: Access | None = No
     if path.is_dir():
         tars = sorted(path.glob("*.tar"))
         if not tars:
-            inside = [item.name for item in sorted(path.iterdir()) if item.is_dir() and any(item.glob("*.tar"))]
-            hint = f"one of its folders? {', '.join(inside)}" if inside else "make shards with `m3i-scale shards make`"
-            raise DataError("no .tar shards in the folder", where=f"{where}: {shards}", fix=hint)
+            raise _no_shards(path, f"{where}: {shards}")
         return list(tars)
     named = [Path(item) for item in _braces(str(path), where)]
     if named == [path] and path.suffix != ".tar" and not path.exists():
@@ -52,6 +51,26 @@ def expand_shards(shards: str, where: str = "shards", access: Access | None = No
         hint = did_you_mean(missing[0].name, known) if known else "check the path"
         raise DataError(f"{len(missing)} of {len(named)} shards are missing", where=f"{where}: {missing[0]}", fix=hint)
     return _by_name(named, f"{where}: {shards}")
+
+
+def _no_shards(folder: Path, where: str) -> DataError:
+    """Return the error for a local folder without shards, by its contents."""
+    inside = [item.name for item in sorted(folder.iterdir()) if item.is_dir() and any(item.glob("*.tar"))]
+    if inside:
+        hint = f"one of its folders? {', '.join(map(printable, inside))}"
+        return DataError("no .tar shards in the folder", where=where, fix=hint)
+    if any(path.suffix.lower()[1:] in IMAGE_EXTENSIONS for path in folder.rglob("*")):
+        return DataError(
+            "the folder contains images, not .tar shards",
+            where=where,
+            fix=f"`m3i-scale shards make imagefolder --input {folder} --output SHARDS`, then SHARDS/train as path; "
+            "`m3i-scale train` does this for the datasets of a run",
+        )
+    return DataError(
+        "the folder contains neither .tar shards nor images",
+        where=where,
+        fix="check the path: shards of `m3i-scale shards make`, or a folder of images",
+    )
 
 
 def require_shards(shards: str, where: str, access: Access | None = None) -> None:
@@ -104,16 +123,20 @@ def _by_name(named: Sequence[Address], where: str) -> list[Address]:
 
 
 def read_label_sets(
-    sources: dict[str, DatasetConfig], access: Access | None = None, file: str = LABELS
+    sources: Mapping[str, DatasetConfig],
+    access: Access | None = None,
+    file: str = LABELS,
+    unpacked: Mapping[str, list[str]] | None = None,
 ) -> dict[str, list[str]]:
     """Read the class names of every class list from the shards' sidecar files: LABELS, MASK_LABELS or CATEGORIES. A
-    dataset without a file has no classes."""
+    dataset without a file has no classes. `unpacked` are the class names of folders of images, by path."""
     sets: dict[str, list[str]] = {}
+    unpacked = unpacked or {}
     for name, source in sources.items():
         if not source.labels:
             continue
         folder = shard_folder(source.path)
-        labels = read_labels(folder, file, f"dataset '{name}': ", access)
+        labels = unpacked.get(source.path) or read_labels(folder, file, f"dataset '{name}': ", access)
         if labels is None:
             continue
         label_set = source.label_set or name

@@ -40,6 +40,10 @@ _ANY_WIDTH = 768
 """Backbone width used if the backbone is invalid. It only resolves DeepSpeed bucket sizes, which are then discarded."""
 
 
+ReadUnpacked = Callable[[RunConfig], DataFacts | None]
+"""Returns the properties of a run's data if some of them are not in shards yet, otherwise None."""
+
+
 @dataclass
 class CheckedRun:
     """Result of `examine`."""
@@ -50,12 +54,22 @@ class CheckedRun:
     resume_from: Path | None = None
 
 
-def errors_of(name_or_path: str, overrides: list[str] | None = None, ranks: int | None = None) -> list[UserError]:
+def errors_of(
+    name_or_path: str,
+    overrides: list[str] | None = None,
+    ranks: int | None = None,
+    read_unpacked: ReadUnpacked | None = None,
+) -> list[UserError]:
     """Return all errors that `examine` finds."""
-    return examine(name_or_path, overrides, ranks).errors
+    return examine(name_or_path, overrides, ranks, read_unpacked).errors
 
 
-def examine(name_or_path: str, overrides: list[str] | None = None, ranks: int | None = None) -> CheckedRun:
+def examine(
+    name_or_path: str,
+    overrides: list[str] | None = None,
+    ranks: int | None = None,
+    read_unpacked: ReadUnpacked | None = None,
+) -> CheckedRun:
     """Find all errors that `train` would raise at startup, except errors that only the machines of the run can
     detect. If `ranks` is None, checks that depend on the number of ranks are skipped."""
     errors = ErrorCollector()
@@ -69,12 +83,17 @@ def examine(name_or_path: str, overrides: list[str] | None = None, ranks: int | 
         if ErrorCollector().collect(parse_recipe, run.recipe) is None:  # its errors are already recorded
             broken |= {"recipe"}
         checks = Checks(run, ranks, broken, here=False, errors=errors)
+        if read_unpacked is not None:
+            before = len(errors.errors)
+            checks.unpacked = checks.collect("data", read_unpacked, run)
+            checks.broken |= {"data"} if len(errors.errors) > before else set()
         checked.resolved = checks.resolve()
         if ErrorCollector().collect(check_output_dir, run.output_dir) is not None:
             checks.collect("backbone", _check_weights, run)
-            checked.resume_from = checks.collect(
-                "checkpoint data output_dir", _check_checkpoint, run, checked.resolved, ranks or 1
-            )
+            if checks.unpacked is None:  # otherwise the tokenizer of the checkpoint is not known yet
+                checked.resume_from = checks.collect(
+                    "checkpoint data output_dir", _check_checkpoint, run, checked.resolved, ranks or 1
+                )
     for error in errors.errors:
         error.where = error.where or str(find_run_file(name_or_path))
     return checked
@@ -98,10 +117,15 @@ def _check_checkpoint(run: RunConfig, resolved: ResolvedRun | None, ranks: int) 
     return checkpoint
 
 
-def check_run(name_or_path: str, overrides: list[str] | None = None, ranks: int | None = None) -> None:
+def check_run(
+    name_or_path: str,
+    overrides: list[str] | None = None,
+    ranks: int | None = None,
+    read_unpacked: ReadUnpacked | None = None,
+) -> None:
     """Raise the errors that `errors_of` returns."""
     errors = ErrorCollector()
-    errors.errors = errors_of(name_or_path, overrides, ranks)
+    errors.errors = errors_of(name_or_path, overrides, ranks, read_unpacked)
     errors.raise_any()
 
 
@@ -159,8 +183,9 @@ class Checks:
         run, before = self.run, len(self.errors.errors)
         recipe = self.collect("recipe", parse_recipe, run.recipe)
         access = None
-        if self.holds("data") and self.unpacked is None:
-            access = find_shards(run, self.errors, self.ranks if self.holds("optim") else None)
+        if self.holds("data"):
+            unpacked = frozenset() if self.unpacked is None else self.unpacked.unpacked
+            access = find_shards(run, self.errors, self.ranks if self.holds("optim") else None, unpacked)
         model = self.collect("backbone", backbone_config, run.backbone)
         self.collect("output_dir", check_output_dir, run.output_dir)
         self.collect("log", trackers_of, run.log)

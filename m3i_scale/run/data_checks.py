@@ -3,7 +3,7 @@ Independent of the training engine."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -50,6 +50,8 @@ class DataFacts:
     image_counts: list[int] | None = None
     """Number of images per category, if a dataset provides it."""
     tokenizer: PreTrainedTokenizerBase | None = None
+    unpacked: frozenset[str] = frozenset()
+    """Paths of datasets that are not in shards yet."""
 
 
 @dataclass
@@ -151,9 +153,11 @@ def check_text(run: RunConfig, recipe: Recipe) -> None:
         )
 
 
-def find_shards(run: RunConfig, errors: ErrorCollector, ranks: int | None) -> Access | None:
+def find_shards(
+    run: RunConfig, errors: ErrorCollector, ranks: int | None, unpacked: frozenset[str] = frozenset()
+) -> Access | None:
     """Return the access to remote servers, or None unless the shards of all datasets exist. Without `ranks`, the shares
-    of the datasets in a micro-batch are not checked."""
+    of the datasets in a micro-batch are not checked. `unpacked` are paths without shards."""
     data, size = run.data, run.optim.micro_batch_size
     if ranks is not None:
         errors.collect(check_shares, data, micro_batch_size=size, world_size=ranks)
@@ -163,8 +167,9 @@ def find_shards(run: RunConfig, errors: ErrorCollector, ranks: int | None) -> Ac
     if access is not None:
         for kind, sources in (("datasets", data.datasets), ("validation", data.validation)):
             for name, source in sources.items():
-                errors.collect(require_shards, source.path, f"data.{kind}.{name}.path", access)
-    return access if len(errors.errors) == before else None
+                if source.path not in unpacked:
+                    errors.collect(require_shards, source.path, f"data.{kind}.{name}.path", access)
+    return access if len(errors.errors) == before and not unpacked else None
 
 
 def read_facts(
@@ -185,7 +190,7 @@ def read_facts(
         facts.tokenizer = errors.collect(_tokenizer, run, access)
         if facts.tokenizer is not None and recipe.predicts_captions:
             errors.collect(check_ends, facts.tokenizer)
-    facts.run = errors.collect(_with_validation_labels, run, facts.label_sets, file or LABELS) or run
+    facts.run = errors.collect(with_validation_labels, run, facts.label_sets, file or LABELS) or run
     return facts
 
 
@@ -269,17 +274,22 @@ def _image_counts(run: RunConfig, access: Access) -> list[int] | None:
     return counts
 
 
+def no_captions(datasets: dict[str, DatasetConfig], why: str) -> ConfigError:
+    """Return the error for a recipe with a text target on datasets without captions."""
+    return ConfigError(
+        "the recipe has a text target, and no dataset has captions",
+        where=", ".join(f"data.datasets.{name}.path: {redact_text(source.path)}" for name, source in datasets.items()),
+        why=why,
+        fix="captions in NAME.txt next to NAME.jpg (make existing shards again), or a recipe without text: m3i_no_text "
+        "with class labels, sim or mae with images only",
+    )
+
+
 def _tokenizer(run: RunConfig, access: Access) -> PreTrainedTokenizerBase:
     """Return the tokenizer of a run. Its padding token must be 0."""
     read = {name: source for name, source in run.data.datasets.items() if source.captions != "none"}
     if read and all(read_sample_count(source.path, "with_caption", access) == 0 for source in read.values()):
-        raise ConfigError(
-            "the recipe has a text target, and no dataset has captions",
-            where=", ".join(f"data.datasets.{name}.path: {redact_text(source.path)}" for name, source in read.items()),
-            why="manifest.json next to the shards counts none",
-            fix="make them again with NAME.txt next to NAME.jpg, or take a recipe without text: m3i_no_text with class "
-            "labels, sim or mae with images only",
-        )
+        raise no_captions(read, "manifest.json next to the shards counts none")
     tokenizer = find_tokenizer(run.data.datasets, run.text.tokenizer, access)
     if tokenizer.pad_token_id != 0:
         raise ConfigError(
@@ -290,13 +300,16 @@ def _tokenizer(run: RunConfig, access: Access) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _with_validation_labels(run: RunConfig, label_sets: dict[str, list[str]], file: str) -> RunConfig:
-    """Map validation datasets to the training label space with the same classes. They never add one to the model."""
+def with_validation_labels(
+    run: RunConfig, label_sets: dict[str, list[str]], file: str, unpacked: Mapping[str, list[str]] | None = None
+) -> RunConfig:
+    """Map validation datasets to the training label space with the same classes. They never add one to the model. For
+    `unpacked`, see `read_label_sets`."""
     if not label_sets or not run.data.validation:
         return run
     sources = {}
     for name, source in run.data.validation.items():
-        (label_set, names), *_ = [*read_label_sets({name: source}, file=file).items(), (None, None)]
+        (label_set, names), *_ = [*read_label_sets({name: source}, file=file, unpacked=unpacked).items(), (None, None)]
         same = [key for key in label_sets if label_sets[key] == names]
         if label_set is not None and not same:
             raise ConfigError(

@@ -77,7 +77,7 @@ class MakeOptions:
 
     def make(self, source: Input) -> None:
         """Make the shards and print a summary."""
-        from m3i_scale.shards.make import make_shards, summary_lines
+        from m3i_scale.shards.make import make_shards, next_command, summary_lines
 
         with sample_bar(quiet=self.as_json) as progress:
             summary = make_shards(
@@ -88,7 +88,8 @@ class MakeOptions:
                 shares=None if self.split is None else parse_splits(self.split),
                 progress=progress,
             )
-        print_summary(summary, self.as_json, summary_lines(summary, self.output))
+        lines = [*summary_lines(summary, self.output), next_command(summary["splits"], self.output)]
+        print_summary(summary, self.as_json, lines)
 
 
 def takes_making(command: Command) -> Command:

@@ -183,6 +183,7 @@ def reading(path: Path, *kinds: type[Exception], fix: str | None = None) -> Iter
         yield
     except expected as error:
         why = getattr(error, "strerror", None) or error
+        fix = fix or ("check the path" if isinstance(error, FileNotFoundError) else None)
         raise DataError(f"cannot read the file: {why}", where=str(path), fix=fix) from None
 
 
@@ -210,7 +211,9 @@ def read_class_names(path: Path) -> list[str]:
         text = path.read_text(encoding="utf-8")
         labels = json.loads(text) if path.suffix == ".json" else [line for line in text.splitlines() if line.strip()]
     except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot read the labels: {error}", where=str(path)) from None
+        raise ConfigError(
+            f"cannot read the labels: {error}", where=str(path), fix="check the path: a JSON list, or one name per line"
+        ) from None
     if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
         raise ConfigError("the labels are no list of names", where=str(path))
     if len(set(labels)) < len(labels):

@@ -120,7 +120,8 @@ def resolve_finetuning(run: RunConfig, data: Labelled, *, here: bool) -> Resolve
     """Validate the complete config, even if the shards do not exist yet."""
     if data.source is None:
         return resolve_run(run, 1, here=here)
-    facts = DataFacts(run, {TRAIN: data.classes})
+    datasets = (*run.data.datasets.values(), *run.data.validation.values())
+    facts = DataFacts(run, {TRAIN: data.classes}, unpacked=frozenset(dataset.path for dataset in datasets))
     if data.categories is not None and data.categories.format == "lvis":
         facts.image_counts = [category.image_count or 0 for category in data.categories.categories]
     return resolve_run(run, 1, here=here, unpacked=facts)
@@ -169,11 +170,16 @@ def _refusal(run: RunConfig, task: Task, classes: list[str]) -> ExportError | No
 
 def _check_image_count(run: RunConfig, data: Labelled) -> None:
     check_shares(run.data, micro_batch_size=run.optim.micro_batch_size, world_size=1)
+    check_streams(run, data.read)
+
+
+def check_streams(run: RunConfig, images: int) -> None:
+    """Check that each stream has an image."""
     streams, batch = run.data.streams, run.optim.micro_batch_size
-    if data.read < streams:
-        most = max(number for number in range(1, max(data.read, 1) + 1) if batch % number == 0)
+    if images < streams:
+        most = max(number for number in range(1, max(images, 1) + 1) if batch % number == 0)
         raise ConfigError(
-            f"{data.read} images for training cannot be dealt to {streams} streams",
+            f"{images} images for training cannot be distributed to {streams} streams",
             where=f"data.streams: {streams}",
             fix=f"data.streams={most}",
         )

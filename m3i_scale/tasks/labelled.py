@@ -15,7 +15,8 @@ from m3i_scale.data.shards import CATEGORIES, LABELS, MASK_LABELS, expand_shards
 from m3i_scale.errors import ConfigError
 from m3i_scale.files import read_json
 from m3i_scale.shards.annotation_checks import check_mask_classes
-from m3i_scale.shards.make import SKIPPED, make_shards, summary_lines
+from m3i_scale.shards.digests import INPUT_DIGEST
+from m3i_scale.shards.make import SKIPPED, pack_images
 from m3i_scale.shards.options import ShardOptions
 from m3i_scale.shards.process_pool import DEFAULT_WORKERS
 from m3i_scale.shards.records import Input
@@ -23,7 +24,6 @@ from m3i_scale.tasks.subset import Subset, subset_of_shards
 from m3i_scale.tasks.unpacked import (
     ADE_NAMES,
     BOXES_FIX,
-    DIGEST,
     EVALUATED,
     FIX,
     TRAIN,
@@ -42,7 +42,6 @@ MASKS_FIX = (
 _FIXES = {LABELS: FIX, MASK_LABELS: MASKS_FIX, CATEGORIES: BOXES_FIX}
 _COUNTED = {LABELS: "with_label", MASK_LABELS: "with_mask", CATEGORIES: "with_instances"}
 """Manifest key for the number of samples with labels, by the file with the class names."""
-_TOLD_EVERY = 50_000
 
 
 @dataclass(frozen=True)
@@ -94,16 +93,8 @@ class Labelled:
             return
         folder = self.train.parent
         tell(f"packing {self.samples} images for training into {folder}, which later starts use again")
-
-        def progress(done: int, total: int) -> None:
-            if done % _TOLD_EVERY == 0:
-                tell(f"packed {done} of {total} images")
-
         options = ShardOptions(workers=DEFAULT_WORKERS, vocabulary=0, skip_bad=skip_bad)
-        summary = make_shards(self.source, folder, options=options, progress=progress, every_class=self.every_class)
-        counted = {name: value for name, value in summary.items() if name not in ("annotations", "mask_pixels")}
-        for line in summary_lines(counted, folder):  # the others are printed together with counts of existing shards
-            tell(line)
+        pack_images(self.source, folder, tell, options=options, every_class=self.every_class)
 
 
 def find_labelled(
@@ -242,7 +233,7 @@ def _find_classes(folder: Path, file: str) -> list[str]:
     return classes
 
 
-def _manifest(train: Path) -> dict[str, Any]:
+def read_manifest(train: Path) -> dict[str, Any]:
     """Return the manifest of shards. Shards of other tools have none."""
     try:
         found = read_json(train / "manifest.json")
@@ -254,7 +245,7 @@ def _manifest(train: Path) -> dict[str, Any]:
 def _labelled(train: Path, shards: set[str], file: str) -> int | None:
     """Return the number of labeled samples from the manifest; None if it is missing or covers other shards."""
     try:
-        counts = _manifest(train)["shards"]
+        counts = read_manifest(train)["shards"]
         if {*counts} != shards:
             return None
         return sum(int(counts[name][_COUNTED[file]]) for name in shards)
@@ -264,7 +255,7 @@ def _labelled(train: Path, shards: set[str], file: str) -> int | None:
 
 def _annotations(train: Path) -> dict[str, dict[str, int]] | None:
     try:
-        counts = _manifest(train)["annotations"]
+        counts = read_manifest(train)["annotations"]
         return {str(file): {str(name): int(count) for name, count in of.items()} for file, of in counts.items()}
     except (ValueError, KeyError, TypeError, AttributeError):
         return None
@@ -274,7 +265,7 @@ def _to_pack(packed: Path, found: Unpacked) -> Labelled:
     validation = packed / found.splits[1] if len(found.splits) > 1 else None
     source: Input | None = found.source
     if packed.is_file() or (packed.is_dir() and any(packed.iterdir())):
-        if _manifest(packed / TRAIN).get(DIGEST) != found.digest:
+        if read_manifest(packed / TRAIN).get(INPUT_DIGEST) != found.digest:
             raise ConfigError(
                 "the shards there are of other data",
                 where=str(packed),
