@@ -41,6 +41,8 @@ LEVELS = {
     "export": 11,
     "tasks": 12,
     "api": 13,
+    "jobs": 13,
+    "results": 13,
     "launch_command": 13,
     "cli": 14,
     "__main__": 15,

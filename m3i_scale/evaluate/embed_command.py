@@ -58,7 +58,7 @@ def summary_lines(result: dict[str, Any]) -> list[str]:
     ]
     skipped = result["skipped"]
     if skipped["count"]:
-        lines.append(f"skipped: {skipped['count']:,} images")
+        lines.append(f"skipped images: {skipped['count']:,}")
         lines += [f"  {one['key']}: {one['reason']}" for one in skipped["samples"][:_SHOWN]]
         if skipped["count"] > _SHOWN:
             lines.append("  … (--json lists more)")
