@@ -3,13 +3,16 @@
 `__all__` is the public Python interface (docs/python.md). Each name is imported on first access.
 """
 
+import sys
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from m3i_scale.api import (
         LoadedBackbone,
         build_objective,
+        list_recipes,
         load_backbone,
         load_recipe,
         load_run,
@@ -23,8 +26,10 @@ if TYPE_CHECKING:
     from m3i_scale.data.state import merge_states
     from m3i_scale.engine.parameter_groups import parameter_groups
     from m3i_scale.errors import AggregateError, ConfigError, DataError, ExportError, UserError
+    from m3i_scale.jobs import train
     from m3i_scale.objective.information import Objective
     from m3i_scale.objective.recipe import Recipe
+    from m3i_scale.results import embed, evaluate, export
 
 __version__ = "0.1.0"
 
@@ -41,13 +46,18 @@ __all__ = [
     "TrainStream",
     "UserError",
     "build_objective",
+    "embed",
+    "evaluate",
+    "export",
     "learning_rate",
+    "list_recipes",
     "load_backbone",
     "load_recipe",
     "load_run",
     "merge_states",
     "open_stream",
     "parameter_groups",
+    "train",
     "update_ema",
 ]
 
@@ -62,9 +72,13 @@ _ELSEWHERE = {
     "RunConfig": "config",
     "TrainStream": "data.loader",
     "UserError": "errors",
+    "embed": "results",
+    "evaluate": "results",
+    "export": "results",
     "learning_rate": "config.optim",
     "merge_states": "data.state",
     "parameter_groups": "engine.parameter_groups",
+    "train": "jobs",
 }
 """Module of each public name that is not in `api`."""
 
@@ -75,3 +89,13 @@ if not TYPE_CHECKING:  # otherwise a type checker would treat every name as publ
         if name not in __all__:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         return getattr(import_module(f"{__name__}.{_ELSEWHERE.get(name, 'api')}"), name)
+
+    class _Package(ModuleType):
+        """Package whose public functions `export` and `evaluate` are not replaced by the subpackages of these names, as
+        an import of a subpackage does."""
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            if name not in __all__ or not isinstance(value, ModuleType):
+                super().__setattr__(name, value)
+
+    sys.modules[__name__].__class__ = _Package

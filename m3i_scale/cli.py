@@ -18,6 +18,7 @@ from m3i_scale.checkpoint_tools.commands import checkpoint_app
 from m3i_scale.elastic.doctor.doctor_command import doctor
 from m3i_scale.errors import EXIT_FAILED, EXIT_USER_ERROR, ConfigError, ErrorCollector, UserError
 from m3i_scale.evaluate.command_line import compare, evaluate
+from m3i_scale.evaluate.embed_command import embed
 from m3i_scale.export.export_command import export
 from m3i_scale.launch_command import launch
 from m3i_scale.options import AsJson, Overrides, RunFile
@@ -227,6 +228,7 @@ app.command(epilog="Example: m3i-scale doctor m3i --hostfile /data/hostfile --in
 app.command(epilog="Example: m3i-scale evaluate /data/export --data /data/shards/val --train-data /data/shards/train")(
     evaluate
 )
+app.command(epilog="Example: m3i-scale embed /data/export --data /data/photos --output features.parquet")(embed)
 app.command(epilog="Example: m3i-scale compare /data/before /data/after --data /data/domain --general /data/other")(
     compare
 )

@@ -40,6 +40,8 @@ LEVELS = {
     "evaluate": 11,
     "export": 11,
     "tasks": 12,
+    "jobs": 13,
+    "results": 13,
     "launch_command": 13,
     "train_command": 14,
     "api": 15,

@@ -22,6 +22,7 @@ from m3i_scale.evaluate.measures import Side, Statistics
 from m3i_scale.evaluate.samples import Table, read_samples
 from m3i_scale.evaluate.towers import TEMPLATES, Towers
 from m3i_scale.files import read_json
+from m3i_scale.rank_variables import usable_cores
 
 PROBES = {"knn": measure.measure_knn, "linear": measure.measure_linear, "dense": measure.measure_dense}
 """Metrics that need training data."""
@@ -60,7 +61,7 @@ def read_side(
     # the probe is fitted on a sample of the training patches and evaluated on all test patches
     collector = PatchCollector(FIT_PATCHES if split == "train data" else None)
     parts: dict[str, list[NDArray[np.float32]]] = {name: [] for name in ("model", *encoders)}
-    samples = read_samples(table, vision.size, exclude_groups=exclude_groups, masks=dense)
+    samples = read_samples(table, vision.size, exclude_groups=exclude_groups, masks=dense, threads=usable_cores())
     done = 0
     while batch := list(itertools.islice(samples, batch_size or IMAGES)):
         images_BCHW = torch.from_numpy(np.stack([sample.pixels for sample in batch]))

@@ -1,50 +1,29 @@
-"""Evaluation samples from shards, in order: decoded as in training, but without augmentation."""
+"""Evaluation samples from shards, in order, and the table of their metadata."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
-from m3i_scale.config import AugmentConfig, DataConfig, DatasetConfig
-from m3i_scale.data.augment import Crop, center_crop
-from m3i_scale.data.images import on_white, orientation, upright
+from m3i_scale.config import DatasetConfig
 from m3i_scale.data.index import load_index
-from m3i_scale.data.instances import Instances, check_turned, read_instances
 from m3i_scale.data.reader import BadSampleError, ShardReader
 from m3i_scale.data.remote.access import Address
-from m3i_scale.data.samples import decoding, open_image, open_mask, read_caption, read_label
 from m3i_scale.data.shards import expand_shards, read_label_sets
-from m3i_scale.data.views import ViewMaker, cut_mask
 from m3i_scale.errors import DataError, did_you_mean
+from m3i_scale.evaluate.decoding import DecodedSample, Decoder, EncodedSample, Sample, mapped_ahead
 
-_MAX_PIXELS = DataConfig().max_image_pixels
-
-
-@dataclass
-class Sample:
-    """One sample, with its image resized and cropped to the center square."""
-
-    key: str
-    pixels: NDArray[np.uint8]
-    """(3, S, S)."""
-    caption: str | None
-    label: int
-    """Index of the class, −1 without one."""
-    meta: dict[str, Any]
-    """The json field; empty without one."""
-    mask: NDArray[np.uint8] | None = None
-    """Class of every pixel (S, S), if masks are requested and the sample has one."""
-    instances: Instances | None = None
+AHEAD = 256
+"""Samples that are decoded ahead of the caller: 39 MB at 224 pixels."""
 
 
 @dataclass
@@ -104,6 +83,7 @@ def read_samples(
     masks: bool = False,
     categories: int | None = None,
     places: Sequence[tuple[int, int]] | None = None,
+    threads: int = 0,
 ) -> Iterator[Sample]:
     """Yield samples of the table's shards in order, and add them to the table, which must be empty. Unusable samples
     are counted in `table.left_out` by reason.
@@ -113,95 +93,55 @@ def read_samples(
         exclude_groups: skip samples with one of these values as `group`.
         categories: also read objects, with this number of categories; samples without objects are skipped.
         places: read the samples at these positions, in this order; None: all.
+        threads: number of threads that decode ahead of the caller.
     """
-    view = None if image_size is None else ViewMaker(AugmentConfig(), views=1, image_size=image_size, augment=False)
-    for place, key, members in _members(table, places):
-        meta = _meta(members)
-        group = str(meta.get("group", ""))
-        table.groups[group] += 1
-        if group in exclude_groups:
-            table.left_out[f"group '{group}' excluded"] += 1
-            continue
-        try:
-            label, caption = read_label(members, len(table.classes) or None), read_caption(members)
-            image = open_image(members, _MAX_PIXELS)
-            mask = _mask(table, members, image, image_size) if masks else None
-            instances = None if categories is None else read_instances(members, categories, image.size)
-            if instances is not None:
-                check_turned(orientation(image))
-            pixels = full_extent_pixels(image) if view is None else view(image, 0).pixels_VCHW[0]
-        except BadSampleError as bad:
-            table.left_out[bad.reason] += 1
-            continue
-        sample = Sample(key, pixels, caption, -1 if label is None else label, meta, mask, instances)
-        table.add(sample, place)
-        yield sample
+    decoder = Decoder(image_size, len(table.classes) or None, exclude_groups, masks, categories)
+    with decode_samples(table, decoder, places, threads) as decoded_samples:
+        for decoded in decoded_samples:
+            if decoded.group is not None:
+                table.groups[decoded.group] += 1
+            if decoded.bad_mask is not None:
+                table.bad_masks[decoded.bad_mask] += 1
+            if decoded.sample is None:
+                table.left_out[decoded.reason] += 1
+            else:
+                table.add(decoded.sample, decoded.place)
+                yield decoded.sample
 
 
-def full_extent_pixels(image: Image.Image) -> NDArray[np.uint8]:
-    """Return all pixels of an opened image, upright: (3, H, W)."""
-    lies = orientation(image)
-    with decoding():
-        return np.asarray(upright(on_white(image), lies), dtype=np.uint8).transpose(2, 0, 1)
+def decode_samples(
+    table: Table, decoder: Decoder, places: Sequence[tuple[int, int]] | None = None, threads: int = 0
+) -> AbstractContextManager[Iterator[DecodedSample]]:
+    """Return an iterator over the samples of the table's shards, which leaves the table as it is; see
+    `read_samples`."""
+    return mapped_ahead(decoder, _encoded(table, places), threads, AHEAD)
 
 
-def _mask(
-    table: Table, members: Mapping[str, bytes], image: Image.Image, image_size: int | None
-) -> NDArray[np.uint8] | None:
-    """Return the sample's mask. An unusable mask is counted, and its sample is still used for other metrics."""
-    try:
-        return centre_mask(open_mask(members, _MAX_PIXELS, image.size), image_size, orientation(image))
-    except BadSampleError as bad:
-        table.bad_masks[bad.reason] += 1
-        return None
-
-
-def centre_mask(mask: Image.Image | None, size: int | None, lies: int = 1) -> NDArray[np.uint8] | None:
-    """Crop the mask, in the stored orientation, to the center square of the image, without mixing classes; size None:
-    the full mask. `lies` is the orientation of the image."""
-    if mask is None:
-        return None
-    with decoding("mask"):
-        classes = upright(Image.fromarray(np.asarray(mask)), lies)  # palette index, if there is a palette
-    if size is None:
-        return np.array(classes, dtype=np.uint8)
-    return cut_mask(classes, Crop(*center_crop(classes.height, classes.width, size), False), size)
-
-
-def _members(
-    table: Table, places: Sequence[tuple[int, int]] | None = None
-) -> Iterator[tuple[tuple[int, int], str, dict[str, bytes]]]:
-    """Yield position, key and fields of samples."""
+def _encoded(table: Table, places: Sequence[tuple[int, int]] | None = None) -> Iterator[EncodedSample]:
+    """Yield samples of the table's shards without decoding them; see `read_samples`."""
     with tempfile.TemporaryDirectory() as cache, contextlib.closing(ShardReader()) as reader:
         indices = load_index(table.shards, Path(cache))
         every = ((shard, number) for shard, index in enumerate(indices) for number in range(len(index)))
         for shard, number in every if places is None else places:
+            name = indices[shard].path.name
             try:
                 members = reader.members(indices[shard], number)
             except BadSampleError as bad:
-                table.left_out[bad.reason] += 1
+                yield EncodedSample((shard, number), f"{name}/sample {number}", bad)
                 continue
-            yield (shard, number), f"{indices[shard].path.name}/{members['__key__']!s}", members
+            yield EncodedSample((shard, number), f"{name}/{members['__key__']!s}", members)
 
 
 def check_known(table: Table, keys: Sequence[str], where: str) -> None:
     """Check that samples with these keys exist. Reading stops at the last of them."""
     missing, known = set(keys), []
-    for _, key, _ in _members(Table(table.shards, table.classes)):
-        missing.discard(key)
-        known.append(key)
+    for sample in _encoded(Table(table.shards, table.classes)):
+        missing.discard(sample.key)
+        known.append(sample.key)
         if not missing:
             return
     name = min(missing)
     raise DataError(f"no sample '{name}' in the data", where=where, fix=did_you_mean(name, known))
-
-
-def _meta(members: Mapping[str, bytes]) -> dict[str, Any]:
-    try:
-        meta = json.loads(members.get("json", b"{}"))
-    except (ValueError, RecursionError):  # without group or concept, which affects the intervals and is reported there
-        return {}
-    return meta if isinstance(meta, dict) else {}
 
 
 def check_groups(names: tuple[str, ...], tables: list[Table]) -> None:

@@ -3,7 +3,7 @@
 import io
 import struct
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ from sklearn.metrics import jaccard_score
 
 from m3i_scale.data.samples import open_mask
 from m3i_scale.defaults import NO_CLASS
-from m3i_scale.evaluate import samples
+from m3i_scale.evaluate import decoding, samples
 from m3i_scale.evaluate.commands import evaluate
 from m3i_scale.evaluate.dense import (
     PATCHES_PER_IMAGE,
@@ -233,13 +233,13 @@ def grey(bits):
     ],
 )
 def test_masks_that_do_not_fit_are_counted_and_their_samples_stay(vit_folder, masked, monkeypatch, mask, reason):
-    original = samples._members
+    original = samples._encoded
     data = {"data": str(masked / "val"), "train_data": str(masked / "train")}
     sound = evaluate(vit_folder, **data, measures=("knn",))
     monkeypatch.setattr(
         samples,
-        "_members",
-        lambda *asked: ((place, key, members | {"mask.png": mask}) for place, key, members in original(*asked)),
+        "_encoded",
+        lambda *asked: (replace(one, members=one.members | {"mask.png": mask}) for one in original(*asked)),
     )
     found = evaluate(vit_folder, **data, measures=("knn", "dense"))
     assert found["measures"]["knn"] == sound["measures"]["knn"]
@@ -255,4 +255,4 @@ def test_a_palette_of_few_bits_holds_its_indices():
     picture.save(buffer, "PNG", bits=2)
     assert buffer.getvalue()[24] == 2
     opened = open_mask({"mask.png": buffer.getvalue()}, 10_000, (SIDE, SIDE))
-    assert set(samples.centre_mask(opened, 8).ravel()) == {2}
+    assert set(decoding.centre_mask(opened, 8).ravel()) == {2}

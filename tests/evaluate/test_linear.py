@@ -4,8 +4,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
+from threadpoolctl import threadpool_info, threadpool_limits
 
-from m3i_scale.evaluate import NotMeasuredError
+from m3i_scale.evaluate import NotMeasuredError, probes
 from m3i_scale.evaluate.probes import STRENGTHS, linear_probe, selection_split
 
 
@@ -68,3 +69,19 @@ def test_features_that_are_not_finite_are_not_measured(value):
     for train, test in ((broken, features), (features, broken)):
         with pytest.raises(NotMeasuredError):
             linear_probe(train, labels, groups, test)
+
+
+@pytest.mark.parametrize(("limit", "threads"), [(probes._SERIAL_WORK, 1), (0, 2)])
+def test_only_large_fits_use_several_blas_threads(monkeypatch, limit, threads):
+    used, fit = set(), LogisticRegression.fit
+
+    def counted(self, *data):
+        used.update(pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas")
+        return fit(self, *data)
+
+    monkeypatch.setattr(LogisticRegression, "fit", counted)
+    monkeypatch.setattr(probes, "_SERIAL_WORK", limit)
+    features, labels = blobs(0)
+    with threadpool_limits(2, user_api="blas"):
+        linear_probe(features[:90], labels[:90], np.arange(90), features[90:])
+    assert used == {threads}

@@ -24,6 +24,7 @@ from m3i_scale.errors import ExportError
 from m3i_scale.evaluate.commands import evaluate
 from m3i_scale.evaluate.features import load_vision
 from m3i_scale.evaluate.samples import open_table, read_samples
+from m3i_scale.export import export as export_module
 from m3i_scale.export.export import export
 from m3i_scale.export.reference import real_pictures
 from m3i_scale.export.write import ExportContents, plan_parts
@@ -295,7 +296,7 @@ def test_onnx(runs, tmp_path):
 
 def test_formats_whose_extra_is_not_installed(runs, tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    monkeypatch.setattr("m3i_scale.export.export.find_spec", lambda name: None)
+    monkeypatch.setattr(export_module, "find_spec", lambda name: None)
     for extra in ("onnx", "timm"):
         with pytest.raises(ExportError) as caught:
             export(tmp_path / "no run", tmp_path / "out", wanted=ExportContents("features", extra))

@@ -15,12 +15,13 @@ from torch import Tensor
 
 from m3i_scale.errors import ConfigError, DataError
 from m3i_scale.evaluate import NotMeasuredError
+from m3i_scale.evaluate.decoding import Sample
 from m3i_scale.evaluate.features import patch_tokens, unit_rows
 from m3i_scale.evaluate.job import Job
 from m3i_scale.evaluate.pictures.dense import attention, attention_of, dense_pca, similarity
 from m3i_scale.evaluate.pictures.draw import Cell, image_of, text_cell, write_error, write_pictures
 from m3i_scale.evaluate.pictures.ranked import IMAGE_TO_TEXT, NEIGHBOURS, TEXT_TO_IMAGE, Candidate, best_of, ranked
-from m3i_scale.evaluate.samples import Sample, Table, check_known, read_samples
+from m3i_scale.evaluate.samples import Table, check_known, read_samples
 from m3i_scale.evaluate.towers import Towers, distinct_captions
 from m3i_scale.run.callbacks import Picture
 
