@@ -54,8 +54,8 @@ def load_recipe(name_or_path: str | Path, overrides: list[str] | None = None) ->
 
 
 def list_recipes() -> list[dict[str, Any]]:
-    """Return the built-in recipes: `name` (an argument of `load_run` and `train`), `description` with the paper, `needs`
-    besides images (labels, captions, …) and `family`.
+    """Return the built-in recipes: `name` (an argument of `load_run` and `train`), `description` with the paper, what it
+    `needs` besides images (labels, captions, …), and `family`.
 
     Example:
         >>> [recipe["name"] for recipe in m3i_scale.list_recipes()]

@@ -9,6 +9,7 @@ import typer
 from m3i_scale.checkpoint_tools.consolidate import Dtype, Which
 from m3i_scale.cli import app
 from m3i_scale.evaluate.commands import Baseline
+from m3i_scale.evaluate.embed import Dtype as EmbedDtype
 from m3i_scale.evaluate.features import Pool
 from m3i_scale.evaluate.job import MEASURES
 from m3i_scale.evaluate.trained_model import MODELS
@@ -33,6 +34,8 @@ ACCEPTED = {
     "--weights": get_args(Which),
     "--with": LAUNCHERS,
 }
+OF_COMMAND = {("embed", "--dtype"): get_args(EmbedDtype)}
+"""Options of a command with other values than elsewhere."""
 
 
 def options(command: Any, path: str) -> Iterator[tuple[str, Any]]:
@@ -50,10 +53,10 @@ def shown(param: Any) -> set[str]:
 
 @pytest.mark.parametrize("option", ACCEPTED)
 def test_shown_choices_are_accepted_ones(option: str) -> None:
-    found = [param for _, param in OPTIONS if option in param.opts]
+    found = [(path, param) for path, param in OPTIONS if option in param.opts]
     assert found
-    for param in found:
-        assert shown(param) == set(ACCEPTED[option])
+    for path, param in found:
+        assert shown(param) == set(OF_COMMAND.get((path, option), ACCEPTED[option]))
 
 
 def test_shown_measures_are_accepted_ones() -> None:

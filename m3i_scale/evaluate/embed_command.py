@@ -9,7 +9,7 @@ import typer
 from rich.console import Group
 from rich.text import Text
 
-from m3i_scale.options import AsJson, reading_bar, writes_to
+from m3i_scale.options import AsJson, choices, reading_bar, writes_to
 from m3i_scale.output import leave_out_accelerator_warning, print_result
 
 _READ_WITH = {".parquet": "pandas.read_parquet({!r})", ".npz": "numpy.load({!r})"}
@@ -20,14 +20,18 @@ def embed(
     model: Annotated[str, typer.Argument(help="An exported folder, any folder of a vision model, or a Hub id.")],
     data: Annotated[str, typer.Option(help="A folder of images, searched recursively, or shards.")],
     output: Annotated[Path, typer.Option(callback=writes_to, help="File to write: features.parquet or features.npz.")],
-    pool: Annotated[str, typer.Option(metavar="[mean|cls|both]", help="Patch tokens, class token, or both.")] = "mean",
+    pool: Annotated[
+        str, typer.Option(**choices("mean", "cls", "both"), help="Patch tokens, class token, or both.")
+    ] = "mean",
     batch_size: Annotated[int, typer.Option(min=1, help="Images in one forward pass.")] = 64,
     num_workers: Annotated[
         int | None, typer.Option(min=0, help="Threads that decode images; default: one per core.")
     ] = None,
     dtype: Annotated[
         str,
-        typer.Option(metavar="[auto|float32|bfloat16]", help="auto: bfloat16 on GPUs that support it, else float32."),
+        typer.Option(
+            **choices("auto", "float32", "bfloat16"), help="auto: bfloat16 on GPUs that support it, else float32."
+        ),
     ] = "auto",
     as_json: AsJson = False,
 ) -> None:
