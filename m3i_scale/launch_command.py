@@ -47,7 +47,7 @@ def find_launcher(name: str) -> Launcher:
             fix=f"edit and start {READY_FILES[name]} (docs/launching.md), or launch with deepspeed or torchrun",
         )
     if name not in LAUNCHERS:
-        raise ConfigError(f"no launcher '{name}'", where="--with", fix=did_you_mean(name, LAUNCHERS))
+        raise ConfigError(f"unknown launcher '{name}'", where="--with", fix=did_you_mean(name, LAUNCHERS))
     module = {"elastic": "elastic.launch", "torchrun": "launch.torchrun_agent"}.get(name, f"launch.{name}")
     return cast(Launcher, import_module(f"m3i_scale.{module}"))
 

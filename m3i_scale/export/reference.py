@@ -95,14 +95,16 @@ def _objective(source: Source, weights: Mapping[str, Tensor], dtype: torch.dtype
         missing, unexpected = objective.load_state_dict(rounded, strict=False, assign=True)
     except RuntimeError as error:
         raise ExportError(
-            f"the checkpoint does not fit its own run file: {str(error).splitlines()[-1].strip()}",
+            f"the checkpoint does not fit its config file: {str(error).splitlines()[-1].strip()}",
             where=str(source.checkpoint),
+            fix="use the version of this package that saved the checkpoint, or another checkpoint",
         ) from None
     if missing or unexpected:
         raise ExportError(
-            f"the checkpoint does not fit its own run file: {len(missing)} parameters are missing and"
-            f" {len(unexpected)} are not known, e.g. {[*missing, *unexpected][0]}",
+            f"the checkpoint does not fit its config file: {len(missing)} parameters are missing and "
+            f"{len(unexpected)} are unknown, e.g. {[*missing, *unexpected][0]}",
             where=str(source.checkpoint),
+            fix="use the version of this package that saved the checkpoint, or another checkpoint",
         )
     return objective.eval()
 

@@ -130,7 +130,7 @@ def test_a_bare_file_whose_positions_may_be_those_of_another_grid_is_refused(tmp
     with pytest.raises(ConfigError) as caught:
         planned(tmp_path / "clip.safetensors", num_attention_heads=4, hidden_act="gelu")
     assert caught.value.where == "backbone.from_pretrained"
-    assert "24 places" in caught.value.what
+    assert "24 positions" in caught.value.what
 
 
 def test_a_bare_file_of_as_many_places_as_a_square_names_the_grid_it_is_taken_for(tmp_path: Path) -> None:

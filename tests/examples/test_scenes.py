@@ -330,7 +330,7 @@ def test_bad_options_end_with_code_2_and_leave_nothing(made, tmp_path):
     assert not [*tmp_path.iterdir()]
 
 
-@pytest.mark.parametrize("fault", ["missing", "loose", "damaged", "one of each"])
+@pytest.mark.parametrize("fault", ["missing", "loose", "damaged", "one file per split"])
 def test_art_that_cannot_be_used_is_refused(tmp_path, fault):
     art = tmp_path / "art"
     if fault in ("loose", "damaged"):
@@ -343,7 +343,7 @@ def test_art_that_cannot_be_used_is_refused(tmp_path, fault):
             (art / "a.png").write_bytes(picture)
         else:
             one.write_bytes(one.read_bytes()[:60])
-    elif fault == "one of each":
+    elif fault == "one file per split":
         for group in GROUPS:
             (art / group).mkdir(parents=True)
             Image.new("RGBA", (8, 8)).save(art / group / "a.png")

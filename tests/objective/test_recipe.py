@@ -349,7 +349,7 @@ FAULTS: dict[str, tuple[str, Callable[[dict[str, Any]], Any], str]] = {
         target(0, regularizer={"kind": "mean_entropy", "target_temperature": 1.5}),
         "target_temperature.*less than 1",
     ),
-    "no teacher": ("dense_distillation", drop("teachers"), "no teacher 'teacher'; give it one, e.g. recipe.teachers"),
+    "no teacher": ("dense_distillation", drop("teachers"), "no teacher 'teacher'; set one, e.g. recipe.teachers"),
     "unknown teacher": ("multi_teacher", target(0, teacher="dino"), "no teacher 'dino'; did you mean 'dinov2'"),
     "idle teacher": (
         "mae",

@@ -365,8 +365,8 @@ def test_latest_names_none_that_went(run_dir: Path) -> None:
         (["--keep-best", "evaluation/los"], "did you mean 'evaluation/loss'"),
         (["--keep-best", "evaluation/loss:least"], r"METRIC[:min|max][:count]"),
         (["--keep-best", "evaluation/loss:min:0"], r"METRIC[:min|max][:count]"),
-        (["--keep-every", 7], "the steps are 6, 4, 2"),
-        (["--keep-latest", 2, "--max-gib", 0], "--max-gib must be above 0"),
+        (["--keep-every", 7], "6, 4, 2"),
+        (["--keep-latest", 2, "--max-gib", 0], "--max-gib must be > 0"),
         (["--max-gib", 500], "--keep-latest"),
     ],
 )

@@ -192,7 +192,7 @@ def test_a_stock_segmenter_is_measured_as_it_predicts(stock: Path, shards: str, 
         ({"measures": MEASURES}, "--measure segmenter"),
         ({"measures": ("segmenter", "knn")}, "--measure segmenter"),
         ({"picture_count": 3}, "--pictures"),
-        ({"pictures": "STOCK"}, "not empty"),
+        ({"pictures": "STOCK"}, "must be empty"),
     ],
 )
 def test_an_option_without_effect_on_a_segmenter_is_refused(

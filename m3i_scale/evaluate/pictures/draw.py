@@ -155,12 +155,20 @@ def make_folder(folder: Path) -> None:
     except OSError as error:
         raise write_error(folder, error) from None
     if taken:
-        raise ConfigError("the folder is not empty", where=f"--pictures {folder}", fix="name a new one")
+        raise ConfigError(
+            "the folder of pictures must be empty",
+            where=f"--pictures {folder}",
+            fix="use a new folder, or remove this one",
+        )
 
 
 def write_error(folder: Path, error: OSError) -> ConfigError:
     """Return the error for pictures that cannot be written."""
-    return ConfigError(f"pictures cannot be written: {error.strerror or error}", where=f"--pictures {folder}")
+    return ConfigError(
+        f"cannot write the pictures: {error.strerror or error}",
+        where=f"--pictures {folder}",
+        fix="free space and make the folder writable, or use another --pictures",
+    )
 
 
 def file_stem(key: str) -> str:
