@@ -22,7 +22,7 @@ from m3i_scale.output import print_line
 from m3i_scale.upgrade import upgrade_config
 
 FILE = "elastic.json"
-HONOURS = OVER_HOSTS | {
+HONORS = OVER_HOSTS | {
     "max_restarts",
     "min_nodes",
     "restart_pause_s",

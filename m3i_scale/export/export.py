@@ -179,8 +179,8 @@ def _provenance(
 
 
 def _check_rounding(source: Source, wanted: ExportContents, dtype: Dtype) -> None:
-    normalised = any(isinstance(target, Category) and target.batch_norm for target in source.recipe.targets)
-    if dtype == "bfloat16" and wanted.task == "classification" and normalised:
+    normalized = any(isinstance(target, Category) and target.batch_norm for target in source.recipe.targets)
+    if dtype == "bfloat16" and wanted.task == "classification" and normalized:
         raise ExportError(
             "a classifier with batch norm cannot be exported in bfloat16",
             where="--dtype bfloat16",

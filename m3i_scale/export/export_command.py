@@ -27,7 +27,7 @@ def export(
     max_shard_size: Annotated[str, typer.Option(help="Maximum size of a weight file.")] = "5GB",
     overwrite: Annotated[bool, typer.Option(help="Replace an existing folder.")] = False,
     license_id: Annotated[
-        str, typer.Option("--license", help="Licence of the weights, as the Hub spells it, for the model card.")
+        str, typer.Option("--license", help="License of the weights, as the Hub spells it, for the model card.")
     ] = "other",
     evaluation: Annotated[
         Path | None, typer.Option(help="What `evaluate --json` printed. Default: evaluation.json of the run.")

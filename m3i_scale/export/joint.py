@@ -299,7 +299,7 @@ def _no_class(config: VisionConfig, decoder: DecoderSpec, what: str) -> ExportEr
     more = isinstance(decoder, ClassTokenSpec) and not decoder.alone
     pools = {
         "attention_pool": "the recipe pools by attention with the mean token as its query",
-        "mean_pool": "the recipe pools by a mean that is normalised once more",
+        "mean_pool": "the recipe pools by a mean that is normalized once more",
         "class_token": "the recipe reads class tokens of several layers, or the mean of the patches beside it"
         if more
         else "the recipe reads the class token",

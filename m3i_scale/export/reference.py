@@ -114,7 +114,7 @@ def _captions(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     return [words[0] if words else "a", " ".join(words[:: max(len(words) // 100, 1)]), "ÿ 1 !"]
 
 
-def real_pictures(side: int, shown: Resize = "centre") -> dict[str, Image.Image]:
+def real_pictures(side: int, shown: Resize = "center") -> dict[str, Image.Image]:
     """Return photographs (from scikit-learn) by name: a square of the model's size, a larger one, and two elongated
     ones."""
     # With these sizes torchvision's processor, which rounds the crop position differently, crops the same pixels.
@@ -136,7 +136,7 @@ def _as_trained(picture: Image.Image, side: int, augment: AugmentConfig, shown: 
         # The mean color: training rounds it to a gray level, while image processors pad after normalization.
         pixels_1CHW[:, :, height:] = pixels_1CHW[:, :, :, width:] = 0
         return pixels_1CHW
-    if shown != "centre":
+    if shown != "center":
         scale = side / min(picture.size)
         width, height = (round(length * scale) if shown == "windows" else side for length in picture.size)
         resized = np.asarray(picture.resize((width, height), Image.Resampling.BICUBIC)).transpose(2, 0, 1)

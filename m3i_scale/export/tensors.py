@@ -26,7 +26,7 @@ from m3i_scale.errors import ExportError
 from m3i_scale.export.fresh import fingerprint
 from m3i_scale.files import write_json
 
-Resize = Literal["centre", "whole", "windows", "padded", "stretched"]
+Resize = Literal["center", "whole", "windows", "padded", "stretched"]
 """Image processors: center crop, full image resized to a square (whole, stretched) or padded, square windows along the
 longer side."""
 VISION, TEXT = "student.model.", "text.model."
@@ -95,7 +95,7 @@ class ExportedModule:
     """config.json, if it differs from the model's configuration."""
     files: tuple[Path, ...] = ()
     """Source files to include."""
-    resize: Resize = "centre"
+    resize: Resize = "center"
 
 
 def empty(build: Callable[[], PreTrainedModel]) -> PreTrainedModel:

@@ -114,7 +114,7 @@ def _errors(report: dict[str, Any], outputs: dict[str, Tensor], reference: Refer
     for (backend, tolerance), (name, wanted) in product(LEVELS_TOLERANCE.items(), reference.trained_on.items()):
         levels = 255 * max(reference.std) * difference(outputs[f"{backend}.{name}"], wanted)
         if levels > tolerance:
-            yield f"the image processor's '{name}' picture differs by {levels:.3g} grey levels from training's"
+            yield f"the image processor's '{name}' picture differs by {levels:.3g} gray levels from training's"
 
 
 def _wanted(key: str, reference: Reference) -> Tensor:

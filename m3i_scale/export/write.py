@@ -183,7 +183,7 @@ def write_processor(folder: Path, source: Source, shown: Resize) -> None:
     size = int(backbone_config(source.run.backbone).image_size)
     augment, square = source.run.data.augment, {"height": size, "width": size}
     kind, options = {
-        "centre": (BitImageProcessor, {"size": {"shortest_edge": size}, "do_center_crop": True, "crop_size": square}),
+        "center": (BitImageProcessor, {"size": {"shortest_edge": size}, "do_center_crop": True, "crop_size": square}),
         "whole": (BeitImageProcessor, {"size": square, "do_center_crop": False, "crop_size": square}),
         "stretched": (DeformableDetrImageProcessor, {"size": square, "do_pad": False}),
         "windows": (

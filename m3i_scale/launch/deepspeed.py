@@ -20,7 +20,7 @@ from m3i_scale.launch.description import Variable
 from m3i_scale.launch.hosts import Host
 from m3i_scale.launch.job import Job
 
-HONOURS = OVER_HOSTS
+HONORS = OVER_HOSTS
 HOSTFILE = "hostfile"
 ENVIRONMENT = "deepspeed_env"
 PRIVATE_ENVIRONMENT = "environment.sh"

@@ -14,7 +14,7 @@ from m3i_scale.launch import OF_SCHEDULERS, Command, Executable, LaunchFile, Lau
 from m3i_scale.launch.job import Job
 from m3i_scale.launch.torchrun_agent import AGENT
 
-HONOURS = OF_SCHEDULERS | {"namespace", "storage_gib", "data_claim"}
+HONORS = OF_SCHEDULERS | {"namespace", "storage_gib", "data_claim"}
 MANIFEST = "kubeflow.yaml"
 RUN_FOLDER = "/m3i"
 """Folder of the config file in the containers."""

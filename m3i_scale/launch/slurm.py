@@ -13,7 +13,7 @@ from m3i_scale.launch.description import SLURM_EXPORTS
 from m3i_scale.launch.job import Job
 from m3i_scale.launch.shell import export_lines, quoted, wrapped
 
-HONOURS = OF_SCHEDULERS | {
+HONORS = OF_SCHEDULERS | {
     "master_port",
     "workdir",
     "partition",

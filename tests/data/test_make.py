@@ -103,7 +103,7 @@ def test_the_same_input_gives_the_same_bytes(photos, tmp_path):
 @pytest.mark.parametrize("kind", ["csv", "tsv", "parquet", "jsonl"])
 def test_manifests_come_back_out(photos, tmp_path, kind):
     rows = [
-        {"file": "cats/p0.jpg", "text": "a cat, grey", "kind": "cat"},
+        {"file": "cats/p0.jpg", "text": "a cat, gray", "kind": "cat"},
         {"file": "dogs/p1.png", "text": None, "kind": "dog"},
         {"file": "dogs/p1.png", "text": "the same dog", "kind": None},
     ]
@@ -121,7 +121,7 @@ def test_manifests_come_back_out(photos, tmp_path, kind):
     make_shards(source, tmp_path / "out", name="m")
     samples = read(tmp_path / "out" / "train")
     assert source.labels == ["cat", "dog"]
-    assert [samples[f"{number:09d}"].get("txt") for number in range(3)] == [b"a cat, grey", None, b"the same dog"]
+    assert [samples[f"{number:09d}"].get("txt") for number in range(3)] == [b"a cat, gray", None, b"the same dog"]
     assert [samples[f"{number:09d}"].get("cls") for number in range(3)] == [b"0", b"1", None]
 
 

@@ -205,13 +205,13 @@ def test_a_custom_target_without_an_export_is_an_error():
 
 
 def test_several_label_sets_are_named(make_run, tmp_path, same_process):
-    sets = {"things": ["a", "b", "c"], "colours": ["red", "blue"]}
+    sets = {"things": ["a", "b", "c"], "colors": ["red", "blue"]}
     folder, objective = make_run(tmp_path / "run", label_sets=sets)
     with pytest.raises(ExportError) as caught:
         export(folder, tmp_path / "out", wanted=ExportContents("classification"))
     assert caught.value.where == "--label-set"
-    assert "things, colours" in caught.value.fix
-    export(folder, tmp_path / "out", wanted=ExportContents("classification", label_set="colours"))
+    assert "things, colors" in caught.value.fix
+    export(folder, tmp_path / "out", wanted=ExportContents("classification", label_set="colors"))
     images, pixels = pixels_of(objective)
     model = AutoModelForImageClassification.from_pretrained(tmp_path / "out").eval()
     with torch.no_grad():

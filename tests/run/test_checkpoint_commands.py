@@ -376,7 +376,7 @@ def test_a_rule_that_keeps_nothing_removes_nothing(run_dir: Path, options: list[
 
 
 def test_prune_without_rules_or_of_one_checkpoint_is_refused(run_dir: Path) -> None:
-    assert "one checkpoint, not a run" in refused("prune", at(run_dir, 6), "--keep-latest", 1)
+    assert "got one checkpoint" in refused("prune", at(run_dir, 6), "--keep-latest", 1)
     (run_dir / "run.yaml").unlink()
     assert "--keep-latest" in refused("prune", run_dir)
     assert left(run_dir) == names(2, 4, 6)

@@ -292,10 +292,10 @@ def test_batch_arithmetic(world, micro, accumulation, rest):
         resolve(raw, **{**run, "batch_size": batch}, where="x")
     advice = str(caught.value.fix)
     batches, _, micros = advice.removeprefix("set optim.batch_size to ").partition(", or optim.micro_batch_size to ")
-    for neighbour in batches.split(" or "):
-        resolve(raw, **{**run, "batch_size": int(neighbour)}, where="x")
-    for neighbour in filter(None, micros.split(" or ")):
-        resolve(raw, **{**run, "batch_size": batch, "micro_batch_size": int(neighbour)}, where="x")
+    for neighbor in batches.split(" or "):
+        resolve(raw, **{**run, "batch_size": int(neighbor)}, where="x")
+    for neighbor in filter(None, micros.split(" or ")):
+        resolve(raw, **{**run, "batch_size": batch, "micro_batch_size": int(neighbor)}, where="x")
 
 
 def test_batch_smaller_than_one_round_is_refused():

@@ -37,7 +37,7 @@ class MapBatchNorm(RunningStatistics):
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """Normalize and scale maps, in training with the statistics of the global batch."""
-        centred_BCHW, var_C = self.centred(x_BCHW)
+        centred_BCHW, var_C = self.centered(x_BCHW)
         scale_C = (var_C + self.eps).rsqrt() * self.weight.float()
         output_BCHW = centred_BCHW * scale_C[:, None, None] + self.bias.float()[:, None, None]
         return output_BCHW.to(x_BCHW.dtype)
