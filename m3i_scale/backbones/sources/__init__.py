@@ -56,7 +56,7 @@ def _bare(given: str, path: Path, fields: Mapping[str, Any], where: str) -> Sour
     raise MismatchError(
         f"its {len(shapes)} tensors have names of no known code base, e.g. {next(iter(shapes), 'none')}",
         "a bare file has timm's names (patch_embed, blocks) or open_clip's (visual.transformer.resblocks)",
-        fix="give the folder that also holds its configuration",
+        fix="use the folder that also has its configuration",
     )
 
 

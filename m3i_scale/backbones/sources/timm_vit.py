@@ -105,8 +105,8 @@ def _empty_model(architecture: str, arguments: str) -> tuple[Shapes, Facts]:
     except ImportError:
         raise MismatchError(
             f"only timm knows what '{architecture}' is, and it is not installed",
-            "heads, activation and norms stand behind the name alone",
-            fix="pip install timm, or 'm3i-scale[timm]'",
+            "heads, activation and norms follow from the name",
+            fix="run `pip install 'm3i-scale[timm]'`",
         ) from None
     try:
         with torch.device("meta"):
