@@ -54,7 +54,7 @@ def load_recipe(name_or_path: str | Path, overrides: list[str] | None = None) ->
 
 
 def list_recipes() -> list[dict[str, Any]]:
-    """Return the built-in recipes: `name` (an argument of `load_run` and `train`), `description` with the paper, what it
+    """Return the built-in recipes: `name` (an argument of `load_run` and `train`), `description`, what the recipe
     `needs` besides images (labels, captions, …), and `family`.
 
     Example:
@@ -167,7 +167,7 @@ class LoadedBackbone(nn.Module):
             raise DataError(
                 f"the images are {images_BCHW.dtype} {tuple(images_BCHW.shape)}",
                 where="images_BCHW",
-                why="pixels from 0 to 255 are normalised here; others would be wrong without notice",
+                why="pixels from 0 to 255 are normalized here; others would be wrong without notice",
                 fix=f"give torch.uint8 (B, 3, {size}, {size})",
             )
         return self._vision.encode(images_BCHW)

@@ -1,6 +1,6 @@
 """Run `m3i-scale launch`: one description for any launcher.
 
-To add a launcher, create a module with `HONOURS` and `render`, and add its name to `LAUNCHERS`.
+To add a launcher, create a module with `HONORS` and `render`, and add its name to `LAUNCHERS`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ READY_FILES = {"mpirun": "launchers/mpirun.sh", "accelerate": "launchers/acceler
 class Launcher(Protocol):
     """Interface of a launcher's module."""
 
-    HONOURS: frozenset[str]
+    HONORS: frozenset[str]
     """Supported fields of `Cluster`."""
 
     def render(self, job: Job) -> LaunchPlan:
@@ -48,7 +48,7 @@ def find_launcher(name: str) -> Launcher:
             fix=f"edit and start {READY_FILES[name]} (docs/launching.md), or launch with deepspeed or torchrun",
         )
     if name not in LAUNCHERS:
-        raise ConfigError(f"no launcher '{name}'", where="--with", fix=did_you_mean(name, LAUNCHERS))
+        raise ConfigError(f"unknown launcher '{name}'", where="--with", fix=did_you_mean(name, LAUNCHERS))
     module = {"elastic": "elastic.launch", "torchrun": "launch.torchrun_agent"}.get(name, f"launch.{name}")
     return cast(Launcher, import_module(f"m3i_scale.{module}"))
 
@@ -56,8 +56,8 @@ def find_launcher(name: str) -> Launcher:
 def render(name: str, job: Job) -> LaunchPlan:
     """Return the files and commands of one launcher."""
     launcher = find_launcher(name)
-    for field in sorted(job.cluster.model_fields_set - launcher.HONOURS):
-        others = [other for other in LAUNCHERS if field in find_launcher(other).HONOURS]
+    for field in sorted(job.cluster.model_fields_set - launcher.HONORS):
+        others = [other for other in LAUNCHERS if field in find_launcher(other).HONORS]
         fix = f"leave it out, or launch with {' or '.join(others)}"
         if field == "nodes":
             fix = _ALLOCATED if job.cluster.transport == "srun" else _NAME_THEM

@@ -159,7 +159,7 @@ def test_the_heads_of_a_pool_split_what_it_is_fed_and_not_what_it_gives():
 
 def test_a_file_in_the_working_directory_does_not_shadow_a_built_in_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "m3i").write_text("no run file")
+    (tmp_path / "m3i").write_text("no config file")
     (tmp_path / "run.yaml").write_text("extends: m3i\nseed: 3\n")
     assert load_run("m3i_mini").recipe == load_run("m3i").recipe == load_run("run.yaml").recipe
 
@@ -285,7 +285,7 @@ def test_a_schedule_that_does_not_hold_says_what_would(overrides):
 def test_a_value_in_place_of_a_section_is_told_the_key_that_was_meant(tmp_path):
     with pytest.raises(ConfigError) as caught:
         load_run("m3i", ["data.datasets.photos=/data/photos"])
-    assert caught.value.fix == "data.datasets.photos.path=…"
+    assert caught.value.fix == "set data.datasets.photos.path=…"
 
 
 def test_a_tilde_is_the_home_of_the_user(monkeypatch):

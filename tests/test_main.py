@@ -64,7 +64,7 @@ def test_help_and_tables_import_nothing_that_takes_long():
 @pytest.mark.parametrize(
     ("arguments", "code", "says"),
     [
-        (["train", "nope.yaml"], 2, "no run file"),
+        (["train", "nope.yaml"], 2, "no config file"),
         (["--help"], 0, ""),
         ([], 2, ""),
         (["train", "m3i", "--optim.lr", "1e-3"], 2, "write optim.lr=VALUE"),

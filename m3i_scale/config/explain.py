@@ -148,16 +148,22 @@ def _explain(kind: type[BaseModel], values: Any, detail: Any, where: str, below:
     if detail["type"] == "missing":
         *above, name = detail["loc"]
         field = _section_at(kind, values, tuple(above)).model_fields.get(str(name))
-        return ConfigError(f"'{key}' is missing", where=where, fix=_choices_of(field))
+        return ConfigError(f"'{key}' is missing", where=where, fix=_choices_of(field) or f"set {key}")
     if detail["type"] == "model_type":
         section = _section_at(kind, values, detail["loc"])
         required = [name for name, field in section.model_fields.items() if field.is_required()]
         keys = " or ".join(f"{key}.{name}=…" for name in required or section.model_fields)
-        return ConfigError(f"'{key}' is a section, and got {redact_text(repr(detail['input']))}", where=where, fix=keys)
+        return ConfigError(
+            f"'{key}' must be a section, got {redact_text(repr(detail['input']))}", where=where, fix=f"set {keys}"
+        )
     if detail["type"] == "value_error":  # one of our rules: its message is complete
         rule = detail["ctx"]["error"]
         return ConfigError(f"'{key}': {rule}" if key else str(rule), where=where, fix=getattr(rule, "fix", None))
-    return ConfigError(f"'{key}': {detail['msg']} (got {redact_text(repr(detail['input']))})", where=where)
+    return ConfigError(
+        f"'{key}': {detail['msg']} (got {redact_text(repr(detail['input']))})",
+        where=where,
+        fix=f"correct the value of {key}",
+    )
 
 
 def _nearest(kind: type[BaseModel], values: Any, path: KeyPath) -> str:
@@ -195,4 +201,4 @@ def _choices_of(field: FieldInfo | None) -> str | None:
     values: Sequence[Any] = get_args(annotation) if get_origin(annotation) is Literal else ()
     if isinstance(annotation, type) and issubclass(annotation, Kind):
         values = annotation.choices()
-    return f"one of {', '.join(map(str, values))}" if values else None
+    return f"use one of: {', '.join(map(str, values))}" if values else None

@@ -35,7 +35,7 @@ _SIXTEEN_AS_I = ("PNG", "PPM")
 _BITS_TAG = 258
 """TIFF tag for the number of bits."""
 
-_CHANNELS = {0: "one grey channel", 2: "three channels", 4: "grey and alpha", 6: "four channels"}
+_CHANNELS = {0: "one gray channel", 2: "three channels", 4: "gray and alpha", 6: "four channels"}
 """Keyed by the color type in a PNG header."""
 
 DECODE_ERRORS = (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError)
@@ -91,10 +91,10 @@ def mask_error(data: bytes) -> str | None:
     """
     if data[:8] != b"\x89PNG\r\n\x1a\n" or len(data) < 26:
         return "no PNG"
-    depth, colour = data[24], data[25]
-    if colour == 3 or (colour == 0 and depth == 8):
+    depth, color = data[24], data[25]
+    if color == 3 or (color == 0 and depth == 8):
         return None
-    return f"a PNG of {_CHANNELS.get(colour, 'unknown channels')} of {depth} bit"
+    return f"a PNG of {_CHANNELS.get(color, 'unknown channels')} of {depth} bit"
 
 
 def orientation(image: Image.Image) -> int:

@@ -326,7 +326,7 @@ class TrainStream:
         missing = [stream for stream in self._streams if str(stream) not in state["streams"]]
         if missing:
             raise DataError(
-                f"the data state lacks streams {missing}",
+                f"the data state has no streams {missing}",
                 why="every rank saves only its own streams",
                 fix="merge the states of all ranks (merge_states)",
             )

@@ -25,7 +25,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from m3i_scale.errors import ConfigError
 
 _WHERE = "backbone.activation_checkpointing"
-_WORDS = "none, full, selective, offload, or every_N with N ≥ 2"
+_WORDS = "use none, full, selective, offload, or every_N with N ≥ 2"
 
 
 @dataclass(frozen=True)
@@ -56,10 +56,10 @@ def check_policy(text: str) -> Policy:
     policy = read_policy(text)
     if policy.kind == "offload" and in_host_memory():
         raise ConfigError(
-            "activation checkpointing 'offload' has no effect here",
+            "activation checkpointing 'offload' has no effect on this device",
             where=_WHERE,
-            why=f"the accelerator '{get_accelerator().device_name()}' computes in host memory, where offload moves to",
-            fix="take full, which recomputes the same layers",
+            why=f"the accelerator '{get_accelerator().device_name()}' already computes in host memory",
+            fix="use full, which recomputes the same layers",
         )
     return policy
 

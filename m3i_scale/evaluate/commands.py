@@ -20,6 +20,7 @@ from m3i_scale.evaluate.pictures.draw import OVERLAY_COUNT, make_folder
 from m3i_scale.evaluate.samples import check_apart, check_groups, open_table
 from m3i_scale.evaluate.towers import TEMPLATES, why_no_towers
 from m3i_scale.evaluate.trained_model import MODELS, EvaluationOptions, load_trained_model
+from m3i_scale.files import require_folder
 
 Baseline = Literal["none", "pixels"]
 
@@ -69,7 +70,7 @@ def evaluate(
     check_options(measures, (*MEASURES, *MODELS), pool, batch_size)
     _check_known(baseline, get_args(Baseline), "baseline")
     _check_pictures(pictures, picture_count, picture_samples)
-    where, folder = device_of(device), Path(model_dir)
+    where, folder = device_of(device), require_folder(Path(model_dir))
     given = {
         "--train-data": train_data is not None,
         "--baseline": baseline != "none",
@@ -84,9 +85,9 @@ def evaluate(
         return measured(EvaluationOptions(folder, data, where, batch_size, exclude_groups, drawing, advance))
     if picture_count is not None:
         raise ConfigError(
-            "--picture-count has no effect: no predictions of a segmenter or detector are drawn",
+            "--picture-count has no effect: the model has no predictions to draw",
             where=str(folder),
-            fix=f"leave it out; or --measure {' or '.join(MODELS)}, if the folder holds one",
+            fix=f"leave it out, or add --measure {' or '.join(MODELS)} if the folder has such a model",
         )
     measures = MEASURES if measures is None else measures
     test_table = open_table(data, "--data")
@@ -122,7 +123,12 @@ def evaluate(
     )
     test = read(test_table, encoders=heads | pixels, split="data")
     if not len(test.table):
-        raise DataError("no usable sample in the test data", where=data, why=str(dict(test.table.left_out)))
+        raise DataError(
+            "no usable sample in the test data",
+            where=data,
+            why=str(dict(test.table.left_out)),
+            fix="run `m3i-scale shards check` on the data",
+        )
     train = None
     if train_table is not None and set(PROBES) & set(measures):
         train = read(train_table, encoders=pixels, split="train data")
@@ -131,10 +137,10 @@ def evaluate(
     figures, absent, ours = measure_all(measures, "model", job, progress)
     if not figures and pictures is None:
         raise DataError(
-            "nothing can be measured",
+            "no metric can be computed",
             where=data,
             why="; ".join(f"{name}: {reason}" for name, reason in absent.items()),
-            fix="give --train-data with labels (masks for the dense probe), or an export with a text target",
+            fix="add --train-data with labels (masks for the dense probe), or use an export with a text target",
         )
     result = job.document(folder, data, train_data) | {"measures": figures, "not_measured": absent}
     if pictures is not None:
@@ -160,21 +166,29 @@ def check_options(measures: tuple[str, ...] | None, known: tuple[str, ...], pool
         _check_known(name, known, "measure")
     _check_known(pool, get_args(Pool), "pool")
     if measures == ():
-        raise ConfigError("no metric is requested", fix=f"one or more of {', '.join(known)}")
+        raise ConfigError("no metric is requested", fix=f"use one or more of {', '.join(known)}")
     if batch_size is not None and batch_size < 1:
-        raise ConfigError(f"batch size {batch_size} is below 1")
+        raise ConfigError(
+            f"--batch-size must be ≥ 1, got {batch_size}", fix="use e.g. --batch-size 64, or leave it out"
+        )
 
 
 def _check_pictures(folder: Path | None, count: int | None, samples: Sequence[str] | None) -> None:
     if folder is None and (samples is not None or count is not None):
-        raise ConfigError("pictures have no folder", where="--pictures", fix="--pictures /data/pictures")
+        raise ConfigError(
+            "--pictures must be a folder, got an empty path",
+            where="--pictures",
+            fix="use e.g. --pictures /data/pictures",
+        )
     if count is not None and count < 1:
-        raise ConfigError(f"the number of pictures must be 1 or more, got {count}", where="--picture-count")
+        raise ConfigError(
+            f"--picture-count must be ≥ 1, got {count}", where="--picture-count", fix="use e.g. --picture-count 16"
+        )
 
 
 def _check_known(value: str, known: tuple[str, ...], what: str) -> None:
     if value not in known:
-        raise ConfigError(f"no {what} '{value}'", fix=did_you_mean(value, known))
+        raise ConfigError(f"unknown {what} '{value}'", fix=did_you_mean(value, known))
 
 
 def device_of(name: str) -> torch.device:
@@ -185,5 +199,7 @@ def device_of(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"no device '{name}': {str(error).splitlines()[0]}", fix="--device cpu") from None
+        raise ConfigError(
+            f"device '{name}' is not available: {str(error).splitlines()[0]}", fix="use --device cpu"
+        ) from None
     return device

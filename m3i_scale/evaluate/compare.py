@@ -113,10 +113,10 @@ def compare(
     results = document["sets"]
     if not pictures and not any(found["measures"] for found in results.values()):
         raise DataError(
-            "nothing can be compared",
+            "no metric can be compared",
             where=", ".join(f"--{one.name} {one.folder}" for one in sets),
             why="; ".join(f"{name}: {reason}" for name, reason in results[sets[0].name]["not_measured"].items()),
-            fix="give shards with labels, masks or captions, in train and in val",
+            fix="use shards with labels, masks or captions, in train and in val",
         )
     return document, pictures
 
@@ -125,10 +125,10 @@ def _folder(source: Path | str, role: str) -> Path:
     folder = pretrained_folder(str(source), role.upper())
     if load_trained_model(folder, None, []) is not None:
         raise ConfigError(
-            "the folder holds a segmenter or a detector",
+            "`compare` needs a backbone, but the folder is a segmenter or a detector",
             where=f"{role.upper()} {folder}",
             why="frozen features are compared",
-            fix="m3i-scale evaluate measures it; to compare, give the backbone",
+            fix="run `m3i-scale evaluate` on it; to compare, use the backbone",
         )
     return folder
 
@@ -137,7 +137,9 @@ def _open(folder: str, name: str) -> _Set:
     option = f"--{name}"
     if any(Path(folder).glob("*.tar")):
         raise DataError(
-            "this is a single split", where=f"{option} {folder}", fix=f"give its parent: {Path(folder).parent}"
+            "the folder must have the splits train and val, but it is a single split",
+            where=f"{option} {folder}",
+            fix=f"use its parent: {Path(folder).parent}",
         )
     train, test = (open_table(f"{folder.rstrip('/')}/{split}", option) for split in ("train", "val"))
     check_apart(test, train)
@@ -148,10 +150,10 @@ def _check_other(data: _Set, general: _Set) -> None:
     shared = shared_shards([data.train, data.test], [general.train, general.test])
     if shared:
         raise ConfigError(
-            f"--data and --general share {len(shared)} shards",
+            f"--data and --general must have different shards, but share {len(shared)}",
             where=min(shared),
-            why="what is forgotten shows on other samples than those of the domain",
-            fix="give another folder, or leave --general out",
+            why="forgetting is measured on data outside the domain",
+            fix="use another folder, or leave out --general",
         )
 
 
@@ -173,7 +175,12 @@ def _read(model: _Model, one: _Set, asked: tuple[str, ...], batch_size: int | No
     tested = read(test, encoders=joint, split="data")
     if not len(test):
         why = str(dict(test.left_out))
-        raise DataError("no usable sample in the test data", where=f"--{one.name} {one.folder}", why=why)
+        raise DataError(
+            "no usable sample in the test data",
+            where=f"--{one.name} {one.folder}",
+            why=why,
+            fix="run `m3i-scale shards check` on the data",
+        )
     fitted = read(train, encoders={}, split="train data") if set(PROBES) & set(asked) else None
     return Job(model.vision, fitted, tested, clusters_of(test), model.towers)
 
@@ -182,7 +189,11 @@ def _keep_same_samples(before: Side, after: Side, one: _Set) -> None:
     """Restrict patches to images that have labeled patches for both models. A patch of a coarse grid may have no class
     when the patches of a finer grid do."""
     if before.table.keys != after.table.keys:
-        raise DataError("the shards changed while they were read", where=f"--{one.name} {one.folder}")
+        raise DataError(
+            "the shards changed while they were read",
+            where=f"--{one.name} {one.folder}",
+            fix="wait until nothing writes to the folder, and run `compare` again",
+        )
     if before.patches is None or after.patches is None:
         return
     shared = np.intersect1d(before.patches.image_P, after.patches.image_P)

@@ -149,8 +149,8 @@ def check_groups(names: tuple[str, ...], tables: list[Table]) -> None:
     known = {group for table in tables for group in table.groups if group}
     for name in names:
         if name not in known:
-            hint = did_you_mean(name, known) if known else "no sample has a `group` in its json member"
-            raise DataError(f"no sample is of the excluded group '{name}'", fix=hint)
+            hint = did_you_mean(name, known) if known else "leave it out: no sample has a `group` in its json member"
+            raise DataError(f"no sample is in the excluded group '{name}'", fix=hint)
 
 
 def shared_shards(some: list[Table], others: list[Table]) -> set[str]:
@@ -166,7 +166,8 @@ def check_apart(test: Table, train: Table) -> None:
     """Check that training and test data share no shard."""
     if shared := shared_shards([test], [train]):
         raise DataError(
-            f"{len(shared)} shards are both training and test data",
+            f"training and test data must be different, but share {len(shared)} shards",
             where=min(shared),
-            why="a probe that is tested on what it learnt says nothing about the features",
+            why="a probe that is tested on its training data does not measure the features",
+            fix="use different folders for --data and --train-data",
         )

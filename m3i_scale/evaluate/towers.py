@@ -81,7 +81,11 @@ def has_head(folder: Path, kind: str) -> bool:
         targets = upgrade_recipe(values["run"]["recipe"])["targets"]
         return bool(values["label_sets"]) and kind in {target["kind"] for target in targets}
     except (KeyError, TypeError, AttributeError) as error:
-        raise ExportError(f"the heads' description does not name its targets: {error}", where=str(path)) from None
+        raise ExportError(
+            f"the description of the heads has invalid targets: {error}",
+            where=str(path),
+            fix="export the checkpoint again",
+        ) from None
 
 
 def load_objective(folder: Path, device: torch.device) -> tuple[Objective, RunConfig, dict[str, list[str]]]:
@@ -95,13 +99,15 @@ def load_objective(folder: Path, device: torch.device) -> tuple[Objective, RunCo
         weights = dict(_weights(folder))
         missing, unexpected = objective.load_state_dict(weights, strict=False, assign=True)
     except (KeyError, TypeError, AttributeError, RuntimeError, OSError) as error:
-        raise ExportError(f"the heads do not fit the model: {error}", where=str(folder / "heads")) from None
+        raise ExportError(
+            f"the heads do not fit the model: {error}", where=str(folder / "heads"), fix="export the checkpoint again"
+        ) from None
     if missing or unexpected:
         raise ExportError(
-            f"{len(missing)} parameters are missing and {len(unexpected)} are not known, e.g."
-            f" {[*missing, *unexpected][0]}",
+            f"the heads do not fit the model: {len(missing)} parameters are missing and {len(unexpected)} are "
+            f"unknown, e.g. {[*missing, *unexpected][0]}",
             where=str(folder),
-            fix="export the checkpoint anew",
+            fix="export the checkpoint again",
         )
     return objective.to(device).eval(), run, values["label_sets"]
 
@@ -117,9 +123,13 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         values = read_json(path)
     except (OSError, ValueError) as error:
-        raise ExportError(f"cannot read the heads' description: {error}", where=str(path)) from None
+        raise ExportError(
+            f"cannot read the description of the heads: {error}", where=str(path), fix="export the checkpoint again"
+        ) from None
     if not isinstance(values, dict):
-        raise ExportError("the heads' description is no JSON object", where=str(path))
+        raise ExportError(
+            "the description of the heads must be a JSON object", where=str(path), fix="export the checkpoint again"
+        )
     return values
 
 
@@ -139,7 +149,11 @@ def _weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
             )
         faulty = [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]
         if faulty:
-            raise ExportError(f"{len(faulty)} tensors do not fit the model, e.g. {faulty[0]}", where=str(place))
+            raise ExportError(
+                f"{len(faulty)} tensors do not fit the model, e.g. {faulty[0]}",
+                where=str(place),
+                fix="export the checkpoint again",
+            )
         for name, tensor in model.state_dict().items():
             yield prefix + name, tensor
     for path in sorted((folder / "heads").glob("*.safetensors")):
@@ -157,7 +171,10 @@ def prompts_of(name: str, templates: tuple[str, ...]) -> list[str]:
     """Return prompts for a class, with its name in plain words."""
     for template in templates:
         if template.count("{}") != 1:
-            raise ConfigError(f"'{template}' is no prompt template", fix="write the place of the class name as {}")
+            raise ConfigError(
+                f"a prompt template must have the placeholder {{}}, got '{template}'",
+                fix="write {} where the class name belongs, e.g. 'a photo of a {}'",
+            )
     plain = " ".join(name.replace("_", " ").replace("-", " ").split())
     return [template.replace("{}", plain) for template in templates]
 

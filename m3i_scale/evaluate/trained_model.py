@@ -48,7 +48,9 @@ def load_trained_model(folder: Path, measures: tuple[str, ...] | None, idle: lis
     for name, module in MODELS.items():
         evaluate: Evaluation | None = importlib.import_module(module).find_model(folder, measures)
         if evaluate is not None and idle:
-            raise ConfigError(f"{', '.join(idle)} has no effect: a {name} is measured", where=str(folder))
+            raise ConfigError(
+                f"{', '.join(idle)} has no effect on a {name}", where=str(folder), fix=f"leave out {', '.join(idle)}"
+            )
         if evaluate is not None:
             return evaluate
     return None
@@ -72,13 +74,17 @@ def find_loader(
         head: loads a model from `heads/` of a feature export.
     """
     if stock is not None and measures not in (None, (name,)):
-        raise ConfigError(f"the folder holds a {name}", where=str(folder), fix=f"--measure {name}")
+        raise ConfigError(
+            f"--measure must be {name} for this folder: it is a {name}", where=str(folder), fix=f"use --measure {name}"
+        )
     if stock is None and (measures is None or name not in measures):
         return None
     if measures is not None and len(measures) > 1:
-        raise ConfigError(f"a {name} is measured alone", where="--measure", fix=f"--measure {name}")
+        raise ConfigError(
+            f"--measure {name} cannot be combined with others", where="--measure", fix=f"use --measure {name} alone"
+        )
     if stock is None and not has_head(folder, task):
         raise ConfigError(
-            f"the folder holds no {name}", where=str(folder), fix=f"m3i-scale export of a run with `task: {task}`"
+            f"the folder has no {name}", where=str(folder), fix=f"run `m3i-scale export` on a run with `task: {task}`"
         )
     return head if stock is None else stock

@@ -256,4 +256,6 @@ def _pretrained_cfg(config: VisionConfig, augment: AugmentConfig) -> dict[str, A
 
 
 def _not_supported(reason: str) -> ExportError:
-    return ExportError(f"not expressible with timm: {reason}", fix="--task features --format transformers")
+    return ExportError(
+        f"timm has no equivalent of the model: {reason}", fix="use --task features --format transformers"
+    )

@@ -118,7 +118,10 @@ def export_and_push(
 ) -> dict[str, Any]:
     """Run `export`, and with `push_to` also `push`."""
     if push_to is None and (public or dry_run):
-        raise ExportError(f"{'--public' if public else '--dry-run'} has no effect", fix="--push USER/NAME")
+        raise ExportError(
+            f"{'--public' if public else '--dry-run'} has no effect without --push",
+            fix="add --push USER/NAME, or leave it out",
+        )
     if push_to is not None:
         check_repository_name(push_to)
     facts = export(run_dir_or_checkpoint, output, **options)
@@ -146,9 +149,9 @@ def _origin(source: Source) -> dict[str, str]:
         }
     except FileNotFoundError:
         raise CheckpointError(
-            "the checkpoint is gone: a run or `checkpoint prune` has removed it meanwhile",
+            "the checkpoint was removed during the export, by a run or by `checkpoint prune`",
             where=str(source.checkpoint),
-            fix="export again: the newest good one is taken",
+            fix="export again; the latest valid checkpoint is used",
         ) from None
 
 
@@ -176,24 +179,26 @@ def _provenance(
 
 
 def _check_rounding(source: Source, wanted: ExportContents, dtype: Dtype) -> None:
-    normalised = any(isinstance(target, Category) and target.batch_norm for target in source.recipe.targets)
-    if dtype == "bfloat16" and wanted.task == "classification" and normalised:
+    normalized = any(isinstance(target, Category) and target.batch_norm for target in source.recipe.targets)
+    if dtype == "bfloat16" and wanted.task == "classification" and normalized:
         raise ExportError(
-            "a classifier with batch norm in its rows is not what was trained in bfloat16",
+            "a classifier with batch norm cannot be exported in bfloat16",
             where="--dtype bfloat16",
-            why="the products of weights and statistics would be rounded once more",
-            fix="--dtype float32, or --task features",
+            why="folding the statistics into the weights would round a second time",
+            fix="use --dtype float32, or --task features",
         )
 
 
 def check_contents(wanted: ExportContents) -> None:
     """Raise an error for an unknown task, format or shard size."""
     if wanted.task not in TASKS:
-        raise ExportError(f"no task '{wanted.task}'", where="--task", fix=did_you_mean(wanted.task, TASKS))
+        raise ExportError(f"unknown task '{wanted.task}'", where="--task", fix=did_you_mean(wanted.task, TASKS))
     if wanted.format not in FORMATS:
-        raise ExportError(f"no format '{wanted.format}'", where="--format", fix=did_you_mean(wanted.format, FORMATS))
+        raise ExportError(
+            f"unknown format '{wanted.format}'", where="--format", fix=did_you_mean(wanted.format, FORMATS)
+        )
     if wanted.format == "timm" and find_spec("timm") is None:
-        raise ExportError("timm is not installed", where="--format timm", fix="pip install 'm3i-scale[timm]'")
+        raise ExportError("timm is not installed", where="--format timm", fix="run `pip install 'm3i-scale[timm]'`")
     if wanted.format == "onnx":
         check_onnx()
     check_shard_size(wanted.max_shard_size)
@@ -201,21 +206,25 @@ def check_contents(wanted: ExportContents) -> None:
 
 def _check(weights: str, dtype: str, target: Path, overwrite: bool) -> None:
     if weights not in ("student", "ema"):
-        raise ExportError(f"no weights '{weights}'", fix=did_you_mean(weights, ("student", "ema")))
+        raise ExportError(f"unknown weights '{weights}'", fix=did_you_mean(weights, ("student", "ema")))
     if dtype not in DTYPES:
-        raise ExportError(f"no dtype '{dtype}' for an export", fix=did_you_mean(dtype, DTYPES))
+        raise ExportError(f"unknown dtype '{dtype}' for an export", fix=did_you_mean(dtype, DTYPES))
     if target.exists() and not target.is_dir():
-        raise ExportError("the target is a file", where=str(target), fix="give a folder")
+        raise ExportError(
+            "the output must be a folder, but it is a file", where=str(target), fix="use another --output"
+        )
     if not target.is_dir() or not any(target.iterdir()):
         return
     if not overwrite:
-        raise ExportError("the target has something in it", where=str(target), fix="another folder, or --overwrite")
+        raise ExportError(
+            "the output folder must be empty", where=str(target), fix="use another --output, or add --overwrite"
+        )
     if not (target / PROVENANCE).is_file():
         raise ExportError(
-            f"the target has something in it, and is no export: it has no {PROVENANCE}",
+            f"--overwrite replaces only an export, but the folder has no {PROVENANCE}",
             where=str(target),
-            why="--overwrite would remove what something else wrote",
-            fix="remove it yourself, or give another folder",
+            why="another program wrote its files",
+            fix="remove the folder yourself, or use another --output",
         )
 
 
@@ -241,7 +250,7 @@ def _export_folder(target: Path) -> Iterator[Path]:
         raise ExportError(
             f"cannot write the export: {error}",
             where=str(target),
-            fix="check the disk's free space, or give another folder",
+            fix="free space and make the folder writable, or use another --output",
         ) from None
     finally:
         if shown:

@@ -94,7 +94,8 @@ def _plain_classifier(source: Source, label_set: str, *, timm: bool) -> Exported
     target, task = target_of(source, "category"), source.run.task
     if task is not None and task.chooses_head and len(source.recipe.targets) > 1:
         raise ExportError(
-            f"which of the {len(source.recipe.targets)} heads of the sweep is the best is known when they are trained"
+            f"the best of the {len(source.recipe.targets)} heads of the sweep is known only after training",
+            fix="train and evaluate the run, then export it",
         )
     decoder = source.recipe.decoders[target.decoder]
     config, names = backbone_config(source.run.backbone), source.label_sets[label_set]
@@ -155,9 +156,9 @@ def backbone_part(source: Source) -> ExportedModule:
         tensors, config = _as_dinov2(config)
     elif not isinstance(config, Dinov2Config):
         raise ExportError(
-            f"a {config.model_type} is not exported for AutoBackbone",
-            why="it needs a map by stage; AutoModel gives its tokens or maps",
-            fix="--task features",
+            f"a {config.model_type} cannot be exported for AutoBackbone",
+            why="AutoBackbone needs one feature map per stage",
+            fix="use --task features, which AutoModel loads",
         )
     shape = config
     # The class that AutoBackbone selects. AutoBackbone itself loads only Hub names, not folders.
@@ -175,10 +176,10 @@ def zero_shot_part(source: Source, vocab_size: int) -> ExportedModule:
     target = cast(Text, target_of(source, "text"))
     if target.distribution.first_bias is not None:
         raise ExportError(
-            f"a {target.distribution.kind} text target adds a learnt bias to every logit, which the dual encoder has "
-            "no place for",
+            f"the dual encoder of Transformers cannot store the bias that a {target.distribution.kind} text target "
+            "adds to every logit",
             where=f"recipe.targets: {target.name}",
-            fix="--task features: heads/ holds the bias",
+            fix="use --task features; heads/ then has the bias",
         )
     decoder = source.recipe.decoders[target.decoder]
     config = backbone_config(source.run.backbone)
@@ -298,15 +299,15 @@ def _no_class(config: VisionConfig, decoder: DecoderSpec, what: str) -> ExportEr
     more = isinstance(decoder, ClassTokenSpec) and not decoder.alone
     pools = {
         "attention_pool": "the recipe pools by attention with the mean token as its query",
-        "mean_pool": "the recipe pools by a mean that is normalised once more",
+        "mean_pool": "the recipe pools by a mean that is normalized once more",
         "class_token": "the recipe reads class tokens of several layers, or the mean of the patches beside it"
         if more
         else "the recipe reads the class token",
     }
     return ExportError(
-        f"no stock class for {what} computes what was trained: {pools[decoder.kind]}, on a {config.model_type} "
+        f"no Transformers class computes {what} like this model: {pools[decoder.kind]}, on a {config.model_type} "
         "backbone",
-        fix="--task features: heads/ holds what pools and projects",
+        fix="use --task features; heads/ then has the pooling and projection",
     )
 
 

@@ -23,18 +23,26 @@ def listed_files(folder: Path) -> dict[str, int]:
     try:
         items = _listed((folder / PROVENANCE).read_text(encoding="utf-8"))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise ExportError(f"no export: it has no {PROVENANCE} that lists files", where=str(folder)) from None
+        raise ExportError(
+            f"the folder is not an export: it has no {PROVENANCE} with a list of files",
+            where=str(folder),
+            fix="use the folder that `m3i-scale export` wrote",
+        ) from None
     for name, digest in items:
         path = _inside(folder, name)
         if not path.is_file() or sha256_of(path) != digest:
             raise ExportError(
-                f"'{name}' is not the file that was proven", where=str(folder), fix="export anew, with --overwrite"
+                f"'{name}' is missing or has changed since the export was verified",
+                where=str(folder),
+                fix="export again, with --overwrite",
             )
     names = {PROVENANCE, *(name for name, _ in items)}
     beside = sorted({path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()} - names)
     if beside:
         raise ExportError(
-            f"{len(beside)} files are not the export's, e.g. '{beside[0]}'", where=str(folder), fix="move them away"
+            f"{len(beside)} files are not part of the export, e.g. '{beside[0]}'",
+            where=str(folder),
+            fix="move them to another folder",
         )
     return {name: (folder / name).stat().st_size for name in sorted(names)}
 
@@ -44,7 +52,11 @@ def check_repository_name(repo: str) -> None:
     try:
         validate_repo_id(repo)
     except HFValidationError as error:
-        raise ExportError(f"no name of a repository: {error}", where=f"--push {repo}") from None
+        raise ExportError(
+            f"--push must be a repository name, got '{repo}': {error}",
+            where=f"--push {repo}",
+            fix="use --push USER/NAME",
+        ) from None
 
 
 def push(folder: Path, repo: str, *, public: bool = False, dry_run: bool = False) -> dict[str, Any]:
@@ -78,7 +90,9 @@ def push(folder: Path, repo: str, *, public: bool = False, dry_run: bool = False
         there = api.model_info(repo)
         if there.private is False and not public:
             raise ExportError(
-                "the repository is there, and public", where=f"--push {repo}", fix="--public, or another name"
+                "the repository already exists and is public",
+                where=f"--push {repo}",
+                fix="add --public, or use another name",
             )
         removed = sorted(_of_earlier_export(api, repo, there) - files.keys())
         commit = api.create_commit(
@@ -93,17 +107,19 @@ def push(folder: Path, repo: str, *, public: bool = False, dry_run: bool = False
             parent_commit=there.sha if removed else None,
         )
     except LocalTokenNotFoundError:
-        raise ExportError("no access token", where=f"--push {repo}", fix="hf auth login, or HF_TOKEN=…") from None
+        raise ExportError(
+            "no access token", where=f"--push {repo}", fix="run `hf auth login`, or set HF_TOKEN"
+        ) from None
     except (HfHubHTTPError, OSError, RuntimeError, ValueError) as error:
         cause = error.__cause__ or error
         refused = isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403)
         raise ExportError(
             f"the upload failed: {redact(str(cause)).strip().splitlines()[0] if str(cause) else type(cause).__name__}",
             where=f"--push {repo}",
-            why=f"the export is whole, in {folder}",
-            fix="an access token that may write there (hf auth login, or HF_TOKEN=…), or another name"
+            why=f"the export in {folder} is complete",
+            fix="use an access token with write permission (hf auth login, or HF_TOKEN), or another name"
             if refused
-            else "rerun with --overwrite: files that have arrived are not sent again",
+            else "run the command again with --overwrite; files that have arrived are not sent again",
         ) from None
     public = there.private is False  # the visibility of an existing repository does not change
     return facts | {"public": public, "removed": removed, "commit": str(commit.oid)}
@@ -140,5 +156,9 @@ def _inside(folder: Path, name: str) -> Path:
     path = folder / name
     links = [place for place in (path, *path.parents) if place != folder and folder in place.parents]
     if not parts or name.startswith("/") or ".." in parts or "\\" in name or any(link.is_symlink() for link in links):
-        raise ExportError(f"'{name}' is no file inside the folder", where=str(folder / PROVENANCE))
+        raise ExportError(
+            f"'{name}' must be a file in the folder of the export",
+            where=str(folder / PROVENANCE),
+            fix="export again, with --overwrite",
+        )
     return path

@@ -95,14 +95,16 @@ def _objective(source: Source, weights: Mapping[str, Tensor], dtype: torch.dtype
         missing, unexpected = objective.load_state_dict(rounded, strict=False, assign=True)
     except RuntimeError as error:
         raise ExportError(
-            f"the checkpoint does not fit its own run file: {str(error).splitlines()[-1].strip()}",
+            f"the checkpoint does not fit its config file: {str(error).splitlines()[-1].strip()}",
             where=str(source.checkpoint),
+            fix="use the version of this package that saved the checkpoint, or another checkpoint",
         ) from None
     if missing or unexpected:
         raise ExportError(
-            f"the checkpoint does not fit its own run file: {len(missing)} parameters are missing and"
-            f" {len(unexpected)} are not known, e.g. {[*missing, *unexpected][0]}",
+            f"the checkpoint does not fit its config file: {len(missing)} parameters are missing and "
+            f"{len(unexpected)} are unknown, e.g. {[*missing, *unexpected][0]}",
             where=str(source.checkpoint),
+            fix="use the version of this package that saved the checkpoint, or another checkpoint",
         )
     return objective.eval()
 
@@ -112,7 +114,7 @@ def _captions(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     return [words[0] if words else "a", " ".join(words[:: max(len(words) // 100, 1)]), "ÿ 1 !"]
 
 
-def real_pictures(side: int, shown: Resize = "centre") -> dict[str, Image.Image]:
+def real_pictures(side: int, shown: Resize = "center") -> dict[str, Image.Image]:
     """Return photographs (from scikit-learn) by name: a square of the model's size, a larger one, and two elongated
     ones."""
     # With these sizes torchvision's processor, which rounds the crop position differently, crops the same pixels.
@@ -134,7 +136,7 @@ def _as_trained(picture: Image.Image, side: int, augment: AugmentConfig, shown: 
         # The mean color: training rounds it to a gray level, while image processors pad after normalization.
         pixels_1CHW[:, :, height:] = pixels_1CHW[:, :, :, width:] = 0
         return pixels_1CHW
-    if shown != "centre":
+    if shown != "center":
         scale = side / min(picture.size)
         width, height = (round(length * scale) if shown == "windows" else side for length in picture.size)
         resized = np.asarray(picture.resize((width, height), Image.Resampling.BICUBIC)).transpose(2, 0, 1)

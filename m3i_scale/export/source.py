@@ -76,10 +76,17 @@ def find_source(path: Path) -> Source:
             run = run.model_copy(update={"backbone": run.backbone.model_copy(update={"config": config})})
     except ConfigError as error:
         raise CheckpointError(
-            f"the checkpoint's run file does not hold together: {error.what}", where=error.where
+            f"the config file of the checkpoint is invalid: {error.what}",
+            where=error.where,
+            why=error.why,
+            fix=error.fix or "use another checkpoint of the run",
         ) from None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"cannot read the checkpoint's facts: {error}", where=str(checkpoint)) from None
+        raise CheckpointError(
+            f"cannot read the metadata of the checkpoint: {error}",
+            where=str(checkpoint),
+            fix="use another checkpoint of the run",
+        ) from None
     return Source(checkpoint, run, parse_recipe(run.recipe), step, meta, passed_over)
 
 
@@ -122,7 +129,7 @@ def target_of(source: Source, modality: str) -> Target:
     raise ExportError(
         f"the recipe '{source.recipe.name}' has no {modality} target",
         why=f"its targets are {', '.join(target.name for target in source.recipe.targets)}",
-        fix="--task features",
+        fix="use --task features",
     )
 
 
@@ -134,12 +141,12 @@ def choose_label_set(source: Source, wanted: str | None) -> str:
         return names[0]
     if wanted is None:
         raise ExportError(
-            f"the run has {len(names)} label sets, and a classifier one head",
+            f"a classifier has one head, but the run has {len(names)} label sets",
             where="--label-set",
-            fix=f"--label-set with one of {', '.join(names)}",
+            fix=f"set --label-set to one of {', '.join(names)}",
         )
     if wanted not in names:
-        raise ExportError(f"no label set '{wanted}'", where="--label-set", fix=did_you_mean(wanted, names))
+        raise ExportError(f"unknown label set '{wanted}'", where="--label-set", fix=did_you_mean(wanted, names))
     return wanted
 
 
@@ -157,7 +164,7 @@ def with_best_head(source: Source) -> tuple[Source, dict[str, Any] | None]:
     scores = {name: measured[key] for name in names if (key := f"evaluation/{name}/top_1") in measured}
     if not scores:
         raise ExportError(
-            "no head of the sweep is the best: none has been evaluated",
+            "the best head of the sweep is unknown: none has been evaluated",
             where=str(source.run_dir / "metrics.jsonl"),
             why=f"it has no evaluation up to step {source.step}",
             fix="export a later checkpoint",
@@ -212,16 +219,16 @@ def source_tokenizer(source: Source) -> PreTrainedTokenizerBase:
         tokenizer = find_tokenizer(source.run.data.datasets, configured)
     except ConfigError as error:
         raise ExportError(
-            f"the tokenizer of the run is gone: {error.what}",
+            f"the tokenizer of the run is missing: {error.what}",
             where=error.where,
-            why="without it nobody can use the text tower",
-            fix="bring the tokenizer folder back to its place",
+            why="the text tower is useless without it",
+            fix="restore the tokenizer folder",
         ) from None
     if len(tokenizer) != source.vocab_size:
         raise ExportError(
-            f"the tokenizer has {len(tokenizer)} tokens, the text tower was trained with {source.vocab_size}",
+            f"the tokenizer must have the {source.vocab_size} tokens of the text tower, got {len(tokenizer)}",
             where=str(tokenizer.name_or_path),
-            fix="bring back the tokenizer that the run used",
+            fix="restore the tokenizer of the run",
         )
     return tokenizer
 
@@ -266,12 +273,16 @@ def evaluation_of(source: Source, weights: str, given: Path | None = None) -> tu
         values: Any = read_json(path)
     except (OSError, ValueError) as error:
         raise ExportError(
-            f"cannot read the evaluation: {error}", where=str(path), fix="write it anew, or remove it"
+            f"cannot read the evaluation: {error}", where=str(path), fix="create it again, or remove it"
         ) from None
     data = values.get("data") if isinstance(values, dict) else None
     named = isinstance(data, dict) and {"samples", "cluster_unit"} <= data.keys()
     if not isinstance(values, dict) or not named or not isinstance(values.get("measures"), dict):
-        raise ExportError("not an evaluation", where=str(path), fix="m3i-scale evaluate … --json > evaluation.json")
+        raise ExportError(
+            "the file is not an evaluation",
+            where=str(path),
+            fix="create it with `m3i-scale evaluate … --json > evaluation.json`",
+        )
     model = values.get("model")
     if not isinstance(model, dict) or "export" not in model:  # from a version that did not record it
         return values, None
@@ -282,7 +293,7 @@ def evaluation_of(source: Source, weights: str, given: Path | None = None) -> tu
     theirs = f"the {measured} weights of {of.get('checkpoint')}" if of else "another model"
     if given is not None:
         raise ExportError(
-            f"the evaluation is of {theirs}, and this export has the {weights} weights of {source.checkpoint.name}",
+            f"the evaluation must be of the {weights} weights of {source.checkpoint.name}, but it is of {theirs}",
             where=str(path),
             fix="evaluate this export, then export again with that file and --overwrite",
         )

@@ -26,7 +26,7 @@ from m3i_scale.errors import ExportError
 from m3i_scale.export.fresh import fingerprint
 from m3i_scale.files import write_json
 
-Resize = Literal["centre", "whole", "windows", "padded", "stretched"]
+Resize = Literal["center", "whole", "windows", "padded", "stretched"]
 """Image processors: center crop, full image resized to a square (whole, stretched) or padded, square windows along the
 longer side."""
 VISION, TEXT = "student.model.", "text.model."
@@ -95,7 +95,7 @@ class ExportedModule:
     """config.json, if it differs from the model's configuration."""
     files: tuple[Path, ...] = ()
     """Source files to include."""
-    resize: Resize = "centre"
+    resize: Resize = "center"
 
 
 def empty(build: Callable[[], PreTrainedModel]) -> PreTrainedModel:
@@ -105,8 +105,8 @@ def empty(build: Callable[[], PreTrainedModel]) -> PreTrainedModel:
             return build()
     except ImportError:
         raise ExportError(
-            "timm is not installed, and only it has a model that pools as the recipe does",
-            fix="pip install 'm3i-scale[timm]'",
+            "timm is not installed; only timm has a model with the pooling of this recipe",
+            fix="run `pip install 'm3i-scale[timm]'`",
         ) from None
 
 
@@ -143,7 +143,11 @@ def _part_of(name: str, ours: Mapping[str, str]) -> tuple[str, str, str]:
         found = re.fullmatch(rf"{stem}(?P<suffix>\.weight|\.bias)?", name)
         if found is not None:
             return part, found.groupdict().get("number", ""), found["suffix"] or ""
-    raise ExportError(f"the converter knows no part '{name}' of the backbone", where=name)
+    raise ExportError(
+        f"the export has no converter for '{name}', a part of the backbone",
+        where=name,
+        fix="use --task features, and report it as a bug",
+    )
 
 
 def vision_names(config: VisionConfig) -> list[str]:
@@ -168,8 +172,9 @@ def check_complete(part: ExportedModule) -> None:
     missing, unknown = sorted(wanted - part.tensors.keys()), sorted(part.tensors.keys() - wanted)
     if missing or unknown:
         raise ExportError(
-            f"the checkpoint does not fill a {type(part.model).__name__}: {len(missing)} tensors would be missing and"
-            f" {len(unknown)} have no place, e.g. '{[*missing, *unknown][0]}'",
+            f"the checkpoint does not fill a {type(part.model).__name__}: {len(missing)} tensors are missing and "
+            f"{len(unknown)} are unknown, e.g. '{[*missing, *unknown][0]}'",
+            fix="use the version of this package that saved the checkpoint, or another checkpoint",
         )
 
 
@@ -178,8 +183,9 @@ def _check_shape(part: ExportedModule, name: str, tensor: Tensor) -> None:
     wanted = part.model.state_dict()[name].shape
     if tensor.shape != wanted:
         raise ExportError(
-            f"the checkpoint does not fill a {type(part.model).__name__}: '{name}' is {list(tensor.shape)} and must be"
-            f" {list(wanted)}"
+            f"the checkpoint does not fill a {type(part.model).__name__}: '{name}' must be {list(wanted)}, got "
+            f"{list(tensor.shape)}",
+            fix="use the version of this package that saved the checkpoint, or another checkpoint",
         )
 
 
@@ -188,20 +194,25 @@ def _checked(name: str, weights: Mapping[str, Tensor]) -> Tensor:
         tensor = weights[name]
     except KeyError:
         raise ExportError(
-            "the checkpoint does not fit its own run file: a tensor is missing", where=name, fix="take another one"
+            "the checkpoint does not fit its config file: a tensor is missing",
+            where=name,
+            fix="use another checkpoint of the run",
         ) from None
     if tensor.numel() == 0:
         raise ExportError(
             "a tensor has no elements",
             where=name,
-            why="it was still partitioned when it was read; the export would load as random weights",
+            why="it was partitioned when it was read; the export would load as random weights",
+            fix="use another checkpoint of the run",
         )
     if tensor.dtype != torch.float32:
-        raise ExportError(f"a tensor is {str(tensor.dtype).removeprefix('torch.')}, and not float32", where=name)
-    if not bool(torch.isfinite(tensor).all()):
         raise ExportError(
-            "a tensor has values that are not finite", where=name, fix="export an earlier checkpoint of the run"
+            f"a tensor must be float32, got {str(tensor.dtype).removeprefix('torch.')}",
+            where=name,
+            fix="use another checkpoint of the run",
         )
+    if not bool(torch.isfinite(tensor).all()):
+        raise ExportError("a tensor has non-finite values", where=name, fix="export an earlier checkpoint of the run")
     return tensor
 
 
@@ -216,7 +227,11 @@ def check_shard_size(size: str) -> None:
     """Validate a value of `--max-shard-size`."""
     match = _SIZE.fullmatch(size)
     if match is None or float(match[1]) <= 0:
-        raise ExportError(f"no size '{size}'", where="--max-shard-size", fix="a number and KB, MB, GB or TB, e.g. 2GB")
+        raise ExportError(
+            f"--max-shard-size must be a file size, got '{size}'",
+            where="--max-shard-size",
+            fix="use a number and KB, MB, GB or TB, e.g. --max-shard-size 2GB",
+        )
 
 
 class Fingerprints(dict[str, str]):

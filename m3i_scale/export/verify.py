@@ -53,9 +53,9 @@ def verify(folder: Path, reference: Reference) -> dict[str, Any]:
     errors = list(_errors(report, outputs, reference))
     if errors:
         raise ExportError(
-            f"the export does not hold what was trained: {errors[0]}",
+            f"verification failed: the export differs from the trained model: {errors[0]}",
             where=str(folder),
-            why=f"{len(errors)} errors in all; found by loading it in a fresh process",
+            why=f"{len(errors)} errors in total, found by loading it in a new process",
             fix="check the disk and the library versions, then export again",
         )
     return {
@@ -114,7 +114,7 @@ def _errors(report: dict[str, Any], outputs: dict[str, Tensor], reference: Refer
     for (backend, tolerance), (name, wanted) in product(LEVELS_TOLERANCE.items(), reference.trained_on.items()):
         levels = 255 * max(reference.std) * difference(outputs[f"{backend}.{name}"], wanted)
         if levels > tolerance:
-            yield f"the image processor's '{name}' picture differs by {levels:.3g} grey levels from training's"
+            yield f"the image processor's '{name}' picture differs by {levels:.3g} gray levels from training's"
 
 
 def _wanted(key: str, reference: Reference) -> Tensor:
@@ -184,12 +184,17 @@ def run_fresh(program: str, folder: Path, work: Path) -> None:
         )
     except subprocess.TimeoutExpired:
         raise ExportError(
-            f"the fresh process did not load the export within {TIMEOUT_S:g} s", where=str(folder)
+            f"a new process did not load the export within {TIMEOUT_S:g} s",
+            where=str(folder),
+            fix="check the load of the machine and of its disk, then export again",
         ) from None
     if done.returncode:
         lines = done.stderr.strip().splitlines() or ["no message"]
         raise ExportError(
-            f"a fresh process cannot load the export: {lines[-1]}", where=str(folder), why="\n".join(lines[-12:-1])
+            f"a new process cannot load the export: {lines[-1]}",
+            where=str(folder),
+            why="\n".join(lines[-12:-1]),
+            fix="check the versions of torch and transformers, and the disk; then export again",
         )
 
 
@@ -198,7 +203,7 @@ def check_onnx() -> None:
     missing = [name for name in _NEEDED_FOR_ONNX if importlib.util.find_spec(name) is None]
     if missing:
         raise ExportError(
-            f"{' and '.join(missing)} not installed", where="--format onnx", fix="pip install 'm3i-scale[onnx]'"
+            f"{' and '.join(missing)} not installed", where="--format onnx", fix="run `pip install 'm3i-scale[onnx]'`"
         )
 
 
@@ -212,14 +217,15 @@ def write_onnx(folder: Path, reference: Reference) -> float:
     part = reference.parts[0]
     if part.name == "detector":
         raise ExportError(
-            "how many objects are found depends on the image, and an ONNX file has a fixed number",
+            "an ONNX file needs a fixed number of outputs, but the number of detected objects depends on the image",
             where="--format onnx",
-            fix="leave it out",
+            fix="leave out --format onnx",
         )
     if part.inputs != ("pixel_values",):
         raise ExportError(
-            f"a {part.name} model reads {', '.join(part.inputs)}, and ONNX files are made of models that read images",
+            f"an ONNX file needs a model that reads images, but a {part.name} model reads {', '.join(part.inputs)}",
             where="--format onnx",
+            fix="leave out --format onnx, or use --task features",
         )
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
@@ -235,6 +241,8 @@ def write_onnx(folder: Path, reference: Reference) -> float:
         largest = max(largest, difference(output, expected))
         if not close(output, expected):
             raise ExportError(
-                f"the ONNX file differs by {largest:.3g} from training on {count} images", where="--format onnx"
+                f"the ONNX file differs from the trained model by {largest:.3g} on {count} images",
+                where="--format onnx",
+                fix="leave out --format onnx, or try other versions of onnx and onnxscript",
             )
     return largest

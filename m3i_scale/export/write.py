@@ -71,7 +71,11 @@ def plan_parts(
 ) -> list[ExportedModule]:
     """Return the models of a folder, with empty weights."""
     if wanted.label_set is not None and wanted.task != "classification":
-        raise ExportError("a label set has no effect", where="--label-set", fix="--task classification")
+        raise ExportError(
+            f"--label-set has no effect with --task {wanted.task}",
+            where="--label-set",
+            fix="leave it out, or use --task classification",
+        )
     if wanted.format == "timm":
         return [_in_timm(source, wanted)]
     if wanted.task == "classification":
@@ -80,7 +84,7 @@ def plan_parts(
         kind = cast(type[Target], Target.class_of(wanted.task))
         target: Any = target_of(source, kind.modality)
         if not hasattr(target, "export"):
-            raise ExportError(f"no standard model has the predictions of {target.title}", fix="--task features")
+            raise ExportError(f"no Transformers class has the predictions of {target.title}", fix="use --task features")
         return [target.export(source)]
     if wanted.task == "backbone":
         return [backbone_part(source)]
@@ -115,12 +119,16 @@ def write_folder(
 
 def _in_timm(source: Source, wanted: ExportContents) -> ExportedModule:
     if wanted.max_shard_size != DEFAULT_SHARD_SIZE:
-        raise ExportError("timm reads one file of weights", where="--max-shard-size", fix="leave it out")
+        raise ExportError(
+            "--max-shard-size has no effect: timm reads one file of weights",
+            where="--max-shard-size",
+            fix="leave it out",
+        )
     if wanted.task == "classification":
         return classifier_part(source, choose_label_set(source, wanted.label_set), timm=True)
     if wanted.task != "features":
         raise ExportError(
-            f"a timm folder holds features or a classifier, and no {wanted.task}", fix="--format transformers"
+            f"a timm folder has features or a classifier, not a {wanted.task}", fix="use --format transformers"
         )
     return timm_part(backbone_config(source.run.backbone), source.run.data.augment)
 
@@ -175,7 +183,7 @@ def write_processor(folder: Path, source: Source, shown: Resize) -> None:
     size = int(backbone_config(source.run.backbone).image_size)
     augment, square = source.run.data.augment, {"height": size, "width": size}
     kind, options = {
-        "centre": (BitImageProcessor, {"size": {"shortest_edge": size}, "do_center_crop": True, "crop_size": square}),
+        "center": (BitImageProcessor, {"size": {"shortest_edge": size}, "do_center_crop": True, "crop_size": square}),
         "whole": (BeitImageProcessor, {"size": square, "do_center_crop": False, "crop_size": square}),
         "stretched": (DeformableDetrImageProcessor, {"size": square, "do_pad": False}),
         "windows": (

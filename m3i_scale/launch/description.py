@@ -206,8 +206,8 @@ def read_cluster(path: Path | None, options: dict[str, Any]) -> Cluster:
         try:
             values = read_yaml(path)
         except ConfigError as error:
-            what = error.what.replace("a run file", "a cluster file").replace("the run file", "the cluster file")
-            raise ConfigError(what, where=error.where, fix="see docs/launching.md") from None
+            what = error.what.replace("config file", "cluster file")
+            raise ConfigError(what, where=error.where, fix="correct it, as in docs/launching.md") from None
         if isinstance(values.get("hostfile"), str):
             values["hostfile"] = path.parent / values["hostfile"]
     options = {key: value for key, value in options.items() if value not in (None, [], ())}
@@ -272,9 +272,9 @@ def travelling(entries: Sequence[str], here: Mapping[str, str], *, interface: st
         name, equals, value = entry.partition("=")
         if not equals and name not in here:
             raise ConfigError(
-                f"{name} is to travel to the ranks, and is not set here",
+                f"the environment variable {name} is to be passed to the ranks, but is not set",
                 where=f"environment: {name}",
-                fix="set it, or take it off the list" + ("" if is_secret(name) else f", or write {name}=value"),
+                fix="set it, or remove it from the list" + ("" if is_secret(name) else f", or write {name}=value"),
             )
         variables.append(Variable(name, value if equals else here[name], is_secret(name)))
     return tuple(sorted(variables, key=lambda variable: variable.name))

@@ -9,7 +9,7 @@ from m3i_scale.launch import Command, LaunchPlan, shell
 from m3i_scale.launch.description import INTERFACE
 from m3i_scale.launch.job import Job
 
-HONOURS = frozenset({"ranks_per_node", "master_port", "environment", "python", "workdir"})
+HONORS = frozenset({"ranks_per_node", "master_port", "environment", "python", "workdir"})
 
 
 def render(job: Job) -> LaunchPlan:

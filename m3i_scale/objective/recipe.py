@@ -285,7 +285,7 @@ def parse_recipe(values: dict[str, Any], *, where: str | WhereOf = "recipe", imp
     """
     if not values:
         place = where(()) if callable(where) else where
-        raise ConfigError("the run file has no recipe", where=place, fix="extend a built-in one: `extends: m3i`")
+        raise ConfigError("the config file has no recipe", where=place, fix="extend a built-in one: `extends: m3i`")
     return parse_section(Recipe, upgrade_recipe(values), where=where, below="recipe", imports=imports)
 
 

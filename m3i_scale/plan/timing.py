@@ -72,7 +72,7 @@ PRESETS = {
 def hardware(name: str) -> Hardware:
     """Return a preset."""
     if name not in PRESETS:
-        raise ConfigError(f"no hardware '{name}'", where="--hardware", fix=did_you_mean(name, PRESETS))
+        raise ConfigError(f"unknown hardware '{name}'", where="--hardware", fix=did_you_mean(name, PRESETS))
     return PRESETS[name]
 
 

@@ -107,4 +107,7 @@ def watch(
 def _check_installed() -> None:
     missing = [name for name in _PACKAGES if find_spec(name) is None]
     if missing:
-        raise ConfigError(f"not installed: {', '.join(missing)}", fix="pip install 'm3i-scale[report]'")
+        raise ConfigError(
+            f"the packages of `report` and `watch` are not installed: {', '.join(missing)}",
+            fix="run `pip install 'm3i-scale[report]'`",
+        )

@@ -74,9 +74,10 @@ def check_with_data(run: RunConfig, world_size: int) -> RunWithData:
     """Validate a config against its data and the number of ranks, independent of the training engine."""
     if len(run.stages) > 1:
         raise ConfigError(
-            f"the run has {len(run.stages)} stages, and a custom loop has one at a time",
+            f"a custom loop trains one stage at a time, but the run has {len(run.stages)}",
             where="stages",
-            fix="give `run.in_stage(0)`, then `run.in_stage(1)` …, and each stream the state of the one before",
+            fix="use `run.in_stage(0)`, then `run.in_stage(1)` …, and start each stream from the state of the stream "
+            "before",
         )
     run, errors = run.in_stage(0), ErrorCollector()
     errors.collect(check_output_dir, run.output_dir)
@@ -134,10 +135,10 @@ def check_batch(run: RunConfig, recipe: Recipe, world_size: int) -> None:
     # A mix requires the same number of samples on every rank when the modules are built.
     if recipe.mix is None and recipe.compares_samples and run.optim.micro_batch_size * world_size < 2:
         raise ConfigError(
-            f"{recipe.compares_samples}, which needs at least two samples at a time",
+            f"{recipe.compares_samples}, which needs at least two samples per step",
             where=f"optim.micro_batch_size: {run.optim.micro_batch_size}, on {world_size} rank",
-            why="one sample differs from nothing: its loss says nothing",
-            fix="optim.micro_batch_size=2 or more, or more ranks",
+            why="the loss of a single sample is constant",
+            fix="set optim.micro_batch_size=2 or more, or use more ranks",
         )
 
 
@@ -147,7 +148,7 @@ def check_text(run: RunConfig, recipe: Recipe) -> None:
         raise ConfigError("`text` has no effect: the recipe has no text target", where="text", fix="leave it out")
     if run.text.config and not recipe.uses_text_tower:
         raise ConfigError(
-            "`text.config` has no effect: the recipe predicts captions token by token, and encodes none",
+            "`text.config` has no effect: the recipe predicts captions token by token, without a text encoder",
             where="text.config",
             fix="leave it out; the size of the decoder is set in recipe.decoders",
         )
@@ -202,12 +203,18 @@ def _check_sources(run: RunConfig, recipe: Recipe, access: Access | None) -> Non
         where = f"data.datasets.{name}"
         if source.captions != "one" and not recipe.uses_text:
             raise ConfigError(
-                f"`captions: {source.captions}` has no effect: the recipe has no text target", where=where
+                f"`captions: {source.captions}` has no effect: the recipe has no text target",
+                where=where,
+                fix="leave it out",
             )
         if not source.labels and not recipe.uses_categories:
-            raise ConfigError("`labels: false` has no effect: the recipe has no category target", where=where)
+            raise ConfigError(
+                "`labels: false` has no effect: the recipe has no category target", where=where, fix="leave it out"
+            )
         if source.label_set is not None and file is None:
-            raise ConfigError("`label_set` has no effect: the recipe predicts no classes", where=where)
+            raise ConfigError(
+                "`label_set` has no effect: the recipe predicts no classes", where=where, fix="leave it out"
+            )
         setting = "`labels: false`" if not source.labels else None if source.label_set is None else "`label_set`"
         read = {name: source.model_copy(update={"labels": True})}
         if setting and access is not None and not read_label_sets(read, access, file or LABELS):
@@ -222,9 +229,9 @@ def _check_sources(run: RunConfig, recipe: Recipe, access: Access | None) -> Non
                 _check_class_names(source, f"data.{kind}.{name}", access, file)
     if recipe.uses_text and sources and all(source.captions == "none" for source in sources.values()):
         raise ConfigError(
-            "the recipe has a text target, and every dataset has `captions: none`",
+            "the recipe has a text target, but every dataset has `captions: none`",
             where="data.datasets",
-            fix="read captions of at least one dataset, or take a recipe without a text target",
+            fix="read the captions of at least one dataset, or use a recipe without a text target",
         )
     for name, source in run.data.validation.items():
         idle = [key for key in ("epochs", "augment") if getattr(source, key) is not None]
@@ -233,6 +240,7 @@ def _check_sources(run: RunConfig, recipe: Recipe, access: Access | None) -> Non
             raise ConfigError(
                 f"{idle[0]} has no effect: the same validation batches are read every time, without augmentation",
                 where=f"data.validation.{name}",
+                fix=f"leave it out of data.validation.{name}",
             )
 
 
@@ -240,12 +248,14 @@ def _check_class_names(source: DatasetConfig, where: str, access: Access | None,
     """Validate that a file next to the shards names the classes of the masks or boxes."""
     what, fix = _NAMED[file]
     if not source.labels:
-        raise ConfigError(f"`labels: false` leaves {file} unread, and {what} need it", where=where)
+        raise ConfigError(
+            f"{what} need {file}, but `labels: false` disables it", where=where, fix="leave out `labels: false`"
+        )
     if access is None:
         return
     if not read_label_sets({"source": source}, access, file):
         raise ConfigError(
-            f"the dataset has no {file}, which names the classes of its {what}",
+            f"the dataset has no {file} with the classes of its {what}",
             where=f"{where}: {without_secrets(source.path)}",
             fix=fix,
         )
@@ -280,8 +290,8 @@ def no_captions(datasets: dict[str, DatasetConfig], why: str) -> ConfigError:
         "the recipe has a text target, and no dataset has captions",
         where=", ".join(f"data.datasets.{name}.path: {redact_text(source.path)}" for name, source in datasets.items()),
         why=why,
-        fix="captions in NAME.txt next to NAME.jpg (make existing shards again), or a recipe without text: m3i_no_text "
-        "with class labels, sim or mae with images only",
+        fix="write captions to NAME.txt next to NAME.jpg (and make existing shards again), or use a recipe without text: "
+        "m3i_no_text with class labels, sim or mae with images only",
     )
 
 
@@ -293,9 +303,9 @@ def _tokenizer(run: RunConfig, access: Access) -> PreTrainedTokenizerBase:
     tokenizer = find_tokenizer(run.data.datasets, run.text.tokenizer, access)
     if tokenizer.pad_token_id != 0:
         raise ConfigError(
-            f"the text tower pads with token 0, and the tokenizer with {tokenizer.pad_token_id}",
+            f"the tokenizer must pad with token 0 like the text tower, got {tokenizer.pad_token_id}",
             where="text.tokenizer",
-            fix="take a BERT-type tokenizer, or the one that `shards make` trains",
+            fix="use a BERT-type tokenizer, or the one that `shards make` trains",
         )
     return tokenizer
 
@@ -313,9 +323,9 @@ def with_validation_labels(
         same = [key for key in label_sets if label_sets[key] == names]
         if label_set is not None and not same:
             raise ConfigError(
-                f"the labels of validation dataset '{name}' are those of no training dataset",
+                f"the class labels of validation dataset '{name}' are not those of a training dataset",
                 where=f"data.validation.{name}: {source.path}",
-                fix=f"make both from one folder or manifest (`shards make … --split`), so that {file} is the same",
+                fix=f"make both with one command (`shards make … --split`), so that {file} is the same",
             )
         # The same class list under another name: the model has one head for it.
         chosen = label_set if label_set in same else (same[0] if same else source.label_set)

@@ -115,7 +115,9 @@ def resolve_engine(run: RunConfig, world_size: int | None, hidden_size: int) -> 
     )
     if not (optim.momentum_correction or resolved.config["optimizer"]["params"].get("bias_correction", True)):
         what, why = "bias correction must not be disabled twice", "the learning rate would undo a missing correction"
-        raise ConfigError(what, where="optim.momentum_correction: false", why=why, fix="optim.momentum_correction=true")
+        raise ConfigError(
+            what, where="optim.momentum_correction: false", why=why, fix="set optim.momentum_correction=true"
+        )
     return resolved
 
 

@@ -71,7 +71,7 @@ def check(
     from m3i_scale.shards.rearrange import repair
 
     if link and repair_to is None:
-        raise ConfigError("--link does nothing without --repair", fix="add --repair FOLDER")
+        raise ConfigError("--link has no effect without --repair", fix="add --repair FOLDER, or leave out --link")
     if repair_to is not None:
         check_output_is_new(repair_to)
     rules = Rules(

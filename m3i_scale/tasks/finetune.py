@@ -90,14 +90,16 @@ def prepare(
     task = run.task
     if task is None or task.kind != kind:
         raise ConfigError(
-            f"the protocol is not for {kind}", where=f"--protocol {protocol}", fix=f"one with task: {{kind: {kind}}}"
+            f"the protocol is not for {kind}",
+            where=f"--protocol {protocol}",
+            fix=f"use a protocol with task: {{kind: {kind}}}",
         )
     packed, index = shards or run.output_dir / "shards", run.output_dir / "index"
     data = find_labelled(folder, packed, index, task.labels_file, subset=subset, skip_bad=skip_bad)
     for option, given in (("--shards", shards is not None), ("--skip-bad", skip_bad)):
         if given and not data.train.is_relative_to(packed):
             raise ConfigError(
-                f"{option} has no effect: the data are in shards", where=f"--data {folder}", fix="leave it out"
+                f"{option} has no effect: the data are shards", where=f"--data {folder}", fix="leave it out"
             )
     _check_boxes(task, data)
     first_weights = _exported(start, run.output_dir)
@@ -149,11 +151,11 @@ def _export_task(run: RunConfig, task: Task, classes: list[str]) -> ExportTask:
         return cast(ExportTask, task.kind)
     for field, value in ((field, value) for field, values in task.exportable.items() for value in values):
         if _refusal(run, task.model_copy(update={field: value}), classes) is None:
-            install = "" if find_spec("timm") is not None else "pip install 'm3i-scale[timm]', or "
+            install = "" if find_spec("timm") is not None else "run `pip install 'm3i-scale[timm]'`, or "
             raise ConfigError(
-                f"the result could not be exported as a {task.model}: {refusal.what}",
+                f"the result cannot be exported as a {task.model}: {refusal.what}",
                 where=f"task.{field}: {getattr(task, field)}",
-                fix=f"{install}task.{field}={value}",
+                fix=f"{install}set task.{field}={value}",
             )
     return "features"
 
@@ -179,9 +181,9 @@ def check_streams(run: RunConfig, images: int) -> None:
     if images < streams:
         most = max(number for number in range(1, max(images, 1) + 1) if batch % number == 0)
         raise ConfigError(
-            f"{images} images for training cannot be distributed to {streams} streams",
+            f"data.streams must be at most {most} for {images} training images, got {streams}",
             where=f"data.streams: {streams}",
-            fix=f"data.streams={most}",
+            fix=f"set data.streams={most}",
         )
 
 
@@ -193,9 +195,9 @@ def _check_boxes(task: Task, data: Labelled) -> None:
     if parse_recipe(task.recipe()).reads == "boxes_and_masks" and data.without_mask != "none":
         without = "no object has" if data.without_mask == "all" else "some objects do not have"
         raise ConfigError(
-            f"the head learns masks, and {without} one",
+            f"the head predicts masks, but {without} one",
             where="task.head.masks",
-            fix="task.head.masks=false",
+            fix="set task.head.masks=false",
         )
 
 
@@ -203,10 +205,10 @@ def _check_one_rank(protocol: str) -> None:
     adopt_rank_variables(os.environ)
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise ConfigError(
-            "`finetune` packs, trains and measures in one process, and a launcher has started several",
+            "`finetune` runs in one process, but a launcher started several",
             where=f"WORLD_SIZE={os.environ['WORLD_SIZE']}",
-            fix=f"m3i-scale launch {protocol} --with deepspeed backbone.from_pretrained=EXPORT "
-            "data.datasets.train.path=DIR/train",
+            fix=f"run `m3i-scale launch {protocol} --with deepspeed backbone.from_pretrained=EXPORT "
+            "data.datasets.train.path=DIR/train`",
         )
 
 
@@ -236,7 +238,7 @@ def _check_not_computed(overrides: list[str]) -> None:
             raise ConfigError(
                 f"{key} has no effect: `finetune` takes it from {_COMPUTED[taken]}",
                 where=override,
-                fix="leave it out, or train a run file with a task by `m3i-scale train`",
+                fix="leave it out, or train a config file with a task by `m3i-scale train`",
             )
 
 
@@ -261,7 +263,9 @@ def _length(
     with contextlib.suppress(ValueError):  # invalid numbers are reported with the complete config
         steps = int(given.get("optim.steps", steps))
     if epochs is not None and "optim.steps" in given:
-        raise ConfigError("--epochs has no effect beside optim.steps", where="optim.steps", fix="leave one of them out")
+        raise ConfigError(
+            "--epochs cannot be combined with optim.steps", where="optim.steps", fix="leave out one of them"
+        )
     computed = []
     if "optim.steps" not in given:
         if epochs is not None:

@@ -71,18 +71,18 @@ class FineTuneOptions:
         if self.per_class is None and self.share is None:
             if self.subset_seed is not None:
                 raise ConfigError(
-                    "--subset-seed has no effect: all images are taken",
+                    "--subset-seed has no effect without --share or --per-class",
                     where=f"--subset-seed {self.subset_seed}",
-                    fix="leave it out, or give --share",
+                    fix="leave it out, or add --share",
                 )
             return None
         if self.per_class is not None and self.share is not None:
             raise ConfigError(
-                "--per-class and --share both say how many images are taken", where="--share", fix="leave one out"
+                "--per-class cannot be combined with --share", where="--share", fix="leave out one of them"
             )
         if self.share is not None and not 0 < self.share < 1:
             raise ConfigError(
-                f"{self.share:g} is no share of the images: above 0, below 1", where="--share", fix="--share 0.1"
+                f"--share must be > 0 and < 1, got {self.share:g}", where="--share", fix="use e.g. --share 0.1"
             )
         return Subset(self.per_class, self.share, self.subset_seed or 0)
 
@@ -92,7 +92,9 @@ class FineTuneOptions:
             leave_out_accelerator_warning()
         elif self.hardware is not None:
             raise ConfigError(
-                "--hardware has no effect without --dry-run", where=f"--hardware {self.hardware}", fix="leave it out"
+                "--hardware has no effect without --dry-run",
+                where=f"--hardware {self.hardware}",
+                fix="leave it out, or add --dry-run",
             )
         from m3i_scale.tasks.finetune import prepare
         from m3i_scale.tasks.finetune_result import hardware_here, planned, result_lines

@@ -36,8 +36,8 @@ from m3i_scale.tasks.unpacked import (
 )
 
 MASKS_FIX = (
-    "shards with masks, and mask_labels.json beside them, in DIR/train and DIR/val, or in DIR; DIR/train/images and "
-    "DIR/train/masks, and such in DIR/val; or DIR/images/training and DIR/annotations/training, and validation beside"
+    "use shards with masks and mask_labels.json in DIR/train and DIR/val, or in DIR; or DIR/train/images and "
+    "DIR/train/masks, and the same in DIR/val; or DIR/images/training and DIR/annotations/training, and `validation`"
 )
 _FIXES = {LABELS: FIX, MASK_LABELS: MASKS_FIX, CATEGORIES: BOXES_FIX}
 _COUNTED = {LABELS: "with_label", MASK_LABELS: "with_mask", CATEGORIES: "with_instances"}
@@ -131,7 +131,7 @@ def _find(folder: Path, packed: Path, cache: Path, file: str, *, subset: Subset 
         annotated = annotated_images(folder, skip_bad=skip_bad)
         return _to_pack(packed, annotated if subset is None else subset.of(annotated))
     if not folder.is_dir():
-        raise ConfigError("there is no such folder", where=f"--data {folder}", fix=_FIXES[file])
+        raise ConfigError("no such folder", where=f"--data {folder}", fix=_FIXES[file])
     train, evaluated = _split(folder, TRAINED), _split(folder, EVALUATED)
     if train is None and any(folder.glob("*.tar")):
         train, evaluated = folder, None
@@ -153,7 +153,7 @@ def _find(folder: Path, packed: Path, cache: Path, file: str, *, subset: Subset 
 
 
 def _without_train(evaluated: Path, fix: str) -> ConfigError:
-    return ConfigError(f"'{evaluated.name}' has no '{TRAIN}' beside it", where=f"--data {evaluated.parent}", fix=fix)
+    return ConfigError(f"'{evaluated.name}' has no '{TRAIN}' next to it", where=f"--data {evaluated.parent}", fix=fix)
 
 
 def _places(train: Path, evaluated: Path | None) -> dict[str, Path]:
@@ -170,9 +170,7 @@ def _mask_places(folder: Path, train: Path | None, evaluated: Path | None) -> di
     if train is None and evaluated is not None:
         raise _without_train(evaluated, MASKS_FIX)
     if train is None:
-        raise ConfigError(
-            "there are neither shards nor folders of images and masks", where=f"--data {folder}", fix=MASKS_FIX
-        )
+        raise ConfigError("no shards and no folders of images and masks", where=f"--data {folder}", fix=MASKS_FIX)
     return {
         split: (place, masks / place.name) if together else (place / "images", place / "masks")
         for split, place in _places(train, evaluated).items()
@@ -184,10 +182,10 @@ def _mask_names(folder: Path) -> Path:
         if (folder / name).is_file():
             return folder / name
     raise ConfigError(
-        "nothing names the classes of the masks",
+        "no class names for the masks",
         where=f"--data {folder}",
-        fix=f"put {MASK_LABELS} there, a list of class names in the order of the masks' numbers, from 0 on; or, where "
-        f"0 is no class, the {ADE_NAMES} of ADE20k",
+        fix=f"put {MASK_LABELS} there, a list of class names in the order of the mask values, from 0 on; or, if 0 is "
+        f"not a class, the {ADE_NAMES} of ADE20k",
     )
 
 
@@ -207,9 +205,7 @@ def _shards(train: Path, validation: Path | None, cache: Path, file: str) -> Lab
     index = load_index(expand_shards(str(train), "--data"), cache)
     read, labelled = sum(map(len, index)), _labelled(train, {one.path.name for one in index}, file)
     if labelled == 0:
-        raise ConfigError(
-            "no sample for training has a class", where=f"--data {train}: manifest.json", fix=_FIXES[file]
-        )
+        raise ConfigError("no training sample has a class", where=f"--data {train}: manifest.json", fix=_FIXES[file])
     samples, unlabelled = (read, None) if labelled is None else (labelled, read - labelled)
     given = Labelled(train, validation, classes, samples, unlabelled, evaluated=evaluated)
     if file != CATEGORIES:
@@ -225,9 +221,7 @@ def _find_classes(folder: Path, file: str) -> list[str]:
             MASK_LABELS: f"put {file} there, a list of class names in the order of the masks' numbers",
             CATEGORIES: "m3i-scale shards make coco",
         }
-        raise ConfigError(
-            f"the shards have no classes: {file} beside them names them", where=f"--data {folder}", fix=makes[file]
-        )
+        raise ConfigError(f"the shards have no {file} with the classes", where=f"--data {folder}", fix=makes[file])
     if file == MASK_LABELS:
         check_mask_classes(classes, str(folder / file))
     return classes
@@ -267,10 +261,10 @@ def _to_pack(packed: Path, found: Unpacked) -> Labelled:
     if packed.is_file() or (packed.is_dir() and any(packed.iterdir())):
         if read_manifest(packed / TRAIN).get(INPUT_DIGEST) != found.digest:
             raise ConfigError(
-                "the shards there are of other data",
+                "the existing shards are of other data",
                 where=str(packed),
-                why="files of --data have changed since, by name or size; or they are of another subset",
-                fix="remove them, or give another folder with --shards or output_dir",
+                why="files of --data changed since, by name or size; or the subset is different",
+                fix="remove them, or use another folder with --shards or output_dir",
             )
         source = None
     categories, train = found.source.categories, packed / TRAIN

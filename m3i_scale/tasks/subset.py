@@ -62,7 +62,7 @@ class Subset:
                 f"{len(short)} classes have fewer images for training: {listed(short, 4)}",
                 where=f"--per-class {self.per_class}",
                 why=f"the smallest has {min(map(len, keys.values()))}",
-                fix=f"--per-class {min(map(len, keys.values()))} or less, or --share",
+                fix=f"use --per-class {min(map(len, keys.values()))} or less, or --share",
             )
         purpose = f"subset/{self.seed}"
         return {

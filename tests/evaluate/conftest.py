@@ -1,4 +1,4 @@
-"""A tiny stock ViT and shards whose classes differ in colour."""
+"""A tiny stock ViT and shards whose classes differ in color."""
 
 import io
 
@@ -17,7 +17,7 @@ _COLOURS = [(220, 60, 40), (40, 80, 220), (40, 200, 60)]
 
 
 class Picture:
-    """A noisy patch of one colour."""
+    """A noisy patch of one color."""
 
     def __init__(self, label, seed):
         self.label, self.seed = label, seed

@@ -1,4 +1,4 @@
-"""A batch as it is drawn: views where they were cut, hidden patches grey, and patches of a mix by their owner."""
+"""A batch as it is drawn: views where they were cut, hidden patches gray, and patches of a mix by their owner."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ MIX = [InputSpec(name="a", view=1), InputSpec(name="b", view=2)], MixSpec(inputs
 
 
 def shaded(width: int, height: int) -> Image.Image:
-    """Every place has a colour of its own."""
+    """Every place has a color of its own."""
     x, y = np.meshgrid(np.linspace(0, 255, width), np.linspace(0, 255, height))
     return Image.fromarray(np.stack([x, y, 255 - x], axis=-1).astype(np.uint8))
 
@@ -48,7 +48,7 @@ def test_views_lie_on_their_source_where_they_were_cut(size: tuple[int, int]) ->
         wanted = np.asarray(source.resize(canvas.size), dtype=int)
         distance = np.abs(np.asarray(canvas, dtype=int) - wanted).max(axis=-1)
         covered = (batch.crops_VB4[:, sample, 2] * batch.crops_VB4[:, sample, 3]).max() / (size[0] * size[1])
-        assert (distance < 16).mean() > 0.6 * float(covered)  # but for frames; a view elsewhere has other colours
+        assert (distance < 16).mean() > 0.6 * float(covered)  # but for frames; a view elsewhere has other colors
 
 
 def test_hidden_patches_are_grey() -> None:

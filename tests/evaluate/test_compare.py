@@ -27,7 +27,7 @@ from m3i_scale.shards.options import ShardOptions
 from m3i_scale.shards.records import ListedInput, Record
 
 SIDE = 48
-COLOURS = np.array([(220, 60, 40), (40, 80, 220)])
+COLORS = np.array([(220, 60, 40), (40, 80, 220)])
 
 
 def png(pixels):
@@ -37,12 +37,12 @@ def png(pixels):
 
 
 def masked_record(number):
-    """One colour above another. Of every third image a mask names but a square of 7 pixels, which fills most of no
+    """One color above another. Of every third image a mask names but a square of 7 pixels, which fills most of no
     large patch."""
     noise = np.random.default_rng(number).integers(-30, 30, (SIDE, SIDE, 3))
     mask = np.zeros((SIDE, SIDE), dtype=np.uint8)
     mask[SIDE // 2 :] = 1
-    image = np.clip(COLOURS[mask if number % 2 else 1 - mask] + noise, 0, 255)
+    image = np.clip(COLORS[mask if number % 2 else 1 - mask] + noise, 0, 255)
     classes = mask if number % 2 else 1 - mask
     if number % 3 == 0:
         small = np.full_like(mask, NO_CLASS)

@@ -33,7 +33,7 @@ SIDE = 32
 
 @dataclass(frozen=True)
 class Halves:
-    """A picture of two colours, left and right, and its mask; a frame around it has no class."""
+    """A picture of two colors, left and right, and its mask; a frame around it has no class."""
 
     left: int
     right: int
@@ -47,9 +47,9 @@ class Halves:
         return classes
 
     def image(self):
-        colours = np.array([(230, 40, 40), (40, 230, 40), (40, 40, 230)])
+        colors = np.array([(230, 40, 40), (40, 230, 40), (40, 40, 230)])
         noise = np.random.default_rng(self.seed).integers(-30, 30, (SIDE, SIDE + self.wide, 3))
-        pixels = np.clip(colours[self.classes()] + noise, 0, 255).astype(np.uint8)
+        pixels = np.clip(colors[self.classes()] + noise, 0, 255).astype(np.uint8)
         return self._png(pixels)
 
     def mask(self):
@@ -210,8 +210,8 @@ def test_features_beside_the_dense_ones_stay_the_same(vit_folder, masked):
     assert both["measures"]["knn"] == alone["measures"]["knn"]
 
 
-def grey(bits):
-    """A grey PNG of few bits; Pillow only writes 1 and 8."""
+def gray(bits):
+    """A gray PNG of few bits; Pillow only writes 1 and 8."""
 
     def chunk(kind, data):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -228,7 +228,7 @@ def grey(bits):
         (b"no image", "mask is no PNG"),
         (Halves(0, 1, 0, wide=2).mask(), "mask is not of the size of its image"),
         (Halves(0, 1, 0).image(), "mask is a PNG of three channels"),
-        (grey(4), "mask is a PNG of one grey channel of 4 bit"),
+        (gray(4), "mask is a PNG of one gray channel of 4 bit"),
         (Halves(0, 1, 0).mask()[:50], "mask does not decode"),
     ],
 )

@@ -28,7 +28,7 @@ def text_of(result):
 
 def test_probes_learn_colours(result):
     for block in (result["measures"], result["baseline"]["measures"]):
-        # 18 test pictures; the classes differ in colour, so even a random network and the pixels tell them apart
+        # 18 test pictures; the classes differ in color, so even a random network and the pixels tell them apart
         assert block["linear"]["accuracy"]["value"] > 0.9
         assert block["knn"]["k=10"]["value"] > 0.9
         assert block["linear"]["chance"] == pytest.approx(1 / 3)

@@ -33,7 +33,7 @@ from m3i_scale.evaluate.pictures.draw import RIGHT, Cell, drawable, framed, grid
 from m3i_scale.evaluate.pictures.ranked import best_of
 from m3i_scale.run.callbacks import Picture
 
-GREY = Image.new("RGB", (64, 64), (128, 128, 128))
+GRAY = Image.new("RGB", (64, 64), (128, 128, 128))
 
 
 def planted(signs=(1, 1, 1)):
@@ -55,7 +55,7 @@ def test_planted_directions_are_the_colours_whatever_their_sign(signs):
 
 
 def test_one_basis_for_all_images():
-    """The first direction tells the images apart: normalised one by one, they would look alike."""
+    """The first direction tells the images apart: normalized one by one, they would look alike."""
     tokens_NLD, bright_NL, _ = planted()
     colours_NL3, _ = pca_colours(tokens_NLD, bright_NL)
     assert (colours_NL3[0, :, 0] == 0).all()
@@ -76,18 +76,18 @@ def test_brightness_is_that_of_the_patches():
 
 def test_patches_that_are_no_square_are_not_drawn():
     with pytest.raises(NotMeasuredError):
-        dense_pca([GREY], ["grey"], np.zeros((1, 12, 4)))
+        dense_pca([GRAY], ["gray"], np.zeros((1, 12, 4)))
 
 
 def test_features_that_are_no_numbers_are_not_drawn():
     tokens_NLD, _, _ = planted()
     tokens_NLD[1, 3, 5] = np.nan
     with pytest.raises(NotMeasuredError):
-        dense_pca([GREY] * 2, ["a", "b"], tokens_NLD)
+        dense_pca([GRAY] * 2, ["a", "b"], tokens_NLD)
     with pytest.raises(NotMeasuredError):
-        similarity([GREY] * 2, ["a", "b"], tokens_NLD)
+        similarity([GRAY] * 2, ["a", "b"], tokens_NLD)
     with pytest.raises(NotMeasuredError):
-        attention([GREY] * 2, ["a", "b"], Attention(tokens_NLD.transpose(0, 2, 1), "T"))
+        attention([GRAY] * 2, ["a", "b"], Attention(tokens_NLD.transpose(0, 2, 1), "T"))
 
 
 def test_the_marked_patch_is_most_similar_to_itself_and_to_its_like():
@@ -95,7 +95,7 @@ def test_the_marked_patch_is_most_similar_to_itself_and_to_its_like():
     tokens_NLD[0, 3] = 2 * tokens_NLD[0, 10]
     assert cosines(tokens_NLD[:, 5], tokens_NLD).argmax() == 5
     assert cosines(tokens_NLD[:, 10], tokens_NLD)[0, 3] == pytest.approx(1)
-    assert similarity([GREY], ["grey"], tokens_NLD).name == "similarity"
+    assert similarity([GRAY], ["gray"], tokens_NLD).name == "similarity"
 
 
 def test_attention_of_a_vit_is_what_transformers_gives(vit_folder):
@@ -109,7 +109,7 @@ def test_attention_of_a_vit_is_what_transformers_gives(vit_folder):
         layers = eager(pixel_values=vision.pixels(images), output_attentions=True).attentions
     np.testing.assert_allclose(found.maps_NHL, layers[-1][:, :, 0, 1:].numpy(), atol=1e-6)
     assert found.maps_NHL.shape == (3, 2, 16)
-    picture = attention([GREY] * 3, ["a", "b", "c"], found)
+    picture = attention([GRAY] * 3, ["a", "b", "c"], found)
     assert "class token" in picture.title
 
 
@@ -182,17 +182,17 @@ def test_a_grid_has_its_cells_where_they_belong():
     width, height = picture.size
     at = {(x, y): picture.getpixel((width * x // 4, height * y // 4)) for x in (1, 3) for y in (1, 3)}
     assert at == {(1, 1): (255, 0, 0), (3, 1): (0, 0, 255), (1, 3): (255, 255, 255), (3, 3): (255, 0, 0)}
-    assert RIGHT in {colour for _, colour in picture.getcolors(1 << 16)}
+    assert RIGHT in {color for _, color in picture.getcolors(1 << 16)}
     assert grid([[Cell(red)] * 40]).width < 2_000
 
 
 def test_heat_grows_with_the_value_and_frames_leave_the_image_alone():
-    heat = heat_over(GREY, np.array([[0.0, 1.0], [0.25, 0.5]]), 0, 1).convert("L")
+    heat = heat_over(GRAY, np.array([[0.0, 1.0], [0.25, 0.5]]), 0, 1).convert("L")
     corners = [heat.getpixel(place) for place in ((0, 0), (0, 63), (63, 63), (63, 0))]
     assert corners == sorted(set(corners))
-    assert ImageChops.difference(framed(GREY, (0.25, 0.25, 0.5, 0.5)), GREY).getbbox() == (14, 14, 34, 34)
-    assert framed(GREY, (0.25, 0.25, 0.5, 0.5)).crop((16, 16, 32, 32)).getcolors() == [(256, (128, 128, 128))]
-    assert GREY.getcolors() == [(64 * 64, (128, 128, 128))]
+    assert ImageChops.difference(framed(GRAY, (0.25, 0.25, 0.5, 0.5)), GRAY).getbbox() == (14, 14, 34, 34)
+    assert framed(GRAY, (0.25, 0.25, 0.5, 0.5)).crop((16, 16, 32, 32)).getcolors() == [(256, (128, 128, 128))]
+    assert GRAY.getcolors() == [(64 * 64, (128, 128, 128))]
 
 
 @pytest.mark.parametrize(("text", "drawn"), [("a  café\n漢", "a cafe ?"), ("…", "..."), ("long text here", "long te…")])
@@ -202,7 +202,7 @@ def test_letters_that_the_font_has(text, drawn):
 
 def test_a_folder_of_pictures_lists_them_and_none_is_large(tmp_path):
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (900, 900, 3), dtype=np.uint8))
-    entries = write_pictures(tmp_path, [Picture("attention", "T", "A", noise), Picture("views", "V", "B", GREY)], 7)
+    entries = write_pictures(tmp_path, [Picture("attention", "T", "A", noise), Picture("views", "V", "B", GRAY)], 7)
     assert json.loads((tmp_path / "pictures.json").read_text()) == {"step": 7, "pictures": entries}
     assert entries[0] == {"name": "attention", "file": "attention.jpg", "title": "T", "alt": "A"}
     assert (tmp_path / "attention.jpg").stat().st_size < 300_000

@@ -26,7 +26,7 @@ _COLOURS = [(220, 60, 40), (40, 80, 220), (40, 200, 60)]
 
 
 class Picture:
-    """A noisy patch of one colour."""
+    """A noisy patch of one color."""
 
     def __init__(self, label, seed):
         self.label, self.seed = label, seed

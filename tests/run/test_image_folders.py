@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from shapes import COLOURS, SHAPES, draw
+from shapes import COLORS, SHAPES, draw
 
 from m3i_scale.config import load_run
 from m3i_scale.errors import ConfigError, DataError, UserError
@@ -32,10 +32,10 @@ def make_photos(root: Path, *, classes: bool = True, captions: int = 6) -> Path:
         folder = root / shape if classes else root
         folder.mkdir(parents=True, exist_ok=True)
         for number in range(8):
-            colour = list(COLOURS)[number % 4]
-            draw(shape, colour, number).save(folder / f"{shape}{number}.png")
+            color = list(COLORS)[number % 4]
+            draw(shape, color, number).save(folder / f"{shape}{number}.png")
             if number < captions:
-                (folder / f"{shape}{number}.txt").write_text(f"a {colour} {shape}")
+                (folder / f"{shape}{number}.txt").write_text(f"a {color} {shape}")
     return root
 
 

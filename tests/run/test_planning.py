@@ -175,7 +175,7 @@ def test_what_is_not_counted_is_refused(tmp_path, key, value):
     raw["zero_optimization"][key] = value
     path = tmp_path / "other.json"
     path.write_text(json.dumps(raw))
-    with pytest.raises(ConfigError, match=f"does not count 'zero_optimization.{key}"):
+    with pytest.raises(ConfigError, match=f"does not support 'zero_optimization.{key}"):
         plan_run(tiny_run("sim", *SMALL, f"deepspeed={path}"), machine(), samples=None)
 
 

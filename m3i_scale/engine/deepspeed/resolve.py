@@ -48,9 +48,9 @@ def load_ds_config(name_or_path: str) -> dict[str, Any]:
     path = built_in.get(name_or_path, Path(name_or_path))
     if not path.is_file():
         raise ConfigError(
-            f"no DeepSpeed file '{name_or_path}'",
+            f"no DeepSpeed config '{name_or_path}'",
             where=str(path.absolute()),
-            fix=f"give a path, or a built-in name: {did_you_mean(name_or_path, built_in)}",
+            fix=did_you_mean(name_or_path, built_in, f"use a path, or one of: {', '.join(sorted(built_in))}"),
         )
     try:
         raw = json.loads(
@@ -59,9 +59,17 @@ def load_ds_config(name_or_path: str) -> dict[str, Any]:
             parse_constant=lambda name: _check_constant(name, path),
         )
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise ConfigError(f"cannot read the DeepSpeed file: {error}", where=str(path)) from None
+        raise ConfigError(
+            f"cannot read the DeepSpeed config: {error}",
+            where=str(path),
+            fix="correct the JSON, or make the file readable",
+        ) from None
     if not isinstance(raw, dict):
-        raise ConfigError("a DeepSpeed file is a JSON object", where=str(path), fix="see ds_configs/zero3_bf16.json")
+        raise ConfigError(
+            "a DeepSpeed config must be a JSON object",
+            where=str(path),
+            fix="write {…}, as in ds_configs/zero3_bf16.json",
+        )
     return raw
 
 
@@ -75,7 +83,9 @@ def _without_duplicates(pairs: list[tuple[str, Any]], path: Path) -> dict[str, A
 
 
 def _check_constant(name: str, path: Path) -> None:
-    raise ConfigError(f"{name} is not a number", where=str(path))
+    raise ConfigError(
+        f"the file must have finite numbers only, got {name}", where=str(path), fix=f"replace {name} with a number"
+    )
 
 
 def resolve(
@@ -238,12 +248,11 @@ def check_accelerator(resolved: ResolvedConfig) -> None:
         raise ConfigError(
             f"'{kind}.enabled' is true, but the accelerator '{name}' has no {kind}",
             where=resolved.where,
-            fix=f"take {others}; on a CPU: deepspeed=zero3_cpu or deepspeed=zero3_cpu_fp32",
+            fix=f"use {others}; on a CPU: deepspeed=zero3_cpu or deepspeed=zero3_cpu_fp32",
         )
     if name == "cuda" and optimizer_class(resolved.config) == "FusedAdam" and not is_usable("fused_adam"):
         raise ConfigError(
-            "DeepSpeed's own Adam is compiled by nvcc, which is not on this machine",
+            "DeepSpeed's Adam needs nvcc, which is not installed on this machine",
             where=f"{resolved.where}: optimizer.params",
-            fix='torch\'s takes its place with "torch_adam": true, "fused": true; or install the CUDA toolkit and set'
-            " CUDA_HOME",
+            fix='set "torch_adam": true and "fused": true; or install the CUDA toolkit and set CUDA_HOME',
         )

@@ -34,9 +34,9 @@ def check_samples(table: Table, keys: Sequence[str]) -> None:
     """Check the given sample keys, as far as possible before reading the samples."""
     if len(keys) > SAMPLES:
         raise ConfigError(
-            f"{len(keys)} samples are too many for a picture",
+            f"--picture-samples must be at most {SAMPLES}, got {len(keys)}",
             where="--picture-samples",
-            fix=f"name {SAMPLES} or fewer",
+            fix=f"name at most {SAMPLES} samples",
         )
     check_known(table, keys, "--picture-samples")
 
@@ -50,9 +50,10 @@ def choose(table: Table, keys: Sequence[str] | None) -> list[int]:
     for key in keys:
         if key not in number_of:
             raise DataError(
-                f"the sample '{key}' cannot be shown: it was left out of the data",
+                f"the sample '{key}' cannot be drawn: it is not part of the evaluated data",
                 where="--picture-samples",
                 why="; ".join(table.left_out),
+                fix="name other samples",
             )
     return [number_of[key] for key in dict.fromkeys(keys)]
 

@@ -74,7 +74,7 @@ def dense_pca(images: Sequence[Image.Image], names: Sequence[str], tokens_NLD: N
     return Picture(
         "dense_pca",
         f"Dense features: their first three principal components as red, green and blue ({share:.0%} of the variance)",
-        f"{len(images)} images, each above its patches in the colours of the first three principal components of their"
+        f"{len(images)} images, each above its patches in the colors of the first three principal components of their"
         f" features; one basis for all of them. Images: {'; '.join(names)}.",
         grid(rows),
     )
@@ -96,7 +96,7 @@ def dense_pca_side_by_side(
         "dense_pca",
         "Dense features: their first three principal components as red, green and blue, one basis for each model"
         f" (share of the variance: {shares})",
-        f"{len(images)} images. By row: image, {', '.join(shown)}: its patches in the colours of the first three"
+        f"{len(images)} images. By row: image, {', '.join(shown)}: its patches in the colors of the first three"
         f" principal components of their features; one basis for all images of a model. Images: {'; '.join(names)}.",
         grid(rows, ["image", *shown], names),
     )

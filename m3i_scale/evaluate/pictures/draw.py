@@ -22,12 +22,12 @@ from m3i_scale.files import replacing, write_json
 from m3i_scale.host.output_dir import PICTURE_LIST
 from m3i_scale.run.callbacks import Picture
 
-Colour = tuple[int, int, int]
+Color = tuple[int, int, int]
 """Red, green, blue from 0 to 255."""
-RIGHT: Colour = (22, 150, 84)
-INK: Colour = (40, 44, 52)
-_PAPER: Colour = (255, 255, 255)
-_SOFT: Colour = (236, 239, 243)
+RIGHT: Color = (22, 150, 84)
+INK: Color = (40, 44, 52)
+_PAPER: Color = (255, 255, 255)
+_SOFT: Color = (236, 239, 243)
 _HEAT = np.array([(6, 3, 24), (87, 16, 110), (188, 55, 84), (249, 142, 9), (252, 255, 164)], dtype=np.float64)
 """Equally spaced colors of the color map `inferno`, with brightness increasing with the value."""
 _WIDEST = 1_280
@@ -69,7 +69,7 @@ class Cell:
     image: Image.Image
     caption: str = ""
     """Below the image, in at most two lines."""
-    frame: Colour | None = None
+    frame: Color | None = None
 
 
 def image_of(pixels_CHW: NDArray[np.uint8]) -> Image.Image:
@@ -114,11 +114,11 @@ def heat_over(image: Image.Image, values_HW: NDArray[np.float64], low: float, hi
     shade_HW = np.asarray(small.resize(image.size, Image.Resampling.BILINEAR))
     places = np.linspace(0, 255, len(_HEAT))
     colours_HWC = np.stack([np.interp(shade_HW, places, channel) for channel in _HEAT.T], axis=-1)
-    colours = Image.fromarray(colours_HWC.round().astype(np.uint8))
-    return Image.blend(image.convert("L").convert("RGB"), colours, 0.7)
+    colors = Image.fromarray(colours_HWC.round().astype(np.uint8))
+    return Image.blend(image.convert("L").convert("RGB"), colors, 0.7)
 
 
-def framed(image: Image.Image, box: tuple[float, float, float, float], colour: Colour = (255, 255, 255)) -> Image.Image:
+def framed(image: Image.Image, box: tuple[float, float, float, float], color: Color = (255, 255, 255)) -> Image.Image:
     """Return a copy with a framed region: left, top, right and bottom, as fractions of width and height. The frame has
     a black outline, so it is visible on any background."""
     copy, width = image.copy(), max(round(image.width / 96), 1)
@@ -126,7 +126,7 @@ def framed(image: Image.Image, box: tuple[float, float, float, float], colour: C
         round(share * side) for share, side in zip(box, (image.width, image.height) * 2, strict=True)
     )
     draw = ImageDraw.Draw(copy)
-    for grown, ink in ((2 * width, (0, 0, 0)), (width, colour)):
+    for grown, ink in ((2 * width, (0, 0, 0)), (width, color)):
         outer = (left - grown, top - grown, max(right - 1, left) + grown, max(bottom - 1, top) + grown)
         draw.rectangle(outer, outline=ink, width=width)
     return copy
@@ -155,12 +155,20 @@ def make_folder(folder: Path) -> None:
     except OSError as error:
         raise write_error(folder, error) from None
     if taken:
-        raise ConfigError("the folder is not empty", where=f"--pictures {folder}", fix="name a new one")
+        raise ConfigError(
+            "the folder of pictures must be empty",
+            where=f"--pictures {folder}",
+            fix="use a new folder, or remove this one",
+        )
 
 
 def write_error(folder: Path, error: OSError) -> ConfigError:
     """Return the error for pictures that cannot be written."""
-    return ConfigError(f"pictures cannot be written: {error.strerror or error}", where=f"--pictures {folder}")
+    return ConfigError(
+        f"cannot write the pictures: {error.strerror or error}",
+        where=f"--pictures {folder}",
+        fix="free space and make the folder writable, or use another --pictures",
+    )
 
 
 def file_stem(key: str) -> str:

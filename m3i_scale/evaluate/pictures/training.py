@@ -21,7 +21,7 @@ from m3i_scale.evaluate.pictures.dense import (
     similarity,
     similarity_to_mean,
 )
-from m3i_scale.evaluate.pictures.draw import Cell, Colour, framed, grid, image_of
+from m3i_scale.evaluate.pictures.draw import Cell, Color, framed, grid, image_of
 from m3i_scale.evaluate.pictures.model_outputs import encode_attending, reconstruct
 from m3i_scale.objective.information import Objective
 from m3i_scale.objective.inputs import EncodedInput
@@ -30,10 +30,10 @@ from m3i_scale.run.callbacks import Picture
 from m3i_scale.run.setup import ResolvedRun
 
 Floats = NDArray[np.float64]
-_COLOURS: tuple[Colour, ...] = ((214, 96, 42), (40, 116, 190), (70, 150, 70), (150, 80, 170))
-"""Colours of the views, and of the images of a mix by position."""
-_HIDDEN: Colour = (128, 128, 128)
-_BEYOND: Colour = (214, 216, 220)
+_COLOURS: tuple[Color, ...] = ((214, 96, 42), (40, 116, 190), (70, 150, 70), (150, 80, 170))
+"""Colors of the views, and of the images of a mix by position."""
+_HIDDEN: Color = (128, 128, 128)
+_BEYOND: Color = (214, 216, 220)
 """Parts of an image outside all views."""
 _CANVAS = 288
 """Size of the longer side of a source image in the picture, in pixels."""
@@ -183,7 +183,7 @@ def mix_of(
     return mixed
 
 
-def _colour_of(number: int) -> Colour:
+def _colour_of(number: int) -> Color:
     return _COLOURS[number % len(_COLOURS)]
 
 

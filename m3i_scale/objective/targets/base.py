@@ -355,7 +355,7 @@ class ImageTarget(Target):
         yield from super()._errors(parts)
         if self.encoder == "teacher" and self.teacher not in parts.teachers:
             example = f"recipe.teachers.{self.teacher}.from_pretrained=/data/models/dinov2-base"
-            fix = did_you_mean(self.teacher, parts.teachers) if parts.teachers else f"give it one, e.g. {example}"
+            fix = did_you_mean(self.teacher, parts.teachers) if parts.teachers else f"set one, e.g. {example}"
             yield f"no teacher '{self.teacher}'; {fix}"
         decoder = parts.decoders[self.decoder]
         if self.compares_tokens and not isinstance(decoder, PointwiseSpec):

@@ -121,7 +121,7 @@ class FeatureNorm(RunningStatistics):
 
     def forward(self, x_BD: Tensor) -> Tensor:
         """Return features of mean 0 and variance 1."""
-        centred_BD, var_D = self.centred(x_BD)
+        centred_BD, var_D = self.centered(x_BD)
         return (centred_BD * (var_D + self.eps).rsqrt()).to(x_BD.dtype)
 
 

@@ -186,7 +186,12 @@ def evaluate_detector(
     images = find_objects(detector, table, categories, options.exclude_groups, options.progress, drawing)
     check_groups(options.exclude_groups, [table])
     if not images:
-        raise DataError("no usable sample in the test data", where=options.data, why=str(dict(table.left_out)))
+        raise DataError(
+            "no usable sample in the test data",
+            where=options.data,
+            why=str(dict(table.left_out)),
+            fix="run `m3i-scale shards check` on the data",
+        )
     clusters = clusters_of(table)
     figures = detector_metrics(images, categories, clusters)
     if drawing is not None:
@@ -213,7 +218,7 @@ def check_categories(detector: Detector, shards: str) -> Categories:
             if found is None
             else f"the categories of the shards are not the detector's {len(detector.classes)}, in their order",
             where=shards,
-            fix="shards of the set that it was trained on (`shards make coco`), or of one with the same categories",
+            fix="use shards (`shards make coco`) with the categories of its training data",
         )
     return found
 

@@ -161,6 +161,6 @@ def _mlp_width(config: VisionConfig, model: str) -> int:
 
 def _no_class(why: str) -> ExportError:
     return ExportError(
-        f"no stock class for segmentation computes what was trained: {why}",
-        fix="--task features: heads/ holds the head",
+        f"no Transformers class computes this segmenter: {why}",
+        fix="use --task features; heads/ then has the segmentation head",
     )

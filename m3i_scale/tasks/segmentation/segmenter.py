@@ -132,7 +132,11 @@ def load_segmenter(folder: Path, device: torch.device, batch_size: int) -> Segme
         size = dict.fromkeys(("height", "width"), size.get("shortest_edge"))
     side = size.get("height")
     if not isinstance(side, int) or side < 1 or side != size.get("width"):
-        raise ExportError(f"the image processor has no square input size: {size}", where=str(folder))
+        raise ExportError(
+            f"the image processor must have a square input size, got {size}",
+            where=str(folder),
+            fix="export the checkpoint again",
+        )
     names: dict[int, str] = model.config.id2label
     classes = [str(names[number]) for number in sorted(names)]
     model = model.to(device).eval()
@@ -182,7 +186,12 @@ def evaluate_segmenter(
     counts_M3K, masked = count_overlaps(segmenter, table, options.exclude_groups, options.progress, overlays)
     check_groups(options.exclude_groups, [table])
     if not len(masked):
-        raise DataError("no pixel of the test data has a class", where=options.data, why=str(dict(table.bad_masks)))
+        raise DataError(
+            "no pixel of the test data has a class",
+            where=options.data,
+            why=str(dict(table.bad_masks)),
+            fix="run `m3i-scale shards check` on the data",
+        )
     clusters = clusters_of(table).take(masked)
     warnings = [clusters.warning] if clusters.warning else []
     warnings += [f"{count} masks of the test data cannot be used: {why}" for why, count in table.bad_masks.items()]
@@ -206,13 +215,15 @@ def check_classes(segmenter: Segmenter, shards: str) -> None:
             if names is None
             else f"the classes of the masks are not the segmenter's {len(segmenter.classes)}, in their order",
             where=shards,
-            fix=f"{MASK_LABELS} beside the shards: the names in config.json of the model, in the order of the masks",
+            fix=f"put {MASK_LABELS} next to the shards: the names in config.json of the model, in the order of the "
+            "mask values",
         )
     if len(names) > NO_CLASS:
         raise DataError(
-            f"{len(names)} classes are more than masks can tell apart",
+            f"masks must have at most {NO_CLASS} classes, got {len(names)}",
             where=shards,
-            why=f"a pixel of a mask has one byte, in which {NO_CLASS} is no class",
+            why=f"a pixel of a mask has one byte, and {NO_CLASS} means no class",
+            fix="merge classes, and make the shards again",
         )
 
 
