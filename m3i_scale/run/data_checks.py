@@ -290,8 +290,8 @@ def no_captions(datasets: dict[str, DatasetConfig], why: str) -> ConfigError:
         "the recipe has a text target, and no dataset has captions",
         where=", ".join(f"data.datasets.{name}.path: {redact_text(source.path)}" for name, source in datasets.items()),
         why=why,
-        fix="write captions to NAME.txt next to NAME.jpg (and make existing shards again), or use a recipe without text: "
-        "m3i_no_text with class labels, sim or mae with images only",
+        fix="write captions to NAME.txt next to NAME.jpg (and make existing shards again), or use a recipe without "
+        "text: m3i_no_text with class labels, sim or mae with images only",
     )
 
 
