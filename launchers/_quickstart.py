@@ -35,8 +35,8 @@ EMOJI = "examples/emoji.py"
 CONSOLE = Console(width=None if sys.stdout.isatty() else 140)
 COMMAND = [sys.executable, "-m", "m3i_scale"]
 TRAINING_CODE = tuple(f"m3i_scale/{name}" for name in ("config", "data", "backbones", "objective", "scale", "run"))
-EXPORT_CODE = ("m3i_scale/export", "launchers/_quickstart.py")
-EVALUATION_CODE = ("m3i_scale/evaluate", "launchers/_quickstart.py")
+EXPORT_CODE = ("m3i_scale/exports", "launchers/_quickstart.py")
+EVALUATION_CODE = ("m3i_scale/evaluation", "launchers/_quickstart.py")
 REPORT_CODE = ("m3i_scale/report", "launchers/_quickstart.py")
 LIBRARIES = ("torch", "deepspeed", "transformers", "scikit-learn")
 

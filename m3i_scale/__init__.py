@@ -3,9 +3,7 @@
 `__all__` is the public Python interface (docs/python.md). Each name is imported on first access.
 """
 
-import sys
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -89,13 +87,3 @@ if not TYPE_CHECKING:  # otherwise a type checker would treat every name as publ
         if name not in __all__:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         return getattr(import_module(f"{__name__}.{_ELSEWHERE.get(name, 'api')}"), name)
-
-    class _Package(ModuleType):
-        """Package whose public functions `export` and `evaluate` are not replaced by the subpackages of these names, as
-        an import of a subpackage does."""
-
-        def __setattr__(self, name: str, value: Any) -> None:
-            if name not in __all__ or not isinstance(value, ModuleType):
-                super().__setattr__(name, value)
-
-    sys.modules[__name__].__class__ = _Package

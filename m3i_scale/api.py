@@ -13,7 +13,7 @@ from m3i_scale.backbones.sources import pretrained_folder
 from m3i_scale.config import RunConfig
 from m3i_scale.data.loader import TrainStream
 from m3i_scale.errors import ConfigError, DataError, did_you_mean
-from m3i_scale.evaluate.features import Pool, VisionModel, load_vision
+from m3i_scale.evaluation.features import Pool, VisionModel, load_vision
 from m3i_scale.objective import build
 from m3i_scale.objective.build import start_weights, update_ema_teacher
 from m3i_scale.objective.information import Objective

@@ -17,9 +17,9 @@ from m3i_scale import __version__
 from m3i_scale.checkpoint_tools.commands import checkpoint_app
 from m3i_scale.elastic.doctor.doctor_command import doctor
 from m3i_scale.errors import EXIT_FAILED, EXIT_USER_ERROR, ConfigError, ErrorCollector, UserError
-from m3i_scale.evaluate.command_line import compare, evaluate
-from m3i_scale.evaluate.embed_command import embed
-from m3i_scale.export.export_command import export
+from m3i_scale.evaluation.command_line import compare, evaluate
+from m3i_scale.evaluation.embed_command import embed
+from m3i_scale.exports.export_command import export
 from m3i_scale.launch_command import launch
 from m3i_scale.options import AsJson, Overrides, RunFile
 from m3i_scale.output import (

@@ -15,10 +15,10 @@ from m3i_scale.text import printable
 if TYPE_CHECKING:  # imported inside the functions, to keep the import of a name fast
     from numpy.typing import NDArray
 
-    from m3i_scale.evaluate.embed import Dtype as EmbedDtype
-    from m3i_scale.evaluate.features import Pool
-    from m3i_scale.export.export import Dtype, Weights
-    from m3i_scale.export.write import Format, Task
+    from m3i_scale.evaluation.embed import Dtype as EmbedDtype
+    from m3i_scale.evaluation.features import Pool
+    from m3i_scale.exports.export import Dtype, Weights
+    from m3i_scale.exports.write import Format, Task
 
 
 def export(
@@ -56,8 +56,8 @@ def export(
         UserError: there is no valid checkpoint, or it does not contain what is requested.
     """
     leave_out_accelerator_warning()
-    from m3i_scale.export.export import export as export_checkpoint
-    from m3i_scale.export.write import ExportContents
+    from m3i_scale.exports.export import export as export_checkpoint
+    from m3i_scale.exports.write import ExportContents
 
     folder = local_path(output, "output")
     contents = ExportContents(task, format, label_set)
@@ -99,7 +99,7 @@ def evaluate(
         UserError: the model or the shards cannot be read, or nothing can be measured.
     """
     leave_out_accelerator_warning()
-    from m3i_scale.evaluate.commands import evaluate as evaluate_model
+    from m3i_scale.evaluation.commands import evaluate as evaluate_model
 
     return evaluate_model(
         model,
@@ -173,7 +173,7 @@ def embed(
         UserError: the model or the data cannot be read, or the file cannot be written.
     """
     leave_out_accelerator_warning()
-    from m3i_scale.evaluate.embed import embed as extract
+    from m3i_scale.evaluation.embed import embed as extract
 
     path = None if output is None else local_path(output, "output")
     result = extract(

@@ -98,7 +98,7 @@ def train_run(run: str, overrides: list[str], gpus: int | None = None) -> int:
     config, _ = load_run_and_recipe(run, overrides)
     if processes > 1:
         return train_in_processes(config, run, overrides, processes)
-    from m3i_scale.evaluate.pictures.hook import make_pictures
+    from m3i_scale.evaluation.pictures.hook import make_pictures
     from m3i_scale.run.run_warnings import command_warnings
     from m3i_scale.run.train import start
 

@@ -57,8 +57,8 @@ def preload() -> None:
     """Import all that commands need, once for all forks."""
     import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  it imports torch's compiler
 
-    import m3i_scale.evaluate.measures
-    import m3i_scale.export.verify
+    import m3i_scale.evaluation.measures
+    import m3i_scale.exports.verify
     import m3i_scale.run.train  # noqa: F401
 
     gc.collect()

@@ -8,12 +8,12 @@ import typer
 
 from m3i_scale.checkpoint_tools.consolidate import Dtype, Which
 from m3i_scale.cli import app
-from m3i_scale.evaluate.commands import Baseline
-from m3i_scale.evaluate.embed import Dtype as EmbedDtype
-from m3i_scale.evaluate.features import Pool
-from m3i_scale.evaluate.job import MEASURES
-from m3i_scale.evaluate.trained_model import MODELS
-from m3i_scale.export.write import FORMATS, TASKS
+from m3i_scale.evaluation.commands import Baseline
+from m3i_scale.evaluation.embed import Dtype as EmbedDtype
+from m3i_scale.evaluation.features import Pool
+from m3i_scale.evaluation.job import MEASURES
+from m3i_scale.evaluation.trained_model import MODELS
+from m3i_scale.exports.write import FORMATS, TASKS
 from m3i_scale.launch_command import LAUNCHERS
 from m3i_scale.plan.timing import PRESETS
 from m3i_scale.shards.image_folders import Captions, FolderLayout

@@ -20,7 +20,7 @@ from m3i_scale.config import (
 from m3i_scale.config.explain import HINTS
 from m3i_scale.config.files import values_beyond_built_in
 from m3i_scale.errors import AggregateError, ConfigError, did_you_mean
-from m3i_scale.export.source import describe_data
+from m3i_scale.exports.source import describe_data
 from m3i_scale.objective.recipe import load_run_and_recipe, parse_recipe
 from m3i_scale.upgrade import upgrade_config
 

@@ -19,11 +19,11 @@ from m3i_scale.checkpoint.layout import MANIFEST
 from m3i_scale.config import BackboneConfig, OptimConfig, RunConfig, load_run
 from m3i_scale.data.mixing import check_shares
 from m3i_scale.errors import ConfigError, ExportError
-from m3i_scale.export.export import export
-from m3i_scale.export.push import PROVENANCE
-from m3i_scale.export.source import Source, find_source
-from m3i_scale.export.write import ExportContents, plan_parts
-from m3i_scale.export.write import Task as ExportTask
+from m3i_scale.exports.export import export
+from m3i_scale.exports.push import PROVENANCE
+from m3i_scale.exports.source import Source, find_source
+from m3i_scale.exports.write import ExportContents, plan_parts
+from m3i_scale.exports.write import Task as ExportTask
 from m3i_scale.files import atomic_dir, read_json, sha256_of, sha256_of_json
 from m3i_scale.host.output_dir import check_output_dir, is_run_folder, lock_directory
 from m3i_scale.objective.build import initialize_module

@@ -120,7 +120,7 @@ class FineTuneOptions:
 
     def _measured(self, prepared: FineTuning) -> dict[str, Any]:
         """Train unless training is finished, then evaluate."""
-        from m3i_scale.evaluate.pictures.hook import make_pictures
+        from m3i_scale.evaluation.pictures.hook import make_pictures
         from m3i_scale.run.preflight import check_before_joining
         from m3i_scale.run.train import print_rank0
         from m3i_scale.run.train import start as train_run

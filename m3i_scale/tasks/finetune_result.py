@@ -13,13 +13,13 @@ from m3i_scale.config import OptimConfig, RunConfig
 from m3i_scale.engine.deepspeed.resolve import load_ds_config
 from m3i_scale.engine.device import compute_dtype
 from m3i_scale.engine.peak import device_name, named_peak
-from m3i_scale.evaluate.commands import evaluate
-from m3i_scale.export.card import render_card
-from m3i_scale.export.export import Weights, export
-from m3i_scale.export.push import PROVENANCE
-from m3i_scale.export.source import find_source
-from m3i_scale.export.write import ExportContents
-from m3i_scale.export.write import Task as ExportTask
+from m3i_scale.evaluation.commands import evaluate
+from m3i_scale.exports.card import render_card
+from m3i_scale.exports.export import Weights, export
+from m3i_scale.exports.push import PROVENANCE
+from m3i_scale.exports.source import find_source
+from m3i_scale.exports.write import ExportContents
+from m3i_scale.exports.write import Task as ExportTask
 from m3i_scale.files import read_json, sha256_of, write_json
 from m3i_scale.options import reading_bar
 from m3i_scale.plan.planning import machine_of

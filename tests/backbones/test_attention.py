@@ -7,7 +7,7 @@ import torch
 from tiny import DINOV2, MAPS, random_batch, tiny_objective
 
 from m3i_scale.backbones.base import attend, split_heads
-from m3i_scale.evaluate.pictures.model_outputs import encode_attending
+from m3i_scale.evaluation.pictures.model_outputs import encode_attending
 
 
 @pytest.mark.parametrize("masked", [False, True])

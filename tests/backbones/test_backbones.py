@@ -25,7 +25,7 @@ from m3i_scale.backbones.families import PRESETS
 from m3i_scale.backbones.sources import pretrained_folder
 from m3i_scale.config import BackboneConfig
 from m3i_scale.errors import ConfigError
-from m3i_scale.evaluate.features import last_norm
+from m3i_scale.evaluation.features import last_norm
 
 SMALL = {
     "hidden_size": 64,

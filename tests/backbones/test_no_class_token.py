@@ -26,8 +26,8 @@ from m3i_scale.backbones.families import family_of
 from m3i_scale.backbones.tokens import TokenBackbone
 from m3i_scale.config import BackboneConfig
 from m3i_scale.errors import ConfigError
-from m3i_scale.evaluate.pictures.model_outputs import encode_attending
-from m3i_scale.export.source import portable_section
+from m3i_scale.evaluation.pictures.model_outputs import encode_attending
+from m3i_scale.exports.source import portable_section
 from m3i_scale.tasks.segmentation.mask_queries import encode_beside
 
 IMAGES = {

@@ -13,7 +13,7 @@ from m3i_scale.backbones.base import MaskedPatches, MaskToken
 from m3i_scale.backbones.build import backbone_config, build_backbone
 from m3i_scale.backbones.tokens import TokenBackbone
 from m3i_scale.config import BackboneConfig
-from m3i_scale.evaluate.pictures.model_outputs import encode_attending
+from m3i_scale.evaluation.pictures.model_outputs import encode_attending
 from m3i_scale.objective.inputs import PixelNorm
 from m3i_scale.objective.teacher import FrozenTeacher
 from m3i_scale.tasks.segmentation.mask_queries import encode_beside

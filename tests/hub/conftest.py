@@ -14,7 +14,7 @@ from saved_tensors import write_as_ranks
 from m3i_scale.checkpoint.commit import begin, commit
 from m3i_scale.checkpoint.stream import Range, buffers_of
 from m3i_scale.config import RunConfig, parse_section, read_yaml, resource_folder
-from m3i_scale.export import fresh, verify
+from m3i_scale.exports import fresh, verify
 from m3i_scale.objective.build import build_objective, ema_pairs, initialize_module
 from m3i_scale.run.setup import run_yaml
 from m3i_scale.shards.make import make_shards
@@ -219,7 +219,7 @@ def run_dir(make_run, tmp_path_factory):
 @pytest.fixture(scope="session")
 def exported(run_dir, tmp_path_factory):
     """An export of the trained weights, and what `export` returned."""
-    from m3i_scale.export.export import export
+    from m3i_scale.exports.export import export
 
     target = tmp_path_factory.mktemp("exports") / "tiny"
     return target, export(run_dir[0], target)

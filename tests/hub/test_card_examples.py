@@ -8,8 +8,8 @@ from scenes_of_shapes import NAMES, shards_of, write_set
 from test_detector_measured import VIT, run_of
 from test_export_backbones import BACKBONES
 
-from m3i_scale.export.export import export
-from m3i_scale.export.write import TASKS, ExportContents
+from m3i_scale.exports.export import export
+from m3i_scale.exports.write import TASKS, ExportContents
 
 CASES = {
     "features": (None, ExportContents(), "feature"),

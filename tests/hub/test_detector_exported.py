@@ -15,10 +15,10 @@ from test_detector_measured import BARE, DINOV2, INTERNIMAGE, SHAPE, SIDE, VIT, 
 from transformers import AutoImageProcessor, AutoModelForObjectDetection
 
 from m3i_scale.errors import ConfigError, ExportError
-from m3i_scale.evaluate.commands import evaluate
-from m3i_scale.export import verify as verify_module
-from m3i_scale.export.export import export
-from m3i_scale.export.write import ExportContents
+from m3i_scale.evaluation.commands import evaluate
+from m3i_scale.exports import verify as verify_module
+from m3i_scale.exports.export import export
+from m3i_scale.exports.write import ExportContents
 from m3i_scale.tasks.detection.export_detector import SOURCE_FILES
 from m3i_scale.tasks.detection.object_detector import detect
 

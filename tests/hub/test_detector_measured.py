@@ -24,11 +24,11 @@ from m3i_scale.data.batch import Sample as Shown
 from m3i_scale.data.shards import CATEGORIES
 from m3i_scale.data.views import ViewMaker
 from m3i_scale.errors import ConfigError, DataError, ExportError
-from m3i_scale.evaluate.commands import evaluate
-from m3i_scale.evaluate.report import render
-from m3i_scale.evaluate.towers import load_objective
-from m3i_scale.export.export import export
-from m3i_scale.export.write import ExportContents
+from m3i_scale.evaluation.commands import evaluate
+from m3i_scale.evaluation.report import render
+from m3i_scale.evaluation.towers import load_objective
+from m3i_scale.exports.export import export
+from m3i_scale.exports.write import ExportContents
 from m3i_scale.tasks.detection.detection_overlays import SUMMARY
 from m3i_scale.tasks.detection.detector import head_of_features
 from m3i_scale.tasks.detection.modeling_mask_rcnn import paste_masks

@@ -18,11 +18,11 @@ from typer.testing import CliRunner
 from m3i_scale.cli import app
 from m3i_scale.config import known_recipes, read_yaml, resource_folder
 from m3i_scale.errors import CheckpointError, ConfigError, ExportError, UserError
-from m3i_scale.export import export as export_module
-from m3i_scale.export import source as source_module
-from m3i_scale.export.card import cell, compute_of, curve_of, evaluation_rows, render_card
-from m3i_scale.export.export import export
-from m3i_scale.export.source import find_source, hash_folder
+from m3i_scale.exports import export as export_module
+from m3i_scale.exports import source as source_module
+from m3i_scale.exports.card import cell, compute_of, curve_of, evaluation_rows, render_card
+from m3i_scale.exports.export import export
+from m3i_scale.exports.source import find_source, hash_folder
 from m3i_scale.objective.recipe import parse_recipe
 from m3i_scale.output import leave_out_accelerator_warning
 

@@ -15,8 +15,8 @@ from m3i_scale.backbones.internimage import SOURCE_FILES
 from m3i_scale.backbones.load_plan import plan_load
 from m3i_scale.config import BackboneConfig
 from m3i_scale.errors import ExportError
-from m3i_scale.evaluate.commands import evaluate
-from m3i_scale.export.export import export
+from m3i_scale.evaluation.commands import evaluate
+from m3i_scale.exports.export import export
 
 pytestmark = pytest.mark.slow
 

@@ -10,11 +10,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from m3i_scale.errors import ExportError
-from m3i_scale.evaluate import towers
-from m3i_scale.evaluate.commands import evaluate
-from m3i_scale.evaluate.compare import compare
-from m3i_scale.evaluate.samples import open_table, read_samples
-from m3i_scale.evaluate.towers import load_objective, towers_of
+from m3i_scale.evaluation import towers
+from m3i_scale.evaluation.commands import evaluate
+from m3i_scale.evaluation.compare import compare
+from m3i_scale.evaluation.samples import open_table, read_samples
+from m3i_scale.evaluation.towers import load_objective, towers_of
 
 
 def test_towers_are_the_trained_ones(exported, run_dir):

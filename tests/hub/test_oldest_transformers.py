@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from test_export_backbones import BACKBONES
 
-from m3i_scale.export import fresh, verify
-from m3i_scale.export.card import OLDEST_TRANSFORMERS
-from m3i_scale.export.export import export
-from m3i_scale.export.write import FORMATS, TASKS, ExportContents
+from m3i_scale.exports import fresh, verify
+from m3i_scale.exports.card import OLDEST_TRANSFORMERS
+from m3i_scale.exports.export import export
+from m3i_scale.exports.write import FORMATS, TASKS, ExportContents
 
 pytestmark = pytest.mark.slow
 

@@ -13,15 +13,15 @@ from typer.testing import CliRunner
 
 from m3i_scale.cli import app
 from m3i_scale.errors import ExportError
-from m3i_scale.export import push as pushing
-from m3i_scale.export.export import export_and_push
-from m3i_scale.export.push import listed_files, push
+from m3i_scale.exports import push as pushing
+from m3i_scale.exports.export import export_and_push
+from m3i_scale.exports.push import listed_files, push
 
 TOKEN = "hf_abcdefghijklmnopqrstuvwxyz"
 COMMAND = """
 import sys
 from pathlib import Path
-from m3i_scale.export.push import push
+from m3i_scale.exports.push import push
 print(push(Path(sys.argv[1]), "user/model"))
 """
 

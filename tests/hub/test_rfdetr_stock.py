@@ -12,10 +12,10 @@ from transformers import AutoConfig, AutoImageProcessor
 from m3i_scale.config import RunConfig
 from m3i_scale.engine.partition import initialize_sharded
 from m3i_scale.errors import ConfigError, ExportError
-from m3i_scale.export.reference import real_pictures
-from m3i_scale.export.source import Source
-from m3i_scale.export.tensors import check_complete, value_of
-from m3i_scale.export.write import write_processor
+from m3i_scale.exports.reference import real_pictures
+from m3i_scale.exports.source import Source
+from m3i_scale.exports.tensors import check_complete, value_of
+from m3i_scale.exports.write import write_processor
 from m3i_scale.objective.build import build_objective, initialize_module
 from m3i_scale.objective.recipe import parse_recipe
 from m3i_scale.tasks.detection.detector import Detector
@@ -99,7 +99,7 @@ def test_layers_that_the_backbone_does_not_have_are_told_of():
 
 
 def test_what_an_export_of_features_says_holds_how_images_are_shown():
-    from m3i_scale.export.write import portable_run
+    from m3i_scale.exports.write import portable_run
 
     told = json.loads(json.dumps(portable_run(source_of("vit").run)))
     assert told["data"]["augment"]["stretch"] is True

@@ -10,10 +10,10 @@ import pytest
 from safetensors import SafetensorError
 
 from m3i_scale.errors import ExportError
-from m3i_scale.export import export as export_module
-from m3i_scale.export import source
-from m3i_scale.export import tensors as tensors_module
-from m3i_scale.export.export import export
+from m3i_scale.exports import export as export_module
+from m3i_scale.exports import source
+from m3i_scale.exports import tensors as tensors_module
+from m3i_scale.exports.export import export
 from m3i_scale.run.callbacks import RunInfo, StepRecord
 from m3i_scale.run.callbacks.loggers import MetricsWriter
 from m3i_scale.text import redact

@@ -21,13 +21,13 @@ from transformers import (
 from weights import started
 
 from m3i_scale.errors import ExportError
-from m3i_scale.evaluate.commands import evaluate
-from m3i_scale.evaluate.features import load_vision
-from m3i_scale.evaluate.samples import open_table, read_samples
-from m3i_scale.export import export as export_module
-from m3i_scale.export.export import export
-from m3i_scale.export.reference import real_pictures
-from m3i_scale.export.write import ExportContents, plan_parts
+from m3i_scale.evaluation.commands import evaluate
+from m3i_scale.evaluation.features import load_vision
+from m3i_scale.evaluation.samples import open_table, read_samples
+from m3i_scale.exports import export as export_module
+from m3i_scale.exports.export import export
+from m3i_scale.exports.reference import real_pictures
+from m3i_scale.exports.write import ExportContents, plan_parts
 
 RUNS = {"vit": None, **BACKBONES}
 POOLED = ("vit", "dinov2")
@@ -234,7 +234,7 @@ def test_shards_and_their_index(runs, tmp_path, same_process, kind):
 
 def test_weights_are_read_one_at_a_time(runs, tmp_path, monkeypatch, same_process):
     """A mapping that hands out one tensor at a time is enough, and the folder needs each of them once."""
-    from m3i_scale.export import source as source_module
+    from m3i_scale.exports import source as source_module
 
     load, reads = source_module.saved_weights, []
 
@@ -265,7 +265,7 @@ def test_weights_are_read_one_at_a_time(runs, tmp_path, monkeypatch, same_proces
     ],
 )
 def test_a_tensor_that_no_training_leaves(runs, tmp_path, monkeypatch, change, message):
-    from m3i_scale.export import source as source_module
+    from m3i_scale.exports import source as source_module
 
     load = source_module.saved_weights
     name, other = (f"student.model.layers.{layer}.mlp.fc1.weight" for layer in (0, 1))

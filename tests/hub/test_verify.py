@@ -9,10 +9,10 @@ from safetensors.torch import load_file, save_file
 
 from m3i_scale.checkpoint_tools.consolidate import saved_weights
 from m3i_scale.errors import ExportError
-from m3i_scale.export.reference import make_reference
-from m3i_scale.export.source import find_source, source_tokenizer
-from m3i_scale.export.verify import verify
-from m3i_scale.export.write import ExportContents, plan_parts, write_folder
+from m3i_scale.exports.reference import make_reference
+from m3i_scale.exports.source import find_source, source_tokenizer
+from m3i_scale.exports.verify import verify
+from m3i_scale.exports.write import ExportContents, plan_parts, write_folder
 
 pytestmark = pytest.mark.slow
 

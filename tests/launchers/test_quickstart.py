@@ -91,7 +91,7 @@ def test_a_stage_is_done_once_per_inputs(tmp_path, monkeypatch):
 
     def go(inputs, *, present=True):
         stages = Stages(tmp_path / "stamps")
-        key = stages.key(inputs, ("m3i_scale/export",))
+        key = stages.key(inputs, ("m3i_scale/exports",))
         stages.run("one", "x", tmp_path, lambda: calls.append(inputs) or ["figure"], key, present=present)
         return stages.rows[0]
 
@@ -110,18 +110,18 @@ def test_a_stage_depends_on_the_one_before_and_on_its_code(tmp_path, monkeypatch
     room.mkdir(parents=True)
     (room / "a.py").write_text("1")
     stages = Stages(tmp_path / "stamps")
-    key = stages.key({}, ("m3i_scale/export",))
+    key = stages.key({}, ("m3i_scale/exports",))
     stages.before = "other"
-    assert stages.key({}, ("m3i_scale/export",)) != key
+    assert stages.key({}, ("m3i_scale/exports",)) != key
     stages.before = ""
-    assert stages.key({}, ("m3i_scale/export",)) == key
+    assert stages.key({}, ("m3i_scale/exports",)) == key
     (room / "a.py").write_text("2")
-    assert stages.key({}, ("m3i_scale/export",)) != key
-    whole, one = stages.key({}, ("m3i_scale/export",)), stages.key({}, ("m3i_scale/export/a.py",))
+    assert stages.key({}, ("m3i_scale/exports",)) != key
+    whole, one = stages.key({}, ("m3i_scale/exports",)), stages.key({}, ("m3i_scale/exports/a.py",))
     assert whole == one
     (room / "b.py").write_text("3")
-    assert stages.key({}, ("m3i_scale/export",)) != whole
-    assert stages.key({}, ("m3i_scale/export/a.py",)) == one
+    assert stages.key({}, ("m3i_scale/exports",)) != whole
+    assert stages.key({}, ("m3i_scale/exports/a.py",)) == one
 
 
 def test_a_failed_stage_leaves_no_stamp(tmp_path):

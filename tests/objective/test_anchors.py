@@ -20,7 +20,7 @@ from weights import timm_model
 from m3i_scale.backbones.internimage import InternImageModel
 from m3i_scale.config import RunConfig
 from m3i_scale.errors import ConfigError
-from m3i_scale.export.write import inference_names, portable_run
+from m3i_scale.exports.write import inference_names, portable_run
 from m3i_scale.objective.build import build_objective, start_weights
 from m3i_scale.objective.decoders import Pointwise
 from m3i_scale.objective.information import Objective

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from tiny import random_batch, tiny_objective
 
-from m3i_scale.evaluate.pictures.model_outputs import reconstruct, unpatchify
+from m3i_scale.evaluation.pictures.model_outputs import reconstruct, unpatchify
 from m3i_scale.objective.encoders import Projector
 from m3i_scale.objective.targets.category import CategoryHead
 from m3i_scale.objective.targets.dense import DenseHead, patchify

@@ -14,7 +14,7 @@ from browser import MOST_MS, SIZES, Opened, chromium, opened
 from playwright.sync_api import Browser, Locator
 from run_folder import PICTURES, write_run
 
-from m3i_scale.evaluate.command_line import write_comparison
+from m3i_scale.evaluation.command_line import write_comparison
 
 BAD_PAGE = """<!doctype html><html lang="en"><meta name="viewport" content="width=device-width"><title>Bad</title>
 <body data-drawn="true" style="background: white">

@@ -142,8 +142,8 @@ def test_recipes_are_listed() -> None:
 
 
 def test_subpackages_do_not_replace_the_functions() -> None:
-    import m3i_scale.evaluate.commands
-    import m3i_scale.export.export
+    import m3i_scale.evaluation.commands
+    import m3i_scale.exports.export
 
     assert callable(m3i_scale.evaluate)
     assert callable(m3i_scale.export)

@@ -17,8 +17,8 @@ from tiny import DINOV2, LABEL_SETS, MAPS, RECIPES, random_batch, tiny_objective
 
 from m3i_scale.checkpoint.load import evaluating
 from m3i_scale.checkpoint_tools.consolidate import saved_weights
-from m3i_scale.evaluate import NotMeasuredError
-from m3i_scale.evaluate.pictures.training import TrainingPictures
+from m3i_scale.evaluation import NotMeasuredError
+from m3i_scale.evaluation.pictures.training import TrainingPictures
 from m3i_scale.files import read_json
 
 pytestmark = pytest.mark.slow

@@ -18,7 +18,7 @@ from m3i_scale.backbones.build import backbone_config, build_backbone
 from m3i_scale.checkpoint_tools.consolidate import saved_weights
 from m3i_scale.config import load_run
 from m3i_scale.errors import ConfigError
-from m3i_scale.export.export import export
+from m3i_scale.exports.export import export
 from m3i_scale.plan.planning import machine_of
 from m3i_scale.plan.search import plan_run
 from m3i_scale.run.check import errors_of, resolve_run

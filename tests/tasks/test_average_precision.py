@@ -16,7 +16,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from m3i_scale.errors import ConfigError, DataError
-from m3i_scale.evaluate.intervals import Clusters
+from m3i_scale.evaluation.intervals import Clusters
 from m3i_scale.tasks.detection.average_precision import (
     RECALLS,
     WeightedPrecision,

@@ -13,7 +13,7 @@ from PIL import Image
 
 from m3i_scale.data.categories import Categories, Category
 from m3i_scale.errors import ConfigError
-from m3i_scale.evaluate.pictures.draw import PALETTE
+from m3i_scale.evaluation.pictures.draw import PALETTE
 from m3i_scale.tasks.detection.detection_overlays import (
     SUMMARY,
     DetectionOverlays,

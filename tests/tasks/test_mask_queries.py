@@ -28,8 +28,8 @@ from m3i_scale.config import RunConfig
 from m3i_scale.data.batch import Batch
 from m3i_scale.defaults import NO_CLASS
 from m3i_scale.errors import ConfigError, ExportError
-from m3i_scale.export.source import Source
-from m3i_scale.export.tensors import value_of
+from m3i_scale.exports.source import Source
+from m3i_scale.exports.tensors import value_of
 from m3i_scale.objective.build import build_objective
 from m3i_scale.objective.information import Objective
 from m3i_scale.objective.recipe import parse_recipe

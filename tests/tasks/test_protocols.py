@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from m3i_scale.backbones.build import backbone_config
 from m3i_scale.config import RunConfig, known_protocols, known_recipes, known_runs, load_run, parse_section
 from m3i_scale.errors import ConfigError
-from m3i_scale.export.write import portable_run
+from m3i_scale.exports.write import portable_run
 from m3i_scale.run.check import errors_of
 from m3i_scale.tasks.classification.classification_task import Classification
 from m3i_scale.tasks.detection.detection_task import Detection

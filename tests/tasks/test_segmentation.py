@@ -21,8 +21,8 @@ from m3i_scale.data.batch import Batch
 from m3i_scale.defaults import NO_CLASS
 from m3i_scale.engine.activations import apply_activation_checkpointing
 from m3i_scale.errors import ConfigError
-from m3i_scale.export.source import Source
-from m3i_scale.export.tensors import value_of
+from m3i_scale.exports.source import Source
+from m3i_scale.exports.tensors import value_of
 from m3i_scale.objective.build import build_objective
 from m3i_scale.objective.information import Objective
 from m3i_scale.objective.ranks import Ranks, SingleProcess

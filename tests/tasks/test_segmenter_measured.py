@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from transformers import AutoImageProcessor, SegformerConfig, SegformerForSemanticSegmentation, SegformerImageProcessor
 
 from m3i_scale.errors import ConfigError, DataError, ExportError
-from m3i_scale.evaluate.commands import MEASURES, evaluate
-from m3i_scale.evaluate.intervals import clusters_of
-from m3i_scale.evaluate.report import render
-from m3i_scale.evaluate.samples import Sample, open_table
+from m3i_scale.evaluation.commands import MEASURES, evaluate
+from m3i_scale.evaluation.intervals import clusters_of
+from m3i_scale.evaluation.report import render
+from m3i_scale.evaluation.samples import Sample, open_table
 from m3i_scale.tasks.segmentation import segmenter as module
 from m3i_scale.tasks.segmentation.segmenter import (
     LEGEND,

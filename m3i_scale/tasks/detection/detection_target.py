@@ -24,8 +24,8 @@ from m3i_scale.tasks.detection.rfdetr import RfDetrDetector
 from m3i_scale.tasks.full_image_target import FullImageTarget
 
 if TYPE_CHECKING:
-    from m3i_scale.export.source import Source
-    from m3i_scale.export.tensors import ExportedModule
+    from m3i_scale.exports.source import Source
+    from m3i_scale.exports.tensors import ExportedModule
 
 
 class Detection(FullImageTarget):

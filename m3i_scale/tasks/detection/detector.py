@@ -31,13 +31,13 @@ from m3i_scale.data.shards import CATEGORIES, shard_folder
 from m3i_scale.data.views import ViewMaker
 from m3i_scale.engine.agree import from_rank_0, gather_objects
 from m3i_scale.errors import DataError
-from m3i_scale.evaluate.decoding import Sample
-from m3i_scale.evaluate.features import architectures, load_stock, loading
-from m3i_scale.evaluate.intervals import clusters_of
-from m3i_scale.evaluate.job import document_of
-from m3i_scale.evaluate.samples import Table, check_groups, open_table, read_samples
-from m3i_scale.evaluate.towers import load_objective
-from m3i_scale.evaluate.trained_model import Evaluation, EvaluationOptions, find_loader
+from m3i_scale.evaluation.decoding import Sample
+from m3i_scale.evaluation.features import architectures, load_stock, loading
+from m3i_scale.evaluation.intervals import clusters_of
+from m3i_scale.evaluation.job import document_of
+from m3i_scale.evaluation.samples import Table, check_groups, open_table, read_samples
+from m3i_scale.evaluation.towers import load_objective
+from m3i_scale.evaluation.trained_model import Evaluation, EvaluationOptions, find_loader
 from m3i_scale.objective.inputs import normalize
 from m3i_scale.objective.ranks import Ranks
 from m3i_scale.objective.targets.base import Scores

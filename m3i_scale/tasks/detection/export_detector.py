@@ -14,9 +14,9 @@ from transformers import RfDetrDinov2Config
 from m3i_scale.backbones.build import backbone_config, build_backbone
 from m3i_scale.backbones.internimage import InternImageConfig
 from m3i_scale.errors import ExportError
-from m3i_scale.export.joint import backbone_part
-from m3i_scale.export.source import Source
-from m3i_scale.export.tensors import VISION, ExportedModule, TensorSource, copied, empty, label_maps
+from m3i_scale.exports.joint import backbone_part
+from m3i_scale.exports.source import Source
+from m3i_scale.exports.tensors import VISION, ExportedModule, TensorSource, copied, empty, label_maps
 from m3i_scale.objective.information import Objective
 from m3i_scale.tasks.detection.configuration_mask_rcnn import HeadFields, MaskRcnnConfig
 from m3i_scale.tasks.detection.detection_heads import DetectionHead, MaskRcnn, RfDetr

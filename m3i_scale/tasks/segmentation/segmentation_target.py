@@ -21,8 +21,8 @@ from m3i_scale.tasks.segmentation.pixel_heads import PixelHead, mean_iou, overla
 from m3i_scale.tasks.segmentation.segmentation_heads import EomtSegmentation, SegmentationHead, UperNetSegmentation
 
 if TYPE_CHECKING:
-    from m3i_scale.export.source import Source
-    from m3i_scale.export.tensors import ExportedModule
+    from m3i_scale.exports.source import Source
+    from m3i_scale.exports.tensors import ExportedModule
 
 
 class Segmentation(FullImageTarget):

@@ -21,15 +21,15 @@ from m3i_scale.data.samples import MASK_OUT_OF_RANGE
 from m3i_scale.data.shards import MASK_LABELS, read_label_sets
 from m3i_scale.defaults import NO_CLASS
 from m3i_scale.errors import DataError, ExportError
-from m3i_scale.evaluate.decoding import Sample
-from m3i_scale.evaluate.dense import iou_of_clusters
-from m3i_scale.evaluate.features import architectures, load_stock, loading
-from m3i_scale.evaluate.intervals import Clusters, clusters_of
-from m3i_scale.evaluate.job import document_of
-from m3i_scale.evaluate.pictures.draw import PALETTE, SIDE, file_stem, make_folder, side_by_side, write_error
-from m3i_scale.evaluate.samples import Table, check_groups, open_table, read_samples
-from m3i_scale.evaluate.towers import load_objective
-from m3i_scale.evaluate.trained_model import Evaluation, EvaluationOptions, find_loader
+from m3i_scale.evaluation.decoding import Sample
+from m3i_scale.evaluation.dense import iou_of_clusters
+from m3i_scale.evaluation.features import architectures, load_stock, loading
+from m3i_scale.evaluation.intervals import Clusters, clusters_of
+from m3i_scale.evaluation.job import document_of
+from m3i_scale.evaluation.pictures.draw import PALETTE, SIDE, file_stem, make_folder, side_by_side, write_error
+from m3i_scale.evaluation.samples import Table, check_groups, open_table, read_samples
+from m3i_scale.evaluation.towers import load_objective
+from m3i_scale.evaluation.trained_model import Evaluation, EvaluationOptions, find_loader
 from m3i_scale.files import write_json
 from m3i_scale.objective.inputs import normalize
 from m3i_scale.tasks.segmentation.mask_queries import class_scores
