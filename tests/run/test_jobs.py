@@ -139,11 +139,3 @@ def test_recipes_are_listed() -> None:
     names = [recipe["name"] for recipe in m3i_scale.list_recipes()]
     assert {"m3i", "clip", "mae"} <= set(names)
     assert all(m3i_scale.load_run(name).recipe["name"] == name for name in names[:2])
-
-
-def test_subpackages_do_not_replace_the_functions() -> None:
-    import m3i_scale.evaluation.commands
-    import m3i_scale.exports.export
-
-    assert callable(m3i_scale.evaluate)
-    assert callable(m3i_scale.export)
