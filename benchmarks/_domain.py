@@ -55,9 +55,9 @@ class Sets:
 def open_sets(emoji: Path, beside: Path) -> Sets:
     """Return both sets, made in `beside` out of the emoji set where they are missing.
 
-    General: drawings in colour of people, places, objects and the like, labelled by group. Domain: animals, plants and
-    food as a scanner would have them, grey, inverted, blurred and noisy, labelled by kind. Nothing of the domain needs
-    colour, and most of its shapes are its own: a backbone that adapts to it has reason to forget.
+    General: drawings in color of people, places, objects and the like, labelled by group. Domain: animals, plants and
+    food as a scanner would have them, gray, inverted, blurred and noisy, labelled by kind. Nothing of the domain needs
+    color, and most of its shapes are its own: a backbone that adapts to it has reason to forget.
 
     Raises:
         DataError: the set has no pictures of one of the two.
@@ -129,11 +129,11 @@ def _as_it_is(key: str, sample: Sample) -> Pictures:
 
 
 def _scan(key: str, sample: Sample) -> Pictures:
-    """Return it grey, inverted, blurred and noisy, at the size at which it is trained; its key draws the noise."""
+    """Return it gray, inverted, blurred and noisy, at the size at which it is trained; its key draws the noise."""
     image, mask = _as_it_is(key, sample)
-    grey = ImageOps.invert(image.convert("L").resize((IMAGE, IMAGE))).filter(ImageFilter.GaussianBlur(BLUR))
+    gray = ImageOps.invert(image.convert("L").resize((IMAGE, IMAGE))).filter(ImageFilter.GaussianBlur(BLUR))
     noise = np.random.default_rng(zlib.crc32(key.encode())).normal(0, NOISE, (IMAGE, IMAGE))
-    scan = Image.fromarray((np.asarray(grey) + noise).clip(0, 255).astype(np.uint8))
+    scan = Image.fromarray((np.asarray(gray) + noise).clip(0, 255).astype(np.uint8))
     return scan, mask.resize((IMAGE, IMAGE), Image.Resampling.NEAREST)
 
 

@@ -312,7 +312,7 @@ def open_energon(task: Task) -> Opened:
 
 _UNPINNED = (
     "python -m pip install --no-deps mosaicml-streaming && python -m pip install brotli python-snappy xxhash zstd "
-    "catalogue (it asks for older numpy and transformers, and works without)"
+    "catalog (it asks for older numpy and transformers, and works without)"
 )
 OURS = "m3i_scale"
 SIDES = {

@@ -1,4 +1,4 @@
-"""Tables and curves of `one_stage.py`, for docs/one_stage.md."""
+"""Tables and curves of `one_stage.py`, for docs/benchmarks/one-stage.md."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def plot(document: dict[str, Any], path: Path) -> None:
-    """Every measure by compute, or by samples where those are equal, as SVG; a recipe has one colour in all of them."""
+    """Every measure by compute, or by samples where those are equal, as SVG; a recipe has one color in all of them."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -111,12 +111,12 @@ def plot(document: dict[str, Any], path: Path) -> None:
     shown = [name for name in TITLES if name in measured]
     along, label = ("samples", "samples") if document["settings"]["protocol"] == "samples" else ("tflop", "TFLOP")
     figure, axes = pyplot.subplots(1, len(shown), figsize=(3.2 * len(shown), 3.2), squeeze=False)
-    colours = {recipe: f"C{number}" for number, recipe in enumerate(document["curves"])}
+    colors = {recipe: f"C{number}" for number, recipe in enumerate(document["curves"])}
     for axis, name in zip(axes[0], shown, strict=True):
         for recipe, points in document["curves"].items():
             line = [(point[along], point[name]) for point in points if name in point]
             if line:
-                axis.plot(*zip(*line, strict=True), marker="o", markersize=3, label=recipe, color=colours[recipe])
+                axis.plot(*zip(*line, strict=True), marker="o", markersize=3, label=recipe, color=colors[recipe])
         axis.set_title(TITLES[name])
         axis.set_xlabel(label)
         axis.grid(alpha=0.3)

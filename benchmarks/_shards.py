@@ -26,7 +26,7 @@ SHAPES, COLORS = ("circle", "square", "bar"), ("red", "green", "blue", "black", 
 
 
 def make_shards(folder: Path, samples_per_shard: int = 20) -> Path:
-    """Coloured shapes with captions and categories, as an image folder turned into shards; the training split."""
+    """Colored shapes with captions and categories, as an image folder turned into shards; the training split."""
     images, random_numbers = folder / "images", np.random.default_rng(0)
     for index in range(160):
         shape, color = SHAPES[index % len(SHAPES)], COLORS[index % len(COLORS)]

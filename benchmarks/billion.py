@@ -34,12 +34,13 @@ RANKS, MICRO_BATCH, STEPS, RESUMED_STEPS = 2, 2, 5, 6
 LR = 1e-5
 """From the first step on, for four samples: with 5e-5 the category's logits jump back and forth, the rest falls."""
 COLORS = ("red", "green", "blue", "black")
-BLACK, GREY = (0, 0, 0), (200, 200, 200)
+BLACK, GRAY = (0, 0, 0), (200, 200, 200)
 ENVIRONMENT = {
     **{"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
     **{"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "131072"},
 }
-"""glibc gives freed tensors back to the kernel: slower, and what counts here is memory (docs/performance.md)."""
+"""glibc gives freed tensors back to the kernel: slower, and what counts here is memory
+(docs/benchmarks/performance.md)."""
 STILL = {
     **{"crop_scale": [1.0, 1.0], "crop_ratio": [1.0, 1.0], "flip": 0.0},
     **{"color_jitter_p": 0.0, "grayscale": 0.0, "blur": [0.0], "solarize": [0.0]},
@@ -196,7 +197,7 @@ def _make_shards(folder: Path) -> Path:
     images = folder / "images"
     for index in range(RANKS * MICRO_BATCH):
         kind = ("circle", "square")[index % 2]
-        picture = Image.new("RGB", (256, 256), GREY)
+        picture = Image.new("RGB", (256, 256), GRAY)
         pen, box = ImageDraw.Draw(picture), (40 + 20 * index, 40, 140 + 20 * index, 140)
         (pen.ellipse if kind == "circle" else pen.rectangle)(box, fill=COLORS[index], outline=BLACK)
         path = images / kind / f"{index}.png"

@@ -1,6 +1,6 @@
 """Going on from weights on a domain: what is gained there, what is lost elsewhere, and what an anchor saves of that.
 
-A start is trained on general pictures, `m3i` on emoji in colour. It goes on by `continue_m3i` on pictures that it has
+A start is trained on general pictures, `m3i` on emoji in color. It goes on by `continue_m3i` on pictures that it has
 never seen, of other things and as a scanner would have them: once with the anchor, which keeps its features near what
 they were, and once without. All three are measured by `m3i-scale compare` on both sets. Several seeds, each with its
 own start; differences are those between trainings of the same seed, with 95 % intervals over seeds.

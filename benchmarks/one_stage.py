@@ -1,6 +1,6 @@
 """One stage with everything against its parts: the paper's second claim, at a small scale.
 
-Every recipe trains the same small ViT on the same shards with the same crops, colours and optimizer, under one of two
+Every recipe trains the same small ViT on the same shards with the same crops, colors and optimizer, under one of two
 protocols. `compute`: for as many steps as the same number of counted FLOPs pays for (student, decoders, heads and
 targets, forward and backward). `samples`: for as many as it pays for in `m3i`, so that all see as many samples, as the
 paper compares. Frozen features are then measured in what each part is good at, and exports after trainings of

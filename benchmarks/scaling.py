@@ -1,7 +1,8 @@
-"""The tables of docs/scaling.md, by the package's own plan: 8 to 4,096 GPUs on three networks. Nothing is measured.
+"""The tables of docs/benchmarks/scaling.md, by the package's own plan: 8 to 4,096 GPUs on three networks. Nothing is
+measured.
 
 python benchmarks/scaling.py --json
-python benchmarks/scaling.py --write docs/scaling.md      # puts the tables between their marks
+python benchmarks/scaling.py --write docs/benchmarks/scaling.md      # puts the tables between their marks
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Make a few shards of coloured shapes with captions and classes, for the own loop and the notebook.
+"""Make a few shards of colored shapes with captions and classes, for the own loop and the notebook.
 
 Usage: python examples/coloured_shapes.py FOLDER
 """
@@ -11,19 +11,19 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-COLOURS = {"red": (220, 40, 40), "green": (40, 180, 60), "blue": (50, 70, 220), "yellow": (240, 210, 60)}
+COLORS = {"red": (220, 40, 40), "green": (40, 180, 60), "blue": (50, 70, 220), "yellow": (240, 210, 60)}
 SHAPES = ("disc", "square", "bar")
 OF_EACH = 16
-"""Images of a shape in a colour."""
+"""Images of a shape in a color."""
 
 
-def draw(shape: str, colour: str, number: int) -> Image.Image:
+def draw(shape: str, color: str, number: int) -> Image.Image:
     """Return an image of 48 × 48 pixels; the number moves the shape, and tints what lies behind it."""
     image = Image.new("RGB", (48, 48), (number * 9 % 90, 60, 90 - number * 7 % 80))
     left, top = 4 + number * 3 % 14, 4 + number * 5 % 14
     box = (left, top, left + 26, top + (9 if shape == "bar" else 26))
     paint = ImageDraw.Draw(image)
-    (paint.ellipse if shape == "disc" else paint.rectangle)(box, fill=COLOURS[colour])
+    (paint.ellipse if shape == "disc" else paint.rectangle)(box, fill=COLORS[color])
     return image
 
 
@@ -32,11 +32,11 @@ def make_shards(folder: Path) -> Path:
     `val` lies."""
     for shape in SHAPES:
         (folder / "images" / shape).mkdir(parents=True)
-        for colour in COLOURS:
+        for color in COLORS:
             for number in range(OF_EACH):
-                path = folder / "images" / shape / f"{colour}-{number}.png"
-                draw(shape, colour, number).save(path)
-                path.with_suffix(".txt").write_text(f"a {colour} {shape}", encoding="utf-8")
+                path = folder / "images" / shape / f"{color}-{number}.png"
+                draw(shape, color, number).save(path)
+                path.with_suffix(".txt").write_text(f"a {color} {shape}", encoding="utf-8")
     command = [sys.executable, "-m", "m3i_scale", "shards", "make", "imagefolder", "--json"]
     places = ["--input", str(folder / "images"), "--output", str(folder / "shards")]
     subprocess.run([*command, *places, "--split", "train=0.8,val=0.2"], check=True, stdout=subprocess.DEVNULL)

@@ -179,7 +179,7 @@ def emoji_records(
     Args:
         cache_dir: keeps the packages between calls.
         image_size: side of the pictures in pixels.
-        background: white, or one plain colour per picture drawn from its name.
+        background: white, or one plain color per picture drawn from its name.
         noto_font: the bitmap font; None fetches Debian's.
         limit: only so many concepts, spread over the groups.
 
@@ -287,7 +287,7 @@ _TWINS = [
 ]
 _VARIANTS = re.compile(
     r"\b(man|woman|men|women|person|people|male|female|"
-    r"red|orange|yellow|green|blue|light blue|purple|brown|black|white|grey|pink|"
+    r"red|orange|yellow|green|blue|light blue|purple|brown|black|white|gr[ae]y|pink|"
     r"large|medium|medium-small|small|left|right|up|down|leftwards|rightwards|"
     r"left-facing|right-facing|facing right|oncoming)\b"
 )
@@ -295,7 +295,7 @@ _WHOLE_SUBGROUPS = {"arrow", "geometric", "skin-tone"}
 
 
 def family_of(name: str, subgroup: str) -> str:
-    """Concepts that look alike but for gender, colour, direction or count share a family."""
+    """Concepts that look alike but for gender, color, direction or count share a family."""
     if subgroup in _WHOLE_SUBGROUPS:
         return subgroup
     for pattern, family in _TWINS:
@@ -468,7 +468,7 @@ def _run(command: list[str], folder: Path, *, fix: str) -> None:
 def main(
     output: Output,
     image_size: Annotated[int, typer.Option(min=16, max=1024, help="Side of the pictures in pixels.")] = 128,
-    background: Annotated[str, typer.Option(help="white, or plain: one light colour per picture")] = "white",
+    background: Annotated[str, typer.Option(help="white, or plain: one light color per picture")] = "white",
     noto_font: Annotated[Path | None, typer.Option(help="NotoColorEmoji.ttf; default: fetched with apt-get.")] = None,
     limit: Annotated[int | None, typer.Option(min=64, help="Only so many concepts, for a quick try.")] = None,
     cache: Annotated[Path | None, typer.Option(help="Keeps the packages; default: .cache beside the output.")] = None,

@@ -125,7 +125,7 @@ def main(arguments: list[str] | None = None) -> list[float]:
     """Train, and return the losses."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="of the run file")
-    parser.add_argument("--shards", type=Path, help="default: a few of coloured shapes, made anew")
+    parser.add_argument("--shards", type=Path, help="default: a few of colored shapes, made anew")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--until", type=int, help="end after this step, before all are done")
     parser.add_argument("--accelerate", action="store_true", help="train under accelerate")

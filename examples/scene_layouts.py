@@ -82,7 +82,7 @@ class LayoutWriter:
         folder: an empty one.
         categories: in the order of their numbers in scenes.
         info: what the JSON files tell of the set.
-        licenses: licence by source of the art.
+        licenses: license by source of the art.
     """
 
     def __init__(self, folder: Path, categories: Sequence[Category], info: str, licenses: dict[str, str]) -> None:

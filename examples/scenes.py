@@ -67,7 +67,7 @@ class Artwork:
 
 
 def emoji_art(cache_dir: Path, size: int) -> tuple[list[tuple[Concept, Art]], dict[str, str]]:
-    """Read concepts and pictures of the styles that `emoji.py` has for training; return them and licences by source.
+    """Read concepts and pictures of the styles that `emoji.py` has for training; return them and licenses by source.
 
     Raises:
         DataError: see `emoji.npm_styles`.
@@ -155,7 +155,7 @@ class Composer:
         things += [None] * int(draw.integers(*DISTRACTORS, endpoint=True))
         canvas, crowd = _Canvas(_ground(self.size, draw)), range(0)
         for number in draw.permutation(len(things)):
-            category, centre = things[number], draw.uniform(0.08, 0.92, 2)
+            category, center = things[number], draw.uniform(0.08, 0.92, 2)
             side = SIDES[0] * (SIDES[1] / SIDES[0]) ** draw.random()
             picture = self._distractor(draw) if category is None else self._thing(category, draw)
             if crowded and number == 0:
@@ -163,9 +163,9 @@ class Composer:
                 crowd = range(first, first + int(draw.integers(*CROWD, endpoint=True)))
                 for _ in crowd:
                     member = self._changed(picture, draw.uniform(*CROWD_SIDES), draw)
-                    canvas.paste(category, member, draw.normal(centre, 0.1).clip(0, 1))
+                    canvas.paste(category, member, draw.normal(center, 0.1).clip(0, 1))
             else:
-                canvas.paste(category, self._changed(picture, side, draw), centre)
+                canvas.paste(category, self._changed(picture, side, draw), center)
         others = [category for category in range(len(self.shares)) if category not in canvas.pieces]
         absent = sorted(draw.choice(others, min(ABSENT, len(others)), replace=False).tolist())
         return Scene(canvas.photograph(draw), canvas.owner_HW, canvas.pieces, crowd, absent)
@@ -210,14 +210,14 @@ class _Canvas:
         self.owner_HW = np.full(ground_HW3.shape[:2], -1, np.int16)
         self.pieces: list[int | None] = []
 
-    def paste(self, category: int | None, picture: Image.Image, centre: NDArray[np.float64]) -> None:
-        """Put a picture there; `centre` is a share of the height and of the width.
+    def paste(self, category: int | None, picture: Image.Image, center: NDArray[np.float64]) -> None:
+        """Put a picture there; `center` is a share of the height and of the width.
 
         Soft edges mix with what is below; a pixel is the piece's where it is at least half opaque.
         """
         art_HW4 = np.asarray(picture, np.float32)
         here, there = list[slice](), list[slice]()
-        for axis, middle in enumerate(centre.tolist()):
+        for axis, middle in enumerate(center.tolist()):
             length, side = self.owner_HW.shape[axis], art_HW4.shape[axis]
             first = round(middle * length - side / 2)
             here.append(slice(max(first, 0), min(first + side, length)))
@@ -246,10 +246,10 @@ def _cut_out(art: Art) -> Image.Image:
 
 
 def _ground(size: int, draw: np.random.Generator) -> NDArray[np.float32]:
-    """Return one colour, with soft spots of others, large and small."""
+    """Return one color, with soft spots of others, large and small."""
     plain, coarse, fine = (
-        Image.fromarray(colours).resize((size, size), Image.Resampling.BICUBIC)
-        for colours in [draw.integers(0, 256, (cells, cells, 3), np.uint8) for cells in (1, 4, 16)]
+        Image.fromarray(colors).resize((size, size), Image.Resampling.BICUBIC)
+        for colors in [draw.integers(0, 256, (cells, cells, 3), np.uint8) for cells in (1, 4, 16)]
     )
     return np.array(Image.blend(Image.blend(plain, coarse, 0.5), fine, 0.15), np.float32)
 

@@ -145,7 +145,7 @@ def plan_training(folder: Path, overrides: list[str]) -> tuple[TrainingPlan, Run
         f"deepspeed={deepspeed}",
     ]
     if deepspeed == "zero3_cpu":
-        chosen.append("backbone.attention_kernel=eager")  # bf16 on a CPU: docs/performance.md
+        chosen.append("backbone.attention_kernel=eager")  # bf16 on a CPU: docs/benchmarks/performance.md
     chosen += [f"optim.micro_batch_size={batch // ranks}", *overrides]
     run = load_run(RUN_FILE, chosen)
     return TrainingPlan(RUN_FILE, chosen, run, ranks), run

@@ -59,6 +59,8 @@ check() {
 if [ "$reports" = test-report ]; then
   check lint ruff check .
   check format ruff format --check .
+  check spelling codespell m3i_scale docs README.md tests recipes protocols launchers examples benchmarks
+  python launchers/style.py | tail -2 >&2 # marker words in pages and in the package, for information
   site=$(mktemp -d)
   check docs env NO_MKDOCS_2_WARNING=1 mkdocs build --strict --site-dir "$site" # dead links and anchors fail
   rm -rf "$site"

@@ -1,6 +1,6 @@
 """M3I pre-training at any size: one formula, one engine, one command.
 
-`__all__` is the public Python interface (docs/python.md). Each name is imported on first access.
+`__all__` is the public Python interface (docs/guides/python.md). Each name is imported on first access.
 """
 
 from importlib import import_module
@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from m3i_scale.api import (
         LoadedBackbone,
         build_objective,
+        list_recipes,
         load_backbone,
         load_recipe,
         load_run,
@@ -23,8 +24,10 @@ if TYPE_CHECKING:
     from m3i_scale.data.state import merge_states
     from m3i_scale.engine.parameter_groups import parameter_groups
     from m3i_scale.errors import AggregateError, ConfigError, DataError, ExportError, UserError
+    from m3i_scale.jobs import train
     from m3i_scale.objective.information import Objective
     from m3i_scale.objective.recipe import Recipe
+    from m3i_scale.results import embed, evaluate, export
 
 __version__ = "0.1.0"
 
@@ -41,13 +44,18 @@ __all__ = [
     "TrainStream",
     "UserError",
     "build_objective",
+    "embed",
+    "evaluate",
+    "export",
     "learning_rate",
+    "list_recipes",
     "load_backbone",
     "load_recipe",
     "load_run",
     "merge_states",
     "open_stream",
     "parameter_groups",
+    "train",
     "update_ema",
 ]
 
@@ -62,9 +70,13 @@ _ELSEWHERE = {
     "RunConfig": "config",
     "TrainStream": "data.loader",
     "UserError": "errors",
+    "embed": "results",
+    "evaluate": "results",
+    "export": "results",
     "learning_rate": "config.optim",
     "merge_states": "data.state",
     "parameter_groups": "engine.parameter_groups",
+    "train": "jobs",
 }
 """Module of each public name that is not in `api`."""
 

@@ -1,9 +1,9 @@
-"""Public functions for custom training loops: load, build, stream. `m3i_scale.__all__` is public (docs/python.md)."""
+"""Public functions for configs, custom training loops and trained backbones. See docs/guides/python.md."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 import torch.distributed as dist
@@ -13,12 +13,13 @@ from m3i_scale.backbones.sources import pretrained_folder
 from m3i_scale.config import RunConfig
 from m3i_scale.data.loader import TrainStream
 from m3i_scale.errors import ConfigError, DataError, did_you_mean
-from m3i_scale.evaluate.features import Pool, VisionModel, load_vision
+from m3i_scale.evaluation.features import Pool, VisionModel, load_vision
 from m3i_scale.objective import build
 from m3i_scale.objective.build import start_weights, update_ema_teacher
 from m3i_scale.objective.information import Objective
 from m3i_scale.objective.ranks import ProcessGroupRanks, Ranks, SingleProcess
 from m3i_scale.objective.recipe import Recipe, load_run_and_recipe
+from m3i_scale.report.recipe_table import built_in_rows
 from m3i_scale.run import data_checks
 
 
@@ -26,6 +27,9 @@ def load_run(name_or_path: str | Path, overrides: list[str] | None = None) -> Ru
     """Load a config file: recipe, backbone, data and optimization.
 
     If the recipe names modules with custom classes, they are imported, which runs their code.
+
+    Examples:
+        >>> run = m3i_scale.load_run("m3i_mini", ["data.datasets.photos.path=/data/shards/train", "optim.steps=1000"])
 
     Args:
         name_or_path: path, or name of a built-in config such as `m3i`.
@@ -40,10 +44,24 @@ def load_run(name_or_path: str | Path, overrides: list[str] | None = None) -> Ru
 def load_recipe(name_or_path: str | Path, overrides: list[str] | None = None) -> Recipe:
     """Load the recipe of a config file, inputs × targets (Su et al., arXiv 2211.09807, table 1). See `load_run`.
 
+    Examples:
+        >>> [target.name for target in m3i_scale.load_recipe("m3i").targets]
+
     Raises:
         ConfigError: as for `load_run`.
     """
     return load_run_and_recipe(str(name_or_path), overrides)[1]
+
+
+def list_recipes() -> list[dict[str, Any]]:
+    """Return the built-in recipes: `name` (an argument of `load_run` and `train`), `description`, what the recipe
+    `needs` besides images (labels, captions, …), and `family`.
+
+    Examples:
+        >>> [recipe["name"] for recipe in m3i_scale.list_recipes()]
+    """
+    fields = ("name", "description", "needs", "family")
+    return [{field: row[field] for field in fields} for row in built_in_rows()]
 
 
 def open_stream(run: RunConfig, *, validation: bool = False) -> TrainStream:
@@ -53,6 +71,10 @@ def open_stream(run: RunConfig, *, validation: bool = False) -> TrainStream:
     Iterate over it to get a `Batch` of `optim.micro_batch_size` samples at a time, on the CPU, in the same order as
     `m3i-scale train`. `state_dict` is the position after the last batch returned, and `load_state_dict` resumes from
     there. `merge_states` joins the states of all ranks. Unusable samples are logged in `output_dir`.
+
+    Examples:
+        >>> stream = m3i_scale.open_stream(run)
+        >>> batch = next(iter(stream))
 
     Args:
         run: result of `load_run`.
@@ -72,9 +94,15 @@ def open_stream(run: RunConfig, *, validation: bool = False) -> TrainStream:
 def build_objective(run: RunConfig) -> Objective:
     """Build the modules of a run's recipe with their initial weights, on the CPU in fp32.
 
-    `loss, figures = objective(batch)` computes equation 6 of Su et al. (arXiv 2211.09807). If `torch.distributed` has a
+    `loss, metrics = objective(batch)` computes equation 6 of Su et al. (arXiv 2211.09807). If `torch.distributed` has a
     process group, it covers the micro-batches of all ranks, and gradients must be averaged, as DDP does. Call
     `objective.after_backward()` after every backward pass and `update_ema` after every optimizer step.
+
+    Examples:
+        >>> objective = m3i_scale.build_objective(run)
+        >>> loss, metrics = objective(batch)
+        >>> loss.backward()
+        >>> objective.after_backward()
 
     Args:
         run: result of `load_run`. Its data determine the number of classes and the vocabulary size.
@@ -92,6 +120,10 @@ def build_objective(run: RunConfig) -> Objective:
 
 def update_ema(objective: Objective, step: int, steps: int) -> None:
     """Update the EMA weights after an optimizer step, by the schedule of the recipe. Without EMA, do nothing.
+
+    Examples:
+        >>> optimizer.step()
+        >>> m3i_scale.update_ema(objective, step, steps=1000)
 
     Args:
         objective: result of `build_objective`.
@@ -135,7 +167,7 @@ class LoadedBackbone(nn.Module):
             raise DataError(
                 f"the images are {images_BCHW.dtype} {tuple(images_BCHW.shape)}",
                 where="images_BCHW",
-                why="pixels from 0 to 255 are normalised here; others would be wrong without notice",
+                why="pixels from 0 to 255 are normalized here; others would be wrong without notice",
                 fix=f"give torch.uint8 (B, 3, {size}, {size})",
             )
         return self._vision.encode(images_BCHW)
@@ -143,6 +175,11 @@ class LoadedBackbone(nn.Module):
 
 def load_backbone(source: str | Path, pool: Pool = "mean") -> LoadedBackbone:
     """Load a vision model for images: `pooled_BD, tokens_BLD = backbone(images_BCHW)`, in evaluation mode.
+
+    Examples:
+        >>> backbone = m3i_scale.load_backbone("/data/export")
+        >>> size = backbone.image_size
+        >>> pooled_BD, tokens_BLD = backbone(torch.zeros(2, 3, size, size, dtype=torch.uint8))
 
     Args:
         source: a folder from `m3i-scale export`, any folder with a vision model of `transformers`, or a Hub id. No code

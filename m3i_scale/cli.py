@@ -8,15 +8,18 @@ import sys
 from typing import Annotated, Any
 
 import typer
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
+from typer.core import TyperGroup
 
 from m3i_scale import __version__
 from m3i_scale.checkpoint_tools.commands import checkpoint_app
 from m3i_scale.elastic.doctor.doctor_command import doctor
-from m3i_scale.errors import EXIT_FAILED, EXIT_PREEMPTED, EXIT_USER_ERROR, ConfigError, ErrorCollector, UserError
-from m3i_scale.evaluate.command_line import compare, evaluate
-from m3i_scale.export.export_command import export
+from m3i_scale.errors import EXIT_FAILED, EXIT_USER_ERROR, ConfigError, ErrorCollector, UserError
+from m3i_scale.evaluation.command_line import compare, evaluate
+from m3i_scale.evaluation.embed_command import embed
+from m3i_scale.exports.export_command import export
 from m3i_scale.launch_command import launch
 from m3i_scale.options import AsJson, Overrides, RunFile
 from m3i_scale.output import (
@@ -32,13 +35,33 @@ from m3i_scale.rank_variables import adopt_rank_variables
 from m3i_scale.report.commands import recipes_app, report, watch
 from m3i_scale.shards.commands import shards_app
 from m3i_scale.tasks.finetune_command import finetune_app
+from m3i_scale.tasks.init_command import init
+from m3i_scale.train_command import TrainCommand, train
+
+PANELS = {
+    "Data": ("init", "shards"),
+    "Train": ("train", "check", "plan", "doctor", "launch", "stop", "watch"),
+    "Results": ("report", "checkpoint", "export", "evaluate", "embed", "compare", "finetune"),
+    "Reference": ("recipes", "backbones", "config"),
+}
+"""Commands by panel of `--help`, in the printed order."""
+
+
+class _CommandGroup(TyperGroup):
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Return the commands in the order of `PANELS`."""
+        order = [name for names in PANELS.values() for name in names]
+        return sorted(super().list_commands(ctx), key=order.index)
+
 
 app = typer.Typer(
+    cls=_CommandGroup,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="M3I pre-training of vision backbones with DeepSpeed. Exit codes: 0 done, 2 a mistake that the message "
-    "explains, 75 stopped by a signal after saving (start again to go on).",
+    help="Pretrain vision backbones with labels, captions and unlabelled images, from one CPU to many GPU nodes. "
+    "Exit codes: 0 success, 1 failure, 2 invalid input, 75 stopped by a signal after saving (rerun the command to "
+    "resume), 130 interrupted.",
 )
 _ERRORS = wide_console(stderr=True, soft_wrap=True)
 
@@ -52,7 +75,7 @@ def _print_version(asked: bool) -> None:
 @app.callback()
 def main_options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print it and end.")
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
     """Declare the options that do not belong to a command."""
@@ -60,9 +83,9 @@ def main_options(
 
 @app.command(epilog="Example: m3i-scale backbones vit-g/14 internimage-h")
 def backbones(
-    names: Annotated[list[str] | None, typer.Argument(help="Only these presets.")] = None, as_json: AsJson = False
+    names: Annotated[list[str] | None, typer.Argument(help="Presets; default: all.")] = None, as_json: AsJson = False
 ) -> None:
-    """Print the sizes of `backbone.preset`: parameters, multiply-adds, tokens, input size."""
+    """List the backbone presets: parameters, compute, tokens and image size. Set one with `backbone.preset=NAME`."""
     from m3i_scale.backbones import describe_presets
 
     rows = describe_presets(names or [])
@@ -73,7 +96,8 @@ def _backbone_table(rows: list[dict[str, Any]]) -> Table:
     table = Table(
         *("preset", "input", "token", "mask", "tokens", "width", "layers", "parameters", "GMAC"),
         box=None,
-        caption="input, token and mask cell: side in pixels; parameters: millions",
+        caption="input: image size; token and mask: patch and mask-cell size, in pixels; parameters in millions; GMAC: "
+        "billions of multiply-adds per image",
     )
     for column in table.columns:
         column.no_wrap = True
@@ -84,75 +108,87 @@ def _backbone_table(rows: list[dict[str, Any]]) -> Table:
     return table
 
 
-@app.command(
-    epilog="Example: deepspeed --no_local_rank --num_gpus 8 --module m3i_scale train m3i "
-    "data.datasets.main.path=/data/shards/train output_dir=/data/runs/first"
-)
-def train(
-    run: RunFile,
-    overrides: Overrides = None,
-) -> None:
-    """Train, or resume from the latest valid checkpoint. Start it with any launcher; alone it runs on one rank."""
-    from m3i_scale.objective.recipe import load_run_and_recipe
-
-    try:
-        config, _ = load_run_and_recipe(run, overrides)  # before DeepSpeed is imported and builds anything
-    except UserError:
-        leave_out_accelerator_warning()
-        from m3i_scale.run.check import check_run
-
-        adopt_rank_variables(os.environ)
-        world = os.environ.get("WORLD_SIZE", "")
-        ranks = int(world) if world.isdecimal() else 0
-        check_run(run, overrides, ranks or None)  # which also reports all other errors
-        raise
-    from m3i_scale.evaluate.pictures.hook import make_pictures
-    from m3i_scale.run.run_warnings import repeated_overrides
-    from m3i_scale.run.train import start
-
-    if start(config, repeated_overrides(overrides or []), [make_pictures]) == "preempted":
-        raise typer.Exit(EXIT_PREEMPTED)
-
-
 @app.command(epilog="Example: m3i-scale check run.yaml --ranks 64 --json")
 def check(
     run: RunFile,
     overrides: Overrides = None,
-    ranks: Annotated[int | None, typer.Option(min=1, help="That it will have: batch and streams, too.")] = None,
+    ranks: Annotated[
+        int | None, typer.Option(min=1, help="Number of ranks; also validates batch size and data streams.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """List all errors that `train` finds before it reads samples. Start nothing. Exit code 2 if there are errors.
+    """Validate a run without starting it, and print its summary. Exit code 2 if there are errors.
 
-    A valid setting that is probably a mistake is a warning, and does not change the exit code: a learning rate of SGD,
-    a setting without effect, validation on training data. `shards check` reads the samples.
+    Valid settings that are probably mistakes are warnings, which do not change the exit code. `shards check` reads the
+    samples.
     """
-    leave_out_accelerator_warning()
-    from m3i_scale.config import load_run
-    from m3i_scale.run.check import errors_of, stage_lines
+    from m3i_scale.run.check import examine
     from m3i_scale.run.run_warnings import warnings_of
+    from m3i_scale.run.summary import summary_of_check
+    from m3i_scale.tasks.packed_folders import RunFolders
 
+    folders = RunFolders(run, overrides)
+    overrides = folders.overrides
+    checked = examine(run, overrides, ranks, folders.facts)
     errors = ErrorCollector()
-    errors.errors = errors_of(run, overrides, ranks)
+    errors.errors = checked.errors
     warnings = warnings_of(run, overrides, ask_servers=not errors.errors)
     if as_json:
         print_json({"errors": [error.to_json() for error in errors.errors], "warnings": warnings})
         if errors.errors:
             raise typer.Exit(EXIT_USER_ERROR)
-    else:
-        console = wide_console(soft_wrap=True)
-        for warning in warnings:
-            console.print(f"warning: {warning}", style="yellow", markup=False, highlight=False)
-        errors.raise_any()
-        for line in (*stage_lines(load_run(run, overrides)), "nothing to refuse"):
-            console.print(line, markup=False, highlight=False)
+        return
+    console = wide_console(soft_wrap=True)
+    for warning in warnings:
+        console.print(f"warning: {warning}", style="yellow", markup=False, highlight=False)
+    errors.raise_any()
+    for line in (*folders.lines(), *summary_of_check(checked, ranks), "OK: the configuration is valid"):
+        console.print(line, markup=False, highlight=False)
 
 
-@app.command(epilog="Example: m3i-scale config m3i optim.steps=10")
-def config(run: RunFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
-    """Print the resolved config: `extends` and overrides applied, defaults filled in, secrets redacted.
+@app.command(epilog="Example: m3i-scale config data.augment")
+def config(
+    section: Annotated[str | None, typer.Argument(help="Section, e.g. `optim` or `data.augment`.")] = None,
+    overrides: Overrides = None,
+    resolved: Annotated[
+        str | None, typer.Option(metavar="RUN", help="Print the values of this config file or built-in config instead.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the config sections, or the fields of one section with type, default and meaning.
 
-    The recipe is printed as written; `check` validates it.
+    With --resolved RUN, print the config of a run: `extends` and overrides applied, defaults filled in, secrets
+    redacted. The recipe is printed as written; `check` validates it.
     """
+    if resolved is not None:
+        return _print_resolved(resolved, [*([section] if section else []), *(overrides or [])], as_json)
+    from m3i_scale.config import known_runs
+    from m3i_scale.config.fields import describe_section, section_tables, top_sections
+
+    if section is None:
+        rows = top_sections()
+        return print_result(as_json, dict(rows), lambda: _section_list(rows))
+    if section in known_runs() or section.endswith((".yaml", ".yml")) or os.sep in section:
+        raise ConfigError(f"'{section}' is a run, not a config section", fix=f"m3i-scale config --resolved {section}")
+    if overrides:
+        raise ConfigError(f"{overrides[0]} has no effect without --resolved", fix="add --resolved RUN, or leave it out")
+    more: dict[str, Any] = {}
+    if section.partition(".")[0] == "recipe":  # needs torch
+        from m3i_scale.objective.recipe import Recipe
+
+        more["recipe"] = Recipe
+    docs = describe_section(section, more)
+    return print_result(as_json, [doc.document() for doc in docs], lambda: section_tables(docs))
+
+
+def _section_list(rows: list[tuple[str, str]]) -> Group:
+    table = Table("SECTION", "MEANING", box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
+    for name, meaning in rows:
+        table.add_row(Text(name, "bold"), Text(meaning))
+    return Group(table, Text("\nFields of a section: m3i-scale config SECTION"))
+
+
+def _print_resolved(run: str, overrides: list[str], as_json: bool) -> None:
     import yaml
 
     from m3i_scale.config import load_run
@@ -168,12 +204,12 @@ def config(run: RunFile, overrides: Overrides = None, as_json: AsJson = False) -
 
 @app.command(epilog="Example: m3i-scale stop /data/runs/first")
 def stop(
-    run: Annotated[str, typer.Argument(help="The output folder of a run, its run file, or a built-in name.")],
+    run: Annotated[str, typer.Argument(help="Output directory or config file of a run, or a built-in config.")],
     overrides: Overrides = None,
-    wait: Annotated[bool, typer.Option(help="Until the run has ended.")] = True,
+    wait: Annotated[bool, typer.Option(help="Wait until the run has ended.")] = True,
     as_json: AsJson = False,
 ) -> None:
-    """Stop a run on all nodes: it finishes its step and saves. Rerun the same command to resume."""
+    """Stop a run on all nodes after the current step, with a checkpoint. Rerun the same command to resume."""
     from m3i_scale.run.stop import stop as stop_run
 
     result = stop_run(run, overrides or [], wait=wait, tell=lambda text: print_line(text, stderr=True))
@@ -182,11 +218,17 @@ def stop(
         raise typer.Exit(EXIT_FAILED)
 
 
+app.command(
+    cls=TrainCommand,
+    epilog="Example: m3i-scale train m3i_mini data.datasets.photos.path=/data/shards/train output_dir=/data/runs/first",
+)(train)
+app.command(epilog="Example: m3i-scale init /data/photos --output run.yaml")(init)
 app.command(epilog="Example: m3i-scale plan m3i_vit_g14 --nodes 2 --ranks-per-node 8 --memory-gib 80")(plan)
 app.command(epilog="Example: m3i-scale doctor m3i --hostfile /data/hostfile --interface eth0")(doctor)
 app.command(epilog="Example: m3i-scale evaluate /data/export --data /data/shards/val --train-data /data/shards/train")(
     evaluate
 )
+app.command(epilog="Example: m3i-scale embed /data/export --data /data/photos --output features.parquet")(embed)
 app.command(epilog="Example: m3i-scale compare /data/before /data/after --data /data/domain --general /data/other")(
     compare
 )
@@ -198,6 +240,10 @@ app.add_typer(recipes_app, name="recipes")
 app.add_typer(shards_app, name="shards")
 app.add_typer(checkpoint_app, name="checkpoint")
 app.add_typer(finetune_app, name="finetune")
+_registered: list[Any] = [*app.registered_commands, *app.registered_groups]
+for _command in _registered:
+    _name = _command.name or _command.callback.__name__
+    _command.rich_help_panel = next(panel for panel, names in PANELS.items() if _name in names)
 
 
 def _check_dotted_options(arguments: list[str]) -> None:
@@ -214,6 +260,7 @@ def main() -> None:
     sys.argv[1:] = [item for item in sys.argv[1:] if not item.startswith("--local_rank=")]
     if "--json" in sys.argv:
         reserve_stdout()
+    leave_out_accelerator_warning()
     try:
         _check_dotted_options(sys.argv[1:])
         app()

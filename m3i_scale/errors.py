@@ -169,7 +169,7 @@ def did_you_mean(word: str, known: Iterable[str], otherwise: str | None = None) 
         return "did you mean " + " or ".join(f"'{name}'" for name in near) + "?"
     if otherwise is not None:
         return otherwise
-    return "known: " + ", ".join(names[:_LISTED]) + (", …" if len(names) > _LISTED else "")
+    return "use one of: " + ", ".join(names[:_LISTED]) + (", …" if len(names) > _LISTED else "")
 
 
 def _letters(word: str) -> str:

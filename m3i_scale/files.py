@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from m3i_scale.errors import ConfigError
+from m3i_scale.errors import ConfigError, did_you_mean
 from m3i_scale.text import redact_text
 
 _BLOCK_BYTES = 1 << 20
@@ -31,30 +31,49 @@ def local_path(place: str | Path, where: str | None = None) -> Path:
     if (scheme := _ADDRESS.match(text)) is not None:
         address = text if "://" in text else f"{scheme[0]}/{text[scheme.end() :]}"  # Path collapses double slashes
         raise ConfigError(
-            f"output must go to a local path, got the address '{redact_text(address)}'",
+            f"the output must be a local path, got the address '{redact_text(address)}'",
             where=where,
-            why="a local folder of that name would be written, and lost with the machine",
-            fix="a folder on a disk or on a mounted file system, e.g. /data/runs/first",
+            why="a local folder of that name would be created",
+            fix="use a folder on a disk or on a mounted file system, e.g. /data/runs/first",
         )
     if "$" in text:
         raise ConfigError(
-            f"output must go to a path without variables, got '{redact_text(text)}'",
+            f"the output path must not have variables, got '{redact_text(text)}'",
             where=where,
-            why="only a shell replaces `$NAME`: a local folder of that name would be written",
-            fix="write the path out, or let the shell replace the variable (double quotes, not single ones)",
+            why="only a shell replaces `$NAME`; a local folder of that name would be created",
+            fix="write out the path, or let the shell replace the variable (double quotes, not single ones)",
         )
     expanded = os.path.expanduser(text)
     if expanded.startswith("~"):
-        raise ConfigError(f"there is no such user, got '{text}'", where=where, fix="an absolute path")
+        raise ConfigError(f"unknown user in the path '{text}'", where=where, fix="use an absolute path")
     path = Path(expanded)
     if path.suffix == ".tar" and os.path.exists(path):
         raise ConfigError(
-            f"output must not replace a shard, got '{path}'",
+            f"the output must not replace a shard, got '{path}'",
             where=where,
             why="shards are training data",
-            fix="another path, or remove the file first",
+            fix="use another path, or remove the file first",
         )
     return path
+
+
+def require_folder(folder: Path, where: str | None = None) -> Path:
+    """Return a folder to read. Raise ConfigError if it does not exist, with similar names next to it."""
+    if folder.is_dir():
+        return folder
+    raise ConfigError(
+        f"'{folder}' must be a folder, but it is a file" if folder.exists() else f"no such folder: '{folder}'",
+        where=where or str(folder.absolute()),
+        fix=similar_path(folder, otherwise="check the path"),
+    )
+
+
+def similar_path(missing: Path, otherwise: str) -> str:
+    """Return the fix for a path that does not exist: similar names in its folder, or `otherwise`."""
+    names: list[str] = []
+    with suppress(OSError):
+        names = [item.name for item in missing.absolute().parent.iterdir()]
+    return did_you_mean(missing.name, names, otherwise)
 
 
 def sync(path: Path) -> None:

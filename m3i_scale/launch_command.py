@@ -1,19 +1,20 @@
 """Run `m3i-scale launch`: one description for any launcher.
 
-To add a launcher, create a module with `HONOURS` and `render`, and add its name to `LAUNCHERS`.
+To add a launcher, create a module with `HONORS` and `render`, and add its name to `LAUNCHERS`.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from importlib import import_module
 from typing import TYPE_CHECKING, Annotated, Protocol, cast
 
 import typer
 
 from m3i_scale.errors import EXIT_PREEMPTED, ConfigError, UserError, did_you_mean
-from m3i_scale.launch.description import Cluster, takes_cluster
-from m3i_scale.options import RunFile
+from m3i_scale.launch.description import Cluster, takes_cluster, without_secret_variables
+from m3i_scale.options import RunFile, choices
 from m3i_scale.output import print_json, print_line, release_stdout
 
 if TYPE_CHECKING:  # not imported at runtime, to keep --help fast
@@ -31,7 +32,7 @@ READY_FILES = {"mpirun": "launchers/mpirun.sh", "accelerate": "launchers/acceler
 class Launcher(Protocol):
     """Interface of a launcher's module."""
 
-    HONOURS: frozenset[str]
+    HONORS: frozenset[str]
     """Supported fields of `Cluster`."""
 
     def render(self, job: Job) -> LaunchPlan:
@@ -44,10 +45,10 @@ def find_launcher(name: str) -> Launcher:
         raise ConfigError(
             f"`launch` does not start {name}",
             where="--with",
-            fix=f"edit and start {READY_FILES[name]} (docs/launching.md), or launch with deepspeed or torchrun",
+            fix=f"edit and start {READY_FILES[name]} (docs/guides/multi-gpu.md), or launch with deepspeed or torchrun",
         )
     if name not in LAUNCHERS:
-        raise ConfigError(f"no launcher '{name}'", where="--with", fix=did_you_mean(name, LAUNCHERS))
+        raise ConfigError(f"unknown launcher '{name}'", where="--with", fix=did_you_mean(name, LAUNCHERS))
     module = {"elastic": "elastic.launch", "torchrun": "launch.torchrun_agent"}.get(name, f"launch.{name}")
     return cast(Launcher, import_module(f"m3i_scale.{module}"))
 
@@ -55,8 +56,8 @@ def find_launcher(name: str) -> Launcher:
 def render(name: str, job: Job) -> LaunchPlan:
     """Return the files and commands of one launcher."""
     launcher = find_launcher(name)
-    for field in sorted(job.cluster.model_fields_set - launcher.HONOURS):
-        others = [other for other in LAUNCHERS if field in find_launcher(other).HONOURS]
+    for field in sorted(job.cluster.model_fields_set - launcher.HONORS):
+        others = [other for other in LAUNCHERS if field in find_launcher(other).HONORS]
         fix = f"leave it out, or launch with {' or '.join(others)}"
         if field == "nodes":
             fix = _ALLOCATED if job.cluster.transport == "srun" else _NAME_THEM
@@ -69,14 +70,18 @@ def render(name: str, job: Job) -> LaunchPlan:
 @takes_cluster(Cluster.model_fields)
 def launch(
     run: RunFile,
-    launcher: Annotated[str, typer.Option("--with", help=f"{', '.join(LAUNCHERS)}.")],
+    launcher: Annotated[str, typer.Option("--with", **choices(*LAUNCHERS), help="Launcher.")],
     cluster: Cluster,
-    overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value … for `train`.")] = None,
-    dry_run: Annotated[bool, typer.Option(help="Only print what would be written and run.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="With --dry-run: print it as one JSON document.")] = False,
+    overrides: Annotated[list[str] | None, typer.Argument(help="Settings of the run as section.key=value.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print the files and commands.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="With --dry-run: print one JSON document.")] = False,
 ) -> None:
-    """Start a run with any launcher: write launch files to `output_dir/launch`, run it, and exit with its exit code."""
+    """Start a run with a launcher, on one node or many, and exit with its exit code.
+
+    Launch files are written to `output_dir/launch`.
+    """
     from m3i_scale.elastic.worlds import check_fit
+    from m3i_scale.tasks.packed_folders import pack_folders
 
     config, job = read_job(run, overrides or [], cluster)
     if dry_run:
@@ -93,21 +98,22 @@ def launch(
             "--json has no effect without --dry-run", where="--json", fix="add --dry-run, or leave it out"
         )
     release_stdout()
-    plan = render(launcher, job)
+    render(launcher, job)  # its errors come before the packing
     check_fit(config, job, launcher)
-    raise typer.Exit(_run(plan, render(launcher, job.without_secrets()), job))
+    config, job = read_job(run, pack_folders(run, overrides), cluster)
+    plan = render(launcher, job)
+    environment = without_secret_variables(os.environ, job.variables)
+    raise typer.Exit(run_plan(plan, render(launcher, job.without_secrets()), job, environment))
 
 
-def _run(plan: LaunchPlan, redacted: LaunchPlan, job: Job) -> int:
-    """Run a plan; print the cause of a failure at the end."""
+def run_plan(plan: LaunchPlan, redacted: LaunchPlan, job: Job, environment: Mapping[str, str]) -> int:
+    """Run a plan and return its exit code; print the cause of a failure at the end."""
     from m3i_scale.checkpoint.layout import stopped_words
     from m3i_scale.host.output_dir import launch_lock
     from m3i_scale.host.rank_record import forget_records
-    from m3i_scale.launch.description import without_secret_variables
     from m3i_scale.launch.execute import check_needs, execute, write_files
     from m3i_scale.launch.exit_reason import conclude
 
-    environment = without_secret_variables(os.environ, job.variables)
     if not plan.waits:
         with launch_lock(job.output_dir):
             check_needs(plan)

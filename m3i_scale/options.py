@@ -20,19 +20,33 @@ from rich.markup import escape
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from m3i_scale.files import local_path
+from m3i_scale.text import wrapped_choices
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
 Command = Callable[..., None]
 Imports = Annotated[
-    list[str] | None, typer.Option("--import", help="A module with classes of one's own in the recipe. Runs its code.")
+    list[str] | None, typer.Option("--import", help="Module with custom classes of the recipe. This runs its code.")
 ]
-RunFile = Annotated[str, typer.Argument(help="A run file, or the name of a built-in one.")]
-Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value …")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document, nothing else.")]
+RunFile = Annotated[str, typer.Argument(help="Config file, or the name of a built-in config.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="Settings as section.key=value; `m3i-scale config` lists them.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JSON document.")]
+_CHOICES_WIDTH = 15
+"""Characters of the type column in `--help`, of which 80 leave little for the texts."""
 Parts = Mapping[str, tuple[Any, Any]]
 """Type and default of every option, by parameter name; `inspect.Parameter.empty` means no default."""
+
+
+def choices(*names: str) -> dict[str, Any]:
+    """Return arguments of `typer.Option` for a closed set: `--help` shows `[a|b|c]`, and shells complete the values.
+    The function behind the command validates the value and names the closest choice."""
+    return {
+        "metavar": "\n".join(wrapped_choices(f"[{'|'.join(names)}]", _CHOICES_WIDTH)),
+        "autocompletion": lambda incomplete: [name for name in names if name.startswith(incomplete)],
+    }
 
 
 def writes_to(parameter: typer.CallbackParam, place: Path | None) -> Path | None:
@@ -65,15 +79,20 @@ def expanded(command: Command, parameter: str, parts: Parts, build: Callable[...
     return call
 
 
-def field_options(model: type[BaseModel], fields: Iterable[str], names: Mapping[str, str]) -> Parts:
+def field_options(
+    model: type[BaseModel], fields: Iterable[str], names: Mapping[str, str], panel_of: Callable[[str], str | None]
+) -> Parts:
     """Return an option for each of these fields of a model, with its docstring (`use_attribute_docstrings`) as help.
-    The default is None. `names` are option names that differ from the field names."""
+    The default is None. `names` are option names that differ from the field names; `panel_of` returns the panel of
+    `--help` for a help text."""
     parts = {}
     for name in fields:
         field = model.model_fields[name]
         text = escape(" ".join((field.description or "").split()))
         words = [names[name]] if name in names else []
-        parts[name] = (Annotated[_option_type(field.annotation) | None, typer.Option(*words, help=text)], None)
+        known = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
+        option = typer.Option(*words, help=text, rich_help_panel=panel_of(text), **(choices(*known) if known else {}))
+        parts[name] = (Annotated[_option_type(field.annotation) | None, option], None)
     return parts
 
 

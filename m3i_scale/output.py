@@ -92,8 +92,7 @@ def print_result(as_json: bool, document: Any, table: Callable[[], RenderableTyp
 
 
 def leave_out_accelerator_warning() -> None:
-    """Silence the warning about a missing GPU, for commands that only read and write files. Call it before DeepSpeed is
-    imported, because the import looks for a GPU."""
+    """Silence DeepSpeed's warning about a missing GPU, which its import prints. Call it before."""
     logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
 
 

@@ -17,6 +17,8 @@ DEVICES = Path("/dev")
 THREADS = "OMP_NUM_THREADS"
 _MAX_THREADS = 8
 """For ranks with a GPU: their CPU work (launching kernels, collating batches) is too small for more threads."""
+_set_here: set[str] = set()
+"""Variables that `limit_threads` has set in the environment of this process."""
 _WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 
 
@@ -84,6 +86,21 @@ def limit_threads(environment: MutableMapping[str, str], ranks: int) -> None:
     Call this before torch is imported, because OpenMP reads its variables then. Waiting threads sleep instead of
     spinning: on two cores with other processes, a training step with spinning threads is 20 times slower.
     """
+    before = set(environment)
     environment.setdefault(THREADS, str(default_threads(ranks, usable_cores())))
     if not any(name in environment for name in _WAITING):
         environment["OMP_WAIT_POLICY"] = "PASSIVE"
+    if environment is os.environ:
+        _set_here.update(set(environment) - before)
+
+
+def without_thread_limits(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment without what `limit_threads` has set in this process, for ranks that share its cores."""
+    return {name: value for name, value in environment.items() if name not in _set_here}
+
+
+def under_launcher(environment: Mapping[str, str]) -> bool:
+    """Return whether a launcher has started this process as a rank."""
+    variables = dict(environment)
+    adopt_rank_variables(variables)
+    return "RANK" in variables or "WORLD_SIZE" in variables

@@ -97,6 +97,16 @@ def filled(parts: Iterable[str], width: int) -> list[str]:
     return lines
 
 
+def wrapped_choices(text: str, width: int) -> list[str]:
+    """Break `a|b|c` after its bars into lines of at most `width` characters; a longer choice is not split."""
+    lines = [""]
+    for part in re.findall(r"[^|]+\|?", text):
+        if lines[-1] and len(lines[-1]) + len(part) > width:
+            lines.append("")
+        lines[-1] += part
+    return lines
+
+
 def table_lines(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
     """Format a table as lines of text with aligned columns, names first."""
     cells = [[str(cell) for cell in row] for row in (columns, *rows)]

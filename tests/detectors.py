@@ -1,4 +1,4 @@
-"""Small detectors, and batches of coloured shapes for them."""
+"""Small detectors, and batches of colored shapes for them."""
 
 from __future__ import annotations
 
@@ -87,9 +87,9 @@ def shake(module: nn.Module, noise: float) -> None:
 
 
 def scene(seed: int, objects: int = 3, side: int = SIDE) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Shapes in distinct colours on a grey ground: image (3, side, side) in 0 … 1, boxes, classes, full masks."""
+    """Shapes in distinct colors on a gray ground: image (3, side, side) in 0 … 1, boxes, classes, full masks."""
     generator = torch.Generator().manual_seed(seed)
-    colours = torch.tensor([[1.0, 0.1, 0.1], [0.1, 1.0, 0.1], [0.2, 0.2, 1.0]])
+    colors = torch.tensor([[1.0, 0.1, 0.1], [0.1, 1.0, 0.1], [0.2, 0.2, 1.0]])
     y, x = torch.meshgrid(torch.arange(side) + 0.5, torch.arange(side) + 0.5, indexing="ij")
     image = 0.4 + 0.03 * torch.randn(3, side, side, generator=generator)
     boxes, labels, masks = [], [], []
@@ -97,15 +97,15 @@ def scene(seed: int, objects: int = 3, side: int = SIDE) -> tuple[Tensor, Tensor
     for quarter in quarters.tolist():
         label = int(torch.randint(3, (1,), generator=generator))
         radius = float(torch.randint(7, 13, (1,), generator=generator))
-        centre = torch.tensor([quarter % 2, quarter // 2]) * side / 2 + side / 4
-        dx, dy = x - centre[0], y - centre[1]
+        center = torch.tensor([quarter % 2, quarter // 2]) * side / 2 + side / 4
+        dx, dy = x - center[0], y - center[1]
         shapes = (
             dx**2 + dy**2 <= radius**2,
             torch.maximum(dx.abs(), dy.abs()) <= radius,
             (dx.abs() + dy.abs()) <= radius,
         )
         mask = shapes[label]
-        image[:, mask] = colours[label][:, None]
+        image[:, mask] = colors[label][:, None]
         rows, columns = mask.any(dim=1).nonzero()[:, 0], mask.any(dim=0).nonzero()[:, 0]
         boxes.append([int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1])
         labels.append(label)
@@ -124,7 +124,7 @@ def cropped(masks_NHW: Tensor, boxes_N4: Tensor, side: int = 112) -> Tensor:
 
 
 def batch_of(scenes: list[tuple[Tensor, Tensor, Tensor, Tensor]], seed: int = 0) -> tuple[Tensor, Objects]:
-    """Normalised images, and what is on them, padded by −1."""
+    """Normalized images, and what is on them, padded by −1."""
     most = max(*(len(boxes) for _, boxes, _, _ in scenes), 1)
     boxes_BN4 = torch.zeros(len(scenes), most, 4)
     labels_BN = torch.full((len(scenes), most), -1)

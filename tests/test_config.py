@@ -18,6 +18,7 @@ from m3i_scale.config import (
     run_values,
 )
 from m3i_scale.config.explain import HINTS
+from m3i_scale.config.files import values_beyond_built_in
 from m3i_scale.errors import AggregateError, ConfigError, did_you_mean
 from m3i_scale.exports.source import describe_data
 from m3i_scale.objective.recipe import load_run_and_recipe, parse_recipe
@@ -158,7 +159,7 @@ def test_the_heads_of_a_pool_split_what_it_is_fed_and_not_what_it_gives():
 
 def test_a_file_in_the_working_directory_does_not_shadow_a_built_in_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "m3i").write_text("no run file")
+    (tmp_path / "m3i").write_text("no config file")
     (tmp_path / "run.yaml").write_text("extends: m3i\nseed: 3\n")
     assert load_run("m3i_mini").recipe == load_run("m3i").recipe == load_run("run.yaml").recipe
 
@@ -284,7 +285,7 @@ def test_a_schedule_that_does_not_hold_says_what_would(overrides):
 def test_a_value_in_place_of_a_section_is_told_the_key_that_was_meant(tmp_path):
     with pytest.raises(ConfigError) as caught:
         load_run("m3i", ["data.datasets.photos=/data/photos"])
-    assert caught.value.fix == "data.datasets.photos.path=…"
+    assert caught.value.fix == "set data.datasets.photos.path=…"
 
 
 def test_a_tilde_is_the_home_of_the_user(monkeypatch):
@@ -399,3 +400,35 @@ def test_names_of_sources_make_names_of_metrics(key: str, name: str) -> None:
     assert parse_section(RunConfig, values, where="run.yaml", stored=True).data  # of a run that is over
     for good in ("birds-2", "a.b", "photos (large)", "données"):
         parse_section(RunConfig, {"recipe": {}, "data": {key: {good: {"path": "/data/shards"}}}}, where="run.yaml")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "where"),
+    [
+        (["optim.steps=6", "backbone.config.image_size=64", "optim.batch_size=32"], ["optim.steps=6", "m3i_mini.yaml"]),
+        (["optim.warmup_steps=2000", "optim.batch_size=32"], ["optim.warmup_steps=2000"]),
+    ],
+)
+def test_a_warm_up_that_does_not_fit_names_the_settings_at_fault(overrides, where):
+    with pytest.raises(ConfigError) as caught:
+        load_run("m3i_mini", overrides)
+    assert all(part in caught.value.where for part in where)
+    assert "batch_size" not in caught.value.where
+
+
+@pytest.mark.parametrize("key", ["optim.learning_rte", "optim.learning_rate", "optim.Learning_Rte"])
+def test_a_misspelled_synonym_is_recognized(key):
+    with pytest.raises(ConfigError) as caught:
+        load_run("m3i", [f"{key}=1e-3"])
+    assert caught.value.fix == "did you mean optim.lr?"
+
+
+def test_what_users_set_beyond_a_built_in_config_is_known(tmp_path):
+    (tmp_path / "base.yaml").write_text("extends: m3i_mini\noptim: {lr: 0.5}\n")
+    (tmp_path / "run.yaml").write_text("extends: base.yaml\noptim: {steps: 9}\n")
+    (tmp_path / "alone.yaml").write_text("name: alone\n")
+    name, values = values_beyond_built_in(str(tmp_path / "run.yaml"), ["optim.batch_size=8", "seed=1"])
+    assert name == "m3i_mini"
+    assert values == {"optim": {"lr": 0.5, "steps": 9, "batch_size": 8}, "seed": 1}
+    assert values_beyond_built_in("m3i_mini", []) == ("m3i_mini", {})
+    assert values_beyond_built_in(str(tmp_path / "alone.yaml"), []) == (None, {"name": "alone"})

@@ -20,7 +20,9 @@ from m3i_scale.run.check import errors_of
 
 WRITERS = {
     "recipes show m3i --output": "recipe.md",
+    "init /data/photos --output": "run.yaml",
     "evaluate /data/export --data /data/shards --pictures": "pictures",
+    "embed /data/export --data /data/photos --output": "features.npz",
     "compare /data/a /data/b --data /data/shards --output": "page.html",
     "export /data/run --output": "export",
     "report /data/run --output": "report.html",

@@ -118,18 +118,18 @@ def a_data_folder(folder: Path) -> None:
             (folder / root / label).mkdir(parents=True)
             for number in range(40):
                 path = folder / root / label / f"{number:02d}.png"
-                colour = draw_one.choice(["red", "green", "blue", "orange"])
+                color = draw_one.choice(["red", "green", "blue", "orange"])
                 image = Image.new("RGB", (40, 40), "white")
                 edge = draw_one.randint(2, 12)
                 points = [(edge, edge), (40 - edge, 40 - edge)]
                 if kind == "polygon":
                     points = [(20, edge), (40 - edge, 30), (edge, 30)]
-                getattr(ImageDraw.Draw(image), kind)(points, fill=colour)
+                getattr(ImageDraw.Draw(image), kind)(points, fill=color)
                 image.putpixel((0, 0), (number, [*shapes].index(label), int(captioned)))  # no two files are the same
                 image.save(path)
                 if captioned:
-                    path.with_suffix(".txt").write_text(f"a {colour} {label}", encoding="utf-8")
-                    rows.append({"path": path, "title": f"a {colour} {label}", "label": label})
+                    path.with_suffix(".txt").write_text(f"a {color} {label}", encoding="utf-8")
+                    rows.append({"path": path, "title": f"a {color} {label}", "label": label})
     with (folder / "photos.csv").open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=["path", "title", "label"])
         writer.writeheader()
@@ -138,10 +138,10 @@ def a_data_folder(folder: Path) -> None:
     for number in range(40):
         split = folder / "scenes" / ("train" if number < 32 else "val")
         corner = (draw_one.randint(2, 18), draw_one.randint(2, 18))
-        for kind, mode, ground, colour in (("images", "RGB", "white", "red"), ("masks", "L", 0, 1)):
+        for kind, mode, ground, color in (("images", "RGB", "white", "red"), ("masks", "L", 0, 1)):
             (split / kind).mkdir(parents=True, exist_ok=True)
             picture = Image.new(mode, (40, 40), ground)
-            ImageDraw.Draw(picture).rectangle([corner, (corner[0] + 20, corner[1] + 20)], fill=colour)
+            ImageDraw.Draw(picture).rectangle([corner, (corner[0] + 20, corner[1] + 20)], fill=color)
             picture.save(split / kind / f"{number:02d}.png")
         image = {"id": number, "file_name": f"{split.name}/images/{number:02d}.png", "width": 40, "height": 40}
         boxes[split.name]["images"].append(image)

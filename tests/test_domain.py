@@ -96,15 +96,15 @@ def test_the_two_sets_share_nothing_and_the_domain_is_seen_by_a_scanner(sets):
     assert {split for split, _ in general} == {split for split, _ in domain} == {"train", "val"}
     assert not {key for _, key in general} & {key for _, key in domain}
     assert len(general) == len(domain) == 4 * 4 * 2  # two groups of four in each of the four splits
-    for found, classes, colour in ((general, sets.general.classes, True), (domain, sets.domain.classes, False)):
+    for found, classes, color in ((general, sets.general.classes, True), (domain, sets.domain.classes, False)):
         for sample in found.values():
             facts = json.loads(sample["json"])
-            label = classes.index(facts["group"] if colour else facts["subgroup"])
+            label = classes.index(facts["group"] if color else facts["subgroup"])
             assert int(sample["cls"]) == label
             assert set(np.unique(np.asarray(Image.open(io.BytesIO(sample["mask.png"]))))) == {0, label + 1}
             pixels = np.asarray(Image.open(io.BytesIO(sample["png"])).convert("RGB")).astype(int)
-            assert bool((pixels[..., 0] != pixels[..., 1]).any()) == colour
-            assert (pixels[0, -1].mean() > 128) == colour  # the white ground is dark in a scan
+            assert bool((pixels[..., 0] != pixels[..., 1]).any()) == color
+            assert (pixels[0, -1].mean() > 128) == color  # the white ground is dark in a scan
 
 
 def test_sets_are_made_once_and_the_same(sets, tmp_path):

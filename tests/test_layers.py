@@ -37,13 +37,16 @@ LEVELS = {
     "plan": 10,
     "report": 10,
     "elastic": 11,
-    "evaluate": 11,
-    "export": 11,
+    "evaluation": 11,
+    "exports": 11,
     "tasks": 12,
-    "api": 13,
+    "jobs": 13,
+    "results": 13,
     "launch_command": 13,
-    "cli": 14,
-    "__main__": 15,
+    "train_command": 14,
+    "api": 15,
+    "cli": 16,
+    "__main__": 17,
 }
 CARRIED = {*internimage.SOURCE_FILES, *export_detector.SOURCE_FILES}
 """By exports, for a reader whose `transformers` has no such model."""
@@ -136,7 +139,7 @@ def test_no_files_import_each_other_in_a_circle():
         ("data", "from m3i_scale.objective.build import build_objective"),
         ("objective", "def f():\n    import deepspeed"),
         ("objective", "from m3i_scale.engine import engine"),
-        ("export", "from m3i_scale.evaluation.commands import evaluate"),
+        ("exports", "from m3i_scale.evaluation.commands import evaluate"),
         ("run", "import m3i_scale.evaluation.commands"),
         ("report", "from m3i_scale.exports.card import cell"),
         ("errors", "from m3i_scale.config import RunConfig"),
@@ -156,7 +159,7 @@ def test_an_upward_import_is_found(package, source):
             "run",
             "from m3i_scale.engine.engine import build_engine\nfrom m3i_scale.run.meter import Meter\nimport deepspeed",
         ),
-        ("export", "from m3i_scale import __version__"),
+        ("exports", "from m3i_scale import __version__"),
         ("data", "import torch\nfrom m3i_scale.errors import DataError"),
     ],
 )
@@ -222,11 +225,11 @@ def test_every_name_of_a_package_is_that_of_modules() -> None:
     [
         ("run", "tasks", False),
         ("data", "shards", False),
-        ("export", "tasks", False),
-        ("export", "evaluate", False),
+        ("exports", "tasks", False),
+        ("exports", "evaluation", False),
         ("data", "entry", False),
-        ("tasks", "export", True),
-        ("evaluate", "host", True),
+        ("tasks", "exports", True),
+        ("evaluation", "host", True),
         ("entry", "elastic", True),
     ],
 )
@@ -236,7 +239,7 @@ def test_a_wall_between_packages(importer: str, imported: str, allowed: bool) ->
 
 LOADS = ("from_pretrained", "from_config")
 ROOT = PACKAGE.parent
-OWN_CODE = {"export/fresh.py"}
+OWN_CODE = {"exports/fresh.py"}
 """Load a folder that this very package has just written, with code of its own where it put that there."""
 
 

@@ -42,7 +42,8 @@ def tell_imported():
 
 print(tell_all(root, click.Context(root, info_name="m3i-scale")))
 tell_imported()
-for arguments in (["--version"], ["-h"], ["recipes"], ["backbones"], ["config", "m3i"]):
+for line in ("--version", "-h", "recipes", "backbones", "config", "config optim", "config --resolved m3i"):
+    arguments = line.split()
     app(arguments, standalone_mode=False)
 tell_imported()
 """
@@ -63,7 +64,7 @@ def test_help_and_tables_import_nothing_that_takes_long():
 @pytest.mark.parametrize(
     ("arguments", "code", "says"),
     [
-        (["train", "nope.yaml"], 2, "no run file"),
+        (["train", "nope.yaml"], 2, "no config file"),
         (["--help"], 0, ""),
         ([], 2, ""),
         (["train", "m3i", "--optim.lr", "1e-3"], 2, "write optim.lr=VALUE"),

@@ -35,14 +35,14 @@ def modules():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Discs of three colours with masks, labels and captions."""
+    """Discs of three colors with masks, labels and captions."""
     root = tmp_path_factory.mktemp("discs")
     records = []
     for number in range(80):
         label, generator = number % 3, np.random.default_rng(number)
-        centre = generator.integers(14, 34, 2)
+        center = generator.integers(14, 34, 2)
         rows, columns = np.mgrid[:48, :48]
-        inside = (rows - centre[0]) ** 2 + (columns - centre[1]) ** 2 < 150
+        inside = (rows - center[0]) ** 2 + (columns - center[1]) ** 2 < 150
         pixels = np.full((48, 48, 3), 230) + generator.integers(-20, 20, (48, 48, 3))
         pixels[inside] = np.array([(220, 60, 40), (40, 80, 220), (40, 200, 60)])[label]
         Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(root / f"{number}.png")
@@ -314,7 +314,7 @@ def test_a_recipe_has_one_colour_in_all_panels(tmp_path):
     bare = [{"tflop": 1, "linear": 0.1}]
     plot({"curves": {"mae": bare, "clip": points}, "settings": {"protocol": "compute"}}, tmp_path / "c.svg")
     text = (tmp_path / "c.svg").read_text()
-    # the second colour: a line and markers in both panels, and in the legend; never the first one in the second panel
+    # the second color: a line and markers in both panels, and in the legend; never the first one in the second panel
     assert text.count("#1f77b4") < text.count("#ff7f0e")
 
 

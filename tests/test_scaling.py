@@ -1,4 +1,5 @@
-"""Scaling: the tables of docs/scaling.md are those of the plan, and links between hosts are what they are called."""
+"""Scaling: the tables of docs/benchmarks/scaling.md are those of the plan, and links between hosts are what they are
+called."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ import pytest
 
 pytestmark = pytest.mark.bench
 ROOT = Path(__file__).resolve().parent.parent
-PAGE = ROOT / "docs" / "scaling.md"
+PAGE = ROOT / "docs" / "benchmarks" / "scaling.md"
 TABLE = re.compile(r"<!-- table: (.*?) -->\n(.*?)<!-- end -->", re.DOTALL)
 root_only = pytest.mark.skipif(
     not hasattr(os, "geteuid") or os.geteuid() != 0, reason="network namespaces need root; the build machine has it"
@@ -36,7 +37,7 @@ def namespaces() -> set[str]:
 
 
 def test_the_tables_of_the_page_are_those_of_the_plan():
-    """Some of their rows; `benchmarks/scaling.py --write docs/scaling.md` makes all of them anew."""
+    """Some of their rows; `benchmarks/scaling.py --write docs/benchmarks/scaling.md` makes all of them anew."""
     done = run("scaling", "--gpus", "8", "--gpus", "128")
     assert done.returncode == 0, done.stderr[-3000:]
     tables, page = json.loads(done.stdout)["tables"], dict(TABLE.findall(PAGE.read_text(encoding="utf-8")))

@@ -72,7 +72,7 @@ def test_aliases_that_multiply_are_refused(above: str, tmp_path: Path) -> None:
         load_run(str(path))
     assert caught.value.where == str(path)
     for command in (
-        ["config", str(path)],
+        ["config", "--resolved", str(path)],
         ["check", str(path)],
         ["launch", "m3i", "--with", "local", "--cluster", str(path)],
     ):

@@ -38,7 +38,7 @@ SMALL_BUCKETS = {
     "sub_group_size": 32_768,
 }
 """So small that even these models are gathered, released, reduced and updated in parts."""
-LABEL_SETS = {"shapes": ["disc", "square", "cross"], "colours": ["red", "blue"]}
+LABEL_SETS = {"shapes": ["disc", "square", "cross"], "colors": ["red", "blue"]}
 VOCABULARY = 50
 TEACHERS = "M3I_TEST_TEACHERS"
 GRID = (4, 4)
@@ -164,7 +164,7 @@ def tiny_run(recipe: str, *overrides: str) -> RunConfig:
 
 
 def tiny_objective(recipe: str, *overrides: str, seed: int = 0) -> Objective:
-    """Initialised, in fp32; the EMA teacher holds the first weights of the backbone."""
+    """Initialized, in fp32; the EMA teacher holds the first weights of the backbone."""
     run = tiny_run(recipe, *overrides)
     objective = build_objective(run, LABEL_SETS, VOCABULARY if "text" in run.model_fields_set else None)
     first_weights(objective, seed)

@@ -42,7 +42,7 @@ def measure(mode: str, rows: Rows) -> None:
     ]
     for name, recipe, overrides, image in cases:
         objective = tiny_objective(recipe, *overrides)
-        _gradients(objective, random_batch(BATCH, seed=1, image=image))  # fills queues and centres
+        _gradients(objective, random_batch(BATCH, seed=1, image=image))  # fills queues and centers
         objective.after_backward()
         objective.zero_grad()
         _compare(name, objective, random_batch(BATCH, image=image), device, mode, rows)

@@ -44,7 +44,7 @@ def backbone_config(backbone: BackboneConfig, *, where: str = "backbone") -> Vis
     else:
         name = backbone.preset or DEFAULT_PRESET
         if name not in PRESETS:
-            raise ConfigError(f"no backbone '{name}'", where=f"{where}.preset", fix=did_you_mean(name, PRESETS))
+            raise ConfigError(f"unknown backbone '{name}'", where=f"{where}.preset", fix=did_you_mean(name, PRESETS))
         config = preset_config(name)
     config = _override(config, backbone.config, where)
     family = family_of(config)
@@ -53,7 +53,9 @@ def backbone_config(backbone: BackboneConfig, *, where: str = "backbone") -> Vis
         config._attn_implementation = backbone.attention_kernel
     elif backbone.attention_kernel != "sdpa":
         raise ConfigError(
-            "`attention_kernel` has no effect: this backbone has no attention", where=f"{where}.attention_kernel"
+            "`attention_kernel` has no effect: this backbone has no attention",
+            where=f"{where}.attention_kernel",
+            fix=f"leave out {where}.attention_kernel",
         )
     return config
 
@@ -71,10 +73,10 @@ def _pretrained_config(backbone: BackboneConfig, where: str) -> VisionConfig:
         same = list(here) == list(there) if isinstance(here, list | tuple) else here == there
         if key in backbone.config and key not in ("image_size", *source.assumed) and not same:
             raise ConfigError(
-                f"'{key}' is {there!r} in '{source.given}', and {here!r} in the run file",
+                f"'{key}' must be {there!r} as in '{source.given}', got {here!r}",
                 where=f"{where}.config.{key}",
-                why="the weights fill no other model",
-                fix=f"leave '{key}' out",
+                why="the pretrained weights do not fit another value",
+                fix=f"leave out {where}.config.{key}",
             )
     return source.config
 
@@ -85,7 +87,7 @@ def _override(config: VisionConfig, fields: dict[str, Any], where: str) -> Visio
     for key, value in fields.items():
         if key not in known:
             raise ConfigError(
-                f"{family.name} has no field '{key}' to set", where=f"{where}.config", fix=did_you_mean(key, known)
+                f"unknown field '{key}' of {family.name}", where=f"{where}.config", fix=did_you_mean(key, known)
             )
         set_field(config, key, value, f"{where}.config")
     if isinstance(config, ViTConfig) and "hidden_size" in fields and "pooler_output_size" not in fields:
@@ -97,7 +99,9 @@ def _override(config: VisionConfig, fields: dict[str, Any], where: str) -> Visio
     try:
         return type(config)(**kept)
     except (TypeError, ValueError, StrictDataclassError) as error:
-        raise ConfigError(str(error), where=f"{where}.config") from None
+        raise ConfigError(
+            str(error), where=f"{where}.config", fix=f"correct the named field under {where}.config"
+        ) from None
 
 
 def set_field(config: PretrainedConfig, key: str, value: Any, where: str) -> None:
@@ -105,23 +109,39 @@ def set_field(config: PretrainedConfig, key: str, value: Any, where: str) -> Non
     before, place = getattr(config, key), f"{where}.{key}: {value!r}"
     number = isinstance(before, int | float) and not isinstance(before, bool)
     if number and (isinstance(value, bool) or not isinstance(value, int | float | None)):  # null: the family's default
-        raise ConfigError(f"'{key}' must be one number", where=place, fix=f"e.g. {where}.{key}={before}")
+        raise ConfigError(
+            f"'{key}' must be one number, got {value!r}", where=place, fix=f"set {where}.{key}={before}, for example"
+        )
     if key in MAX_COUNTS and value is not None:  # before `transformers` creates a list of layer names
         check_counts({key: value}, where)
     if isinstance(before, list | tuple) and not _are_counts(value):
-        raise ConfigError(f"'{key}' must be a list of numbers", where=place, fix=f"e.g. {where}.{key}={[*before]}")
+        raise ConfigError(
+            f"'{key}' must be a list of numbers, got {value!r}",
+            where=place,
+            fix=f"set {where}.{key}={[*before]}, for example",
+        )
     if number and isinstance(value, int | float):
         rate = "dropout" in key or key.endswith(("_prob", "drop_path_rate"))
         if rate and not 0 <= value < 1:
-            raise ConfigError(f"'{key}' is a probability below 1", where=place, fix=f"e.g. {where}.{key}={before}")
+            raise ConfigError(
+                f"'{key}' must be a probability from 0 to below 1, got {value!r}",
+                where=place,
+                fix=f"set {where}.{key}={before}, for example",
+            )
         if (key.endswith("_eps") and value <= 0) or (key == "initializer_range" and value < 0):
-            raise ConfigError(f"'{key}' is above 0", where=place, fix=f"e.g. {where}.{key}={before}")
+            raise ConfigError(
+                f"'{key}' must be > 0, got {value!r}", where=place, fix=f"set {where}.{key}={before}, for example"
+            )
     if key == "hidden_act" and (not isinstance(value, str) or value not in ACT2FN):
-        raise ConfigError(f"no activation '{value}'", where=place, fix=did_you_mean(str(value), ACT2FN))
+        raise ConfigError(f"unknown activation '{value}'", where=place, fix=did_you_mean(str(value), ACT2FN))
     try:
         setattr(config, key, value)
     except (TypeError, ValueError, StrictDataclassError) as error:
-        raise ConfigError(f"'{key}: {value!r}': {error}", where=where) from None
+        raise ConfigError(
+            f"'{key}' must be a valid value, got {value!r}: {error}",
+            where=where,
+            fix=f"set {where}.{key}={before}, for example",
+        ) from None
 
 
 def _are_counts(value: Any) -> bool:

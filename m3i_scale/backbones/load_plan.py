@@ -64,10 +64,10 @@ class LoadPlan:
                     value = weights.read(take.tensor, take.part, take.parts)
                     if not value.is_floating_point():
                         raise ConfigError(
-                            f"'{take.tensor}' holds {value.dtype}, and a weight is a floating-point number",
+                            f"weights must be floating-point numbers, but '{take.tensor}' is {value.dtype}",
                             where=f"{self.where}: {path}",
-                            why="a quantised weight means nothing without its scale",
-                            fix="start from the weights before they were quantised",
+                            why="a quantized weight means nothing without its scale",
+                            fix="start from the weights before quantization",
                         )
                     if take.resized:
                         antialias, class_row = self.source.antialias, self.source.class_row
@@ -135,9 +135,10 @@ class Matching:
             places = shape[-2] - self.class_row
             if square_side(places) is None:
                 raise ConfigError(
-                    f"the table of positions '{take.tensor}' has {places} places",
+                    f"position embeddings must form a square grid, but '{take.tensor}' has {places} positions",
                     where="backbone.from_pretrained",
                     why="a backbone's grid is square",
+                    fix="start from a model with a square image size",
                 )
             self.takes[take.name] = replace(take, resized=True)
             self.resized[take.name] = {"from": list(shape), "to": list(take.shape)}
@@ -225,7 +226,7 @@ def _refuse(source: Source, match: Matching, missing: list[str], where: str) -> 
         raise ConfigError(
             "; ".join(errors),
             where=where,
-            why="a backbone that starts with some weights of its own is not the one that was trained",
-            fix="give the configuration and the weights of one model; `backbone.config` need not say its depth, widths "
-            "and patches",
+            why="the backbone would start with some random weights instead of the pretrained ones",
+            fix="use the configuration and the weights of one model; leave depth, widths and patch size out of "
+            "`backbone.config`",
         )

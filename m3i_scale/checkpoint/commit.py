@@ -53,7 +53,7 @@ def begin(final: Path, bytes_wanted: int = 0) -> Path:
         free = shutil.disk_usage(root).free
         if free < bytes_wanted:
             raise CheckpointError(
-                f"not enough room for a checkpoint: {size_text(bytes_wanted)} wanted, {size_text(free)} free",
+                f"not enough space for a checkpoint: {size_text(bytes_wanted)} needed, {size_text(free)} free",
                 where=str(root),
                 why=_last_good(root),
                 fix="free space, lower checkpoint.keep_latest, or set output_dir to another disk",
@@ -177,14 +177,19 @@ def remove(path: Path) -> None:
 def _seal(folder: Path, extra: Mapping[str, Any], digests: Mapping[str, Digest]) -> None:
     names = list_files(folder)
     if missing := sorted(digests.keys() - set(names)):
-        raise CheckpointError(f"a file that a rank has written is not there: {missing[0]}", where=str(folder))
+        raise CheckpointError(
+            f"a file that a rank wrote is missing: {missing[0]}",
+            where=str(folder),
+            fix="make sure that all hosts mount the same output_dir, then start the run again",
+        )
     for name, digest in digests.items():
         size = (folder / name).stat().st_size
         if size != digest.size:
             raise CheckpointError(
-                f"{name} has {size:,} bytes, the rank that wrote it counted {digest.size:,}",
+                f"{name} has {size:,} bytes, but the rank that wrote it counted {digest.size:,}",
                 where=str(folder / name),
                 why="two processes wrote it, or the shared file system lags behind",
+                fix="make sure that only one job writes to output_dir, then start the run again",
             )
     others = digest_files(folder, [name for name in names if name not in digests])
     for directory, _, _ in os.walk(folder, topdown=False, onerror=raise_error):
@@ -196,7 +201,7 @@ def _seal(folder: Path, extra: Mapping[str, Any], digests: Mapping[str, Digest])
 def _check_not_valid(final: Path) -> None:
     if final.exists() and not verify(final):
         raise CheckpointError(
-            "a good checkpoint of this step is there already",
+            "a valid checkpoint of this step already exists",
             where=str(final),
             fix="resume from it (checkpoint.resume=auto), or set another output_dir",
         )

@@ -100,5 +100,7 @@ def unreadable(folder: Path, name: str, error: Exception | str) -> CheckpointErr
         f"the checkpoint cannot be read: {reason}",
         where=str(folder / name),
         why=gone,
-        fix="take another checkpoint of the run" if gone else "`m3i-scale checkpoint verify` names all errors",
+        fix="use another checkpoint of the run"
+        if gone
+        else "run `m3i-scale checkpoint verify`, which lists all errors",
     )

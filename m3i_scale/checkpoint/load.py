@@ -76,7 +76,7 @@ def check_norms(saved: SavedTensors, engine: Any, ema: ShardedEma | None) -> Non
         tolerance = ROUNDED_NORM_TOLERANCE if in_16_bits else NORM_TOLERANCE
         if not math.isclose(math.sqrt(square), saved_norm, rel_tol=tolerance, abs_tol=1e-30):
             raise CheckpointError(
-                f"what was loaded is not what was saved: the norm of '{key}' was {saved_norm:.9g}, and is "
+                f"checkpoint verification failed: the norm of '{key}' was {saved_norm:.9g}, and is now "
                 f"{math.sqrt(square):.9g}",
                 where=str(saved.folder.parent),
                 fix="resume from an earlier checkpoint: checkpoint.resume=…",
@@ -147,9 +147,9 @@ def _compare_shapes(shapes: dict[str, tuple[int, ...]], saved: dict[str, tuple[i
     wrong = sorted(name for name in shapes.keys() | saved.keys() if shapes.get(name) != saved.get(name))
     if wrong:
         raise CheckpointError(
-            f"{len(wrong)} tensors do not belong together with this model, e.g. {wrong[0]}",
+            f"{len(wrong)} tensors of the checkpoint do not fit this model, e.g. {wrong[0]}",
             where=str(folder),
-            why="the checkpoint is of another version of this package or of `transformers`",
+            why="another version of this package or of `transformers` wrote the checkpoint",
             fix="resume with the version that wrote it, or start a new run from its export: backbone.from_pretrained=…",
         )
 
@@ -216,11 +216,11 @@ def check_probe(folder: Path, meta: dict[str, Any], engine: Any, *, precision: s
     tolerance = PROBE_TOLERANCE[precision] if meta.get("precision") == precision else OTHER_PRECISION_TOLERANCE
     if not math.isclose(loss, saved_loss, rel_tol=tolerance, abs_tol=tolerance / 10):
         raise CheckpointError(
-            f"what was loaded is not what was saved: the loss of {PROBE_SAMPLES} stored samples was "
-            f"{saved_loss:.9g}, and is {loss:.9g}",
+            f"checkpoint verification failed: the loss of {PROBE_SAMPLES} stored samples was {saved_loss:.9g}, and is "
+            f"now {loss:.9g}",
             where=str(folder),
-            why="the weights are in other places, or the model computes something else than it did",
-            fix="resume with the versions of torch, transformers and this package that saved it; docs/checkpoints.md",
+            why="weights went to the wrong parameters, or the model code changed since the checkpoint",
+            fix="resume with the versions of torch, transformers and this package that saved it",
         )
     return probe
 

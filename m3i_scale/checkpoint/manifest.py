@@ -97,16 +97,24 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         raw = path.read_bytes()
     except FileNotFoundError:
-        raise CheckpointError("no manifest: the folder was never committed", where=str(path)) from None
+        raise CheckpointError(
+            "no manifest: the save was not completed", where=str(path), fix="use another checkpoint of the run"
+        ) from None
     except OSError as error:
-        raise CheckpointError(f"the manifest cannot be read: {error.strerror}", where=str(path)) from None
-    torn = CheckpointError("the manifest is torn or changed", where=str(path))
+        raise CheckpointError(
+            f"the manifest cannot be read: {error.strerror}",
+            where=str(path),
+            fix="make the file readable, or use another checkpoint of the run",
+        ) from None
+    torn = CheckpointError("the manifest is corrupt", where=str(path), fix="use another checkpoint of the run")
     try:
         values = json.loads(raw)
         values.pop("sha256")
         if values["format"] != FORMAT:
             raise CheckpointError(
-                f"the manifest has format {values['format']}, this version reads {FORMAT}", where=str(path)
+                f"the manifest has format {values['format']}, but this version reads {FORMAT}",
+                where=str(path),
+                fix="use the version of this package that saved the checkpoint",
             )
         manifest = Manifest.model_validate(values)
         rendered = _render(manifest)
@@ -175,7 +183,7 @@ def _name_errors(path: Path, manifest: Manifest) -> Iterator[FileError]:
     find the name in use when it saves."""
     named, held = step_of(path), manifest.extra.get("step")
     if named is not None and held is not None and named != held:
-        what = f"the folder is named as step {named}, and holds step {held}"
+        what = f"the folder name says step {named}, but the checkpoint is of step {held}"
         yield FileError(".", what, what)
 
 

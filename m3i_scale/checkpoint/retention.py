@@ -193,9 +193,9 @@ def check_retention(run: RunConfig, recipe: Recipe) -> None:
     saves, steps, every = checkpoint.every_steps, run.optim.steps, checkpoint.keep_every_steps
     if every is not None and not _meet(saves, every, steps):
         raise ConfigError(
-            f"checkpoint.keep_every_steps has no effect: no checkpoint is of a multiple of {every} steps",
+            f"checkpoint.keep_every_steps has no effect: no checkpoint is saved at a multiple of {every} steps",
             where=f"checkpoint.every_steps: {saves}, optim.steps: {steps}",
-            fix=f"take a multiple of {saves} that is not larger than {steps}",
+            fix=f"use a multiple of {saves} that is at most {steps}",
         )
     if checkpoint.keep_best is not None:
         _check_best(run, recipe, checkpoint.keep_best)
@@ -209,7 +209,7 @@ def _check_best(run: RunConfig, recipe: Recipe, best: KeepBestConfig) -> None:
         raise ConfigError(
             "checkpoint.keep_best has no effect: the run evaluates nothing",
             where="evaluation.every_steps: 0",
-            fix=f"evaluation.every_steps={saves}, and data.validation",
+            fix=f"set evaluation.every_steps={saves} and data.validation",
         )
     if metric not in known:
         near = did_you_mean(metric if metric.startswith(PREFIX) else PREFIX + metric.partition("/")[2], known)
@@ -218,13 +218,14 @@ def _check_best(run: RunConfig, recipe: Recipe, best: KeepBestConfig) -> None:
     mode = _BETTER.get(figure, best.mode)
     if best.mode != mode:
         raise ConfigError(
-            f"the worst checkpoints would be kept: '{metric}' is better when {'higher' if mode == 'max' else 'lower'}",
+            f"checkpoint.keep_best would keep the worst checkpoints: '{metric}' is better if "
+            f"{'higher' if mode == 'max' else 'lower'}",
             where=f"checkpoint.keep_best.mode: {best.mode}",
             fix=f"checkpoint.keep_best.mode={mode}",
         )
     if not _meet(saves, evaluates, run.optim.steps):
         raise ConfigError(
-            "checkpoint.keep_best has no effect: no checkpoint is of a step that is evaluated",
+            "checkpoint.keep_best has no effect: no checkpoint is saved at a step that is evaluated",
             where=f"checkpoint.every_steps: {saves}, evaluation.every_steps: {evaluates}",
             fix=f"evaluation.every_steps={saves}",
         )

@@ -267,4 +267,4 @@ class SavedTensors:
         return unreadable(self.folder.parent, f"{TENSORS}/{file}", error)
 
     def _error(self, what: str, file: str) -> CheckpointError:
-        return CheckpointError(what, where=str(self.folder / file), fix="take another checkpoint of the run")
+        return CheckpointError(what, where=str(self.folder / file), fix="use another checkpoint of the run")

@@ -14,20 +14,20 @@ from rich.table import Table
 from rich.text import Text
 
 from m3i_scale.errors import EXIT_USER_ERROR
-from m3i_scale.options import AsJson, writes_to
+from m3i_scale.options import AsJson, choices, writes_to
 from m3i_scale.output import print_result
 from m3i_scale.text import duration_text, size_text
 
 _SHOWN_FILES = 12
 
 checkpoint_app = typer.Typer(no_args_is_help=True, help="List, verify, inspect, prune and consolidate checkpoints.")
-Run = Annotated[Path, typer.Argument(help="A run's output_dir, or its checkpoints folder.")]
-One = Annotated[Path, typer.Argument(help="One checkpoint; or a run, whose newest complete one is taken.")]
+Run = Annotated[Path, typer.Argument(help="Output directory of a run, or its checkpoints folder.")]
+One = Annotated[Path, typer.Argument(help="Checkpoint, or a run for its newest valid one.")]
 
 
 @checkpoint_app.command("list", epilog="Example: m3i-scale checkpoint list /data/runs/first")
 def list_(run: Run, as_json: AsJson = False) -> None:
-    """List all checkpoints of a run: step, age, size, validity by names and sizes, metrics, and why each is kept."""
+    """List the checkpoints of a run with size, age, metrics, and why each is kept."""
     from m3i_scale.checkpoint.retention import evaluations
     from m3i_scale.checkpoint_tools.documents import list_checkpoints
     from m3i_scale.checkpoint_tools.paths import root_of
@@ -39,10 +39,10 @@ def list_(run: Run, as_json: AsJson = False) -> None:
 
 @checkpoint_app.command(epilog="Example: m3i-scale checkpoint verify /data/runs/first --json")
 def verify(
-    path: Annotated[Path, typer.Argument(help="One checkpoint; or a run, all of whose checkpoints are read.")],
+    path: Annotated[Path, typer.Argument(help="Checkpoint, or a run for all its checkpoints.")],
     as_json: AsJson = False,
 ) -> None:
-    """Compare every byte with the manifest. Exits with 2 if there are differences, and names the corrupt files."""
+    """Verify the checksum of every file. Exit with code 2 if a file is corrupt or missing."""
     from m3i_scale.checkpoint_tools.documents import verify_checkpoints
     from m3i_scale.checkpoint_tools.paths import named_checkpoints
     from m3i_scale.files import folder_bytes
@@ -56,7 +56,7 @@ def verify(
 
 @checkpoint_app.command(epilog="Example: m3i-scale checkpoint inspect /data/runs/first/checkpoints/step-00000100")
 def inspect(path: One, as_json: AsJson = False) -> None:
-    """Show the contents of a checkpoint; reads headers and small files only."""
+    """Show the contents of a checkpoint: step, model, data position and sizes. Weights are not read."""
     from m3i_scale.checkpoint_tools.documents import inspect_checkpoint
     from m3i_scale.checkpoint_tools.paths import checkpoint_or_newest
 
@@ -71,12 +71,18 @@ def prune(
     run: Run,
     keep_latest: Annotated[int | None, typer.Option(min=1, help="Keep the newest N.")] = None,
     keep_every: Annotated[int | None, typer.Option(min=1, help="Keep steps that are multiples of N.")] = None,
-    keep_best: Annotated[str | None, typer.Option(help="METRIC[:min|max][:count], e.g. evaluation/loss:min:3")] = None,
-    max_gib: Annotated[float | None, typer.Option(min=0.0, help="Limit of the total size, in GiB.")] = None,
+    keep_best: Annotated[
+        str | None,
+        typer.Option(metavar="METRIC", help="Keep the best by METRIC[:min|max][:count], e.g. evaluation/loss:min:3."),
+    ] = None,
+    max_gib: Annotated[float | None, typer.Option(min=0.0, help="Maximum total size in GiB.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print what would be removed.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Delete checkpoints that no rule keeps. Default: the rules of the config. The latest valid one is always kept."""
+    """Delete checkpoints that no retention rule keeps. Default: the rules of the config.
+
+    The latest valid checkpoint is always kept.
+    """
     from m3i_scale.checkpoint_tools.documents import prune_run, rules_given
     from m3i_scale.checkpoint_tools.paths import root_of
 
@@ -88,16 +94,16 @@ def prune(
 
 @checkpoint_app.command(epilog="Example: m3i-scale checkpoint consolidate /data/runs/first --output /data/whole")
 def consolidate(
-    path: Annotated[Path, typer.Argument(help="One checkpoint; or a run, whose newest good one is taken.")],
-    output: Annotated[Path, typer.Option(callback=writes_to, help="Folder to write; must not exist.")],
-    weights: Annotated[str, typer.Option(help="student or ema.")] = "student",
-    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
-    max_shard_size: Annotated[
-        str, typer.Option(help="Of a file, such as 500MB; 5GB is 5·10⁹ bytes, as on the Hub.")
-    ] = "5GB",
+    path: Annotated[Path, typer.Argument(help="Checkpoint, or a run for its newest valid one.")],
+    output: Annotated[Path, typer.Option(callback=writes_to, help="New folder for the weights.")],
+    weights: Annotated[
+        str, typer.Option(**choices("student", "ema"), help="Trained weights, or their EMA.")
+    ] = "student",
+    dtype: Annotated[str, typer.Option(**choices("float32", "bfloat16"), help="Data type.")] = "float32",
+    max_shard_size: Annotated[str, typer.Option(help="Maximum size of a weight file, e.g. 500MB.")] = "5GB",
     as_json: AsJson = False,
 ) -> None:
-    """Merge the shards of all ranks into full tensors. Streams data, so memory does not grow with the model."""
+    """Merge the shards of all ranks into full safetensors weights. Memory use does not grow with the model."""
     from m3i_scale.checkpoint_tools.consolidate import consolidate as write
 
     document = write(
@@ -203,15 +209,17 @@ def _prune_table(document: Mapping[str, Any]) -> RenderableType:
 
 
 def _consolidate_table(document: Mapping[str, Any]) -> RenderableType:
-    table = Table("", "")
-    for key, value in document.items():
-        if key != "files":
-            table.add_row(key, f"{value:,}" if isinstance(value, int) else str(value))
+    table = Table("", "", box=None, show_header=False, pad_edge=False)
+    table.add_row("checkpoint", f"{document['checkpoint']}, step {document['step']}")
+    table.add_row("weights", f"{document['weights']}, {document['dtype']}")
+    if document["not_averaged"]:
+        table.add_row("without EMA", f"{', '.join(document['not_averaged'])}: trained weights")
+    table.add_row("parameters", f"{document['parameters']:,} in {document['tensors']:,} tensors")
     for file, count in list(document["files"].items())[:_SHOWN_FILES]:
-        table.add_row(file, f"{count:,} bytes")
+        table.add_row(file, size_text(count))
     if (more := len(document["files"]) - _SHOWN_FILES) > 0:
         table.add_row(f"… and {more:,} more files", "")
-    return table
+    return Group(table, Text(f"\nwritten to {document['output']}: {size_text(document['bytes'])}", "bold"))
 
 
 def _rules(rules: Mapping[str, Any]) -> str:

@@ -62,6 +62,13 @@ class SavedWeights(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._keys) + len(self._buffers)
 
+    @property
+    def trained_parts(self) -> list[str]:
+        """Return the parts of the model whose tensors have their trained values instead of an EMA."""
+        trained = {name for name, key in self._keys.items() if key == f"{MASTER}/{name}"}
+        averaged = {name.partition(".")[0] for name in self._keys.keys() - trained}
+        return sorted({".".join(name.split(".")[: 1 + (name.partition(".")[0] in averaged)]) for name in trained})
+
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a tensor, without reading it."""
         return tuple(self._buffers[name].shape) if name in self._buffers else self._saved.shape(self._keys[name])
@@ -77,10 +84,10 @@ class SavedWeights(Mapping[str, Tensor]):
                 self._saved.read_into(self._keys[name], start, block)
             if not bool(torch.isfinite(block).all()):
                 raise CheckpointError(
-                    f"'{name}' has elements that are not finite numbers",
+                    f"'{name}' has non-finite values",
                     where=f"elements {start:,} to {start + block.numel():,}",
                     why="a model with these weights computes NaN",
-                    fix="take an earlier checkpoint of the run",
+                    fix="use an earlier checkpoint of the run",
                 )
             yield block
 
@@ -95,7 +102,7 @@ def saved_weights(checkpoint: Path, which: Which) -> SavedWeights:
     if which == "ema":
         averages: dict[str, str] = read_meta(checkpoint).get("averages") or {}
         if not averages:
-            raise CheckpointError("the run has no EMA teacher", where=str(checkpoint), fix="--weights student")
+            raise CheckpointError("the run has no EMA teacher", where=str(checkpoint), fix="use --weights student")
         keys |= {online: f"{AVERAGE}/{target}" for target, online in averages.items()}
         return SavedWeights(saved, keys, {})  # the statistics of heads belong to the trained weights only
     buffers = load_file(checkpoint / BUFFERS)
@@ -120,14 +127,17 @@ def consolidate(
         max_shard_size: of a file, such as "5GB" or "500MB" (10⁹ and 10⁶ bytes, as the Hub counts); default: 5GB.
 
     Returns:
-        {output, checkpoint, step, weights, dtype, tensors, parameters, files: {path: bytes}, bytes}.
+        {output, checkpoint, step, weights, not_averaged: parts of the model without an EMA, dtype, tensors, parameters,
+        files: {path: bytes}, bytes}.
     """
     for option, value, known in (("weights", weights, ("student", "ema")), ("dtype", dtype, tuple(_DTYPES))):
         if value not in known:
-            raise CheckpointError(f"no {option} '{value}'", fix=did_you_mean(value, known))
+            raise CheckpointError(f"unknown {option} '{value}'", fix=did_you_mean(value, known))
     shard_bytes = _bytes_of(max_shard_size)
     if os.path.lexists(target):
-        raise CheckpointError("the target exists", where=str(target), fix="give a folder that does not, or remove it")
+        raise CheckpointError(
+            "the output folder already exists", where=str(target), fix="use a new folder, or remove this one"
+        )
     source, _ = resolve_checkpoint(checkpoint)
     step = read_meta(source).get("step")
     chosen = saved_weights(source, weights)
@@ -142,6 +152,7 @@ def consolidate(
         "checkpoint": str(source),
         "step": step,
         "weights": weights,
+        "not_averaged": chosen.trained_parts if weights == "ema" else [],
         "dtype": dtype,
         "tensors": len(chosen),
         "parameters": parameters,
@@ -154,7 +165,11 @@ def _bytes_of(size: str) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]B)", size.strip().upper())
     count = int(float(match[1]) * _UNITS[match[2]]) if match else 0
     if not count:
-        raise CheckpointError(f"no size of a file: '{size}'", where="--max-shard-size", fix="such as 5GB or 500MB")
+        raise CheckpointError(
+            f"--max-shard-size must be a file size, got '{size}'",
+            where="--max-shard-size",
+            fix="use e.g. --max-shard-size 5GB",
+        )
     return count
 
 
@@ -164,8 +179,8 @@ def _count_parameters(weights: SavedWeights, source: Path) -> int:
         raise CheckpointError(
             f"'{empty[0]}' has no elements",
             where=str(source),
-            why="an empty tensor is a parameter that was never gathered, or never made",
-            fix="take another checkpoint of the run",
+            why="an empty parameter was never gathered, or never created",
+            fix="use another checkpoint of the run",
         )
     return sum(sizes.values())
 
@@ -178,9 +193,9 @@ def _new_folder(target: Path, bytes_wanted: int) -> Iterator[Path]:
         free = shutil.disk_usage(target.parent).free
         if free < bytes_wanted:
             raise CheckpointError(
-                f"not enough room: {size_text(bytes_wanted)} wanted, {size_text(free)} free",
+                f"not enough space: {size_text(bytes_wanted)} needed, {size_text(free)} free",
                 where=str(target.parent),
-                fix="free space, or give a folder on another disk",
+                fix="free space, or use a folder on another disk",
             )
         with atomic_dir(target) as folder:
             yield folder
@@ -188,8 +203,8 @@ def _new_folder(target: Path, bytes_wanted: int) -> Iterator[Path]:
         raise CheckpointError(
             f"the folder cannot be written: {cause_of(error, target.parent, bytes_wanted)}",
             where=str(error.filename or target),
-            why="nothing is lost: the checkpoint is only read, and what was written is removed",
-            fix="free space, or give a folder on another disk",
+            why="the checkpoint is unchanged, and the partial output is removed",
+            fix="free space, or use a folder on another disk",
         ) from None
 
 

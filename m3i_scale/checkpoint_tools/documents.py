@@ -121,7 +121,9 @@ def run_of(folder: Path) -> dict[str, Any]:
     try:
         return upgrade_config(read_yaml(folder / "run.yaml"))
     except ConfigError as error:
-        raise CheckpointError(error.what, where=error.where, fix="checkpoint verify names all errors") from None
+        raise CheckpointError(
+            error.what, where=error.where, fix="run `m3i-scale checkpoint verify`, which lists all errors"
+        ) from None
 
 
 def positions(folder: Path) -> dict[str, dict[str, Any]]:
@@ -136,7 +138,11 @@ def positions(folder: Path) -> dict[str, dict[str, Any]]:
     except DataError as error:
         raise CheckpointError(error.what, where=str(folder / "data"), why=error.why, fix=error.fix) from None
     except (KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"the data state lacks {error}", where=str(folder / "data")) from None
+        raise CheckpointError(
+            f"the data state is incomplete: {error} is missing",
+            where=str(folder / "data"),
+            fix="use another checkpoint of the run",
+        ) from None
 
 
 def _position(name: str, source: Mapping[str, Any], streams: list[StreamState]) -> dict[str, Any]:
@@ -226,7 +232,11 @@ def rules_of_run(root: Path) -> RetentionConfig | None:
         section = parse_section(CheckpointConfig, values, where=str(path), below="checkpoint")
         return RetentionConfig(**section.model_dump(include=set(RetentionConfig.model_fields)))
     except (ConfigError, ValidationError) as error:
-        raise CheckpointError(f"the rules of the run cannot be read: {error}", where=str(path)) from None
+        raise CheckpointError(
+            f"cannot read the retention settings of the run: {error}",
+            where=str(path),
+            fix="restore the file, or set what to keep, e.g. --keep-latest 2",
+        ) from None
 
 
 def rules_given(
@@ -236,21 +246,24 @@ def rules_given(
     if latest is None and every is None and best is None:
         if max_gib is not None:
             raise ConfigError(
-                "--max-gib is a limit, and no option says what to keep within it",
+                "--max-gib has no effect without an option that sets what to keep",
                 why="all but the newest would be removed; nothing is removed now",
-                fix="add what to keep, e.g. --keep-latest 10",
+                fix="add e.g. --keep-latest 10",
             )
         run_file = str(root.absolute().parent / RUN_FILE)
         rules = rules_of_run(root)
         if rules is None:
             raise ConfigError(
-                "no rules: there is no config file next to the checkpoints",
+                "no retention settings: there is no config file next to the checkpoints",
                 where=run_file,
-                fix="choose what to keep, e.g. --keep-latest 2",
+                fix="set what to keep, e.g. --keep-latest 2",
             )
         return rules, run_file
     if max_gib == 0:
-        raise ConfigError("--max-gib must be above 0", fix="the limit of all checkpoints together, in GiB")
+        raise ConfigError(
+            f"--max-gib must be > 0, got {max_gib:g}",
+            fix="set the limit for all checkpoints together, e.g. --max-gib 100",
+        )
     wanted = None if best is None else _parse_best(best)
     rules = RetentionConfig(keep_latest=latest or 1, keep_every_steps=every, keep_best=wanted, max_gib=max_gib)
     return rules, "the options"
@@ -279,9 +292,8 @@ def _parse_best(text: str) -> KeepBestConfig:
     match = _BEST.fullmatch(text)
     if match is None:
         raise ConfigError(
-            f"--keep-best {text}",
-            why="it must be METRIC[:min|max][:count]",
-            fix="such as evaluation/loss:min:3",
+            f"--keep-best must be METRIC[:min|max][:count], got '{text}'",
+            fix="use e.g. --keep-best evaluation/loss:min:3",
         )
     mode = cast(Literal["min", "max"], match["mode"] or "min")
     return KeepBestConfig(metric=match["metric"], mode=mode, count=int(match["count"] or 1))
@@ -291,21 +303,27 @@ def _check_effect(root: Path, rules: RetentionConfig, metrics: Metrics) -> None:
     """Validate that every rule matches a checkpoint, so that a typo cannot delete checkpoints that should be kept."""
     entries = entries_of(root, metrics)
     if not entries:
-        raise CheckpointError("no checkpoints here", where=str(root))
+        raise CheckpointError(
+            "no checkpoints in the folder",
+            where=str(root),
+            fix="use the output_dir of a run that has saved a checkpoint",
+        )
     best, every = rules.keep_best, rules.keep_every_steps
     if best is not None and not ranked(entries, best):
         known = sorted({name for entry in entries for name in entry.metrics})
         raise ConfigError(
-            f"no checkpoint here has a metric '{best.metric}'",
+            f"no checkpoint in the folder has a metric '{best.metric}'",
             where=str(root.absolute().parent / "metrics.jsonl"),
             why="the best would be removed; nothing is removed now",
-            fix=did_you_mean(best.metric, known) if known else "the run has no evaluations at these steps",
+            fix=did_you_mean(best.metric, known)
+            if known
+            else "leave out --keep-best: the run has no evaluations at these steps",
         )
     if every is not None and all(entry.step % every for entry in entries):
         steps = ", ".join(str(entry.step) for entry in entries[:8])
         raise ConfigError(
-            f"no checkpoint here has a step that is a multiple of {every}",
+            f"no checkpoint in the folder has a step that is a multiple of {every}",
             where=str(root),
             why="checkpoints that you want to keep would be removed; nothing is removed now",
-            fix=f"the steps are {steps}{' …' if len(entries) > 8 else ''}",
+            fix=f"use a divisor of some of the steps {steps}{' …' if len(entries) > 8 else ''}",
         )

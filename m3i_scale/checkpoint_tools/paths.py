@@ -7,6 +7,7 @@ from pathlib import Path
 from m3i_scale.checkpoint.layout import MANIFEST, checkpoints, step_of
 from m3i_scale.checkpoint.manifest import newest_good, verify
 from m3i_scale.errors import CheckpointError
+from m3i_scale.files import require_folder
 
 
 def is_checkpoint(path: Path) -> bool:
@@ -16,10 +17,11 @@ def is_checkpoint(path: Path) -> bool:
 
 def root_of(path: Path) -> Path:
     """Return the checkpoints folder of a run, given its output_dir or the folder itself."""
+    require_folder(path)
     root = path if path.name == "checkpoints" or checkpoints(path) else path / "checkpoints"
     if is_checkpoint(path) or not root.is_dir():
-        what = "one checkpoint, not a run" if is_checkpoint(path) else "no checkpoints here"
-        raise CheckpointError(what, where=str(path), fix="give a run's output_dir, or its checkpoints folder")
+        what = "this command needs a run, got one checkpoint" if is_checkpoint(path) else "no checkpoints in the folder"
+        raise CheckpointError(what, where=str(path), fix="use the output_dir of a run, or its checkpoints folder")
     return root
 
 
@@ -27,7 +29,11 @@ def named_checkpoints(path: Path) -> list[Path]:
     """Return the checkpoint at a path, or all checkpoints of a run."""
     folders = [path] if is_checkpoint(path) else checkpoints(root_of(path))
     if not folders:
-        raise CheckpointError("no checkpoints here", where=str(path))
+        raise CheckpointError(
+            "no checkpoints in the folder",
+            where=str(path),
+            fix="use the output_dir of a run that has saved a checkpoint",
+        )
     return folders
 
 
@@ -38,27 +44,31 @@ def checkpoint_or_newest(path: Path) -> Path:
     root = root_of(path)
     newest, _ = newest_good(root, contents=False)
     if newest is None:
-        raise CheckpointError("no complete checkpoint here", where=str(root), fix="name one checkpoint")
+        raise CheckpointError("no complete checkpoint in the folder", where=str(root), fix="name one checkpoint")
     return newest
 
 
 def resolve_checkpoint(path: Path) -> tuple[Path, list[tuple[Path, str]]]:
     """Return the checkpoint at `path`, or the newest valid one of a run, after verifying every byte; and the newer ones
     that were skipped, each with the reason."""
+    require_folder(path)
     if step_of(path) is None and not (path / MANIFEST).is_file():
         root = path if path.name == "checkpoints" else path / "checkpoints"
         newest, skipped = newest_good(root)
         if newest is None:
             why = "; ".join(f"{checkpoint.name}: {reason}" for checkpoint, reason in skipped)
             raise CheckpointError(
-                "no good checkpoint here", where=str(root), why=why or None, fix="give a run's output_dir"
+                "no valid checkpoint in the folder",
+                where=str(root),
+                why=why or None,
+                fix="use the output_dir of a run that has saved a checkpoint",
             )
         return newest, skipped
-    if errors := (verify(path) if path.is_dir() else ["there is no such folder"]):
+    if errors := verify(path):
         raise CheckpointError(
             f"the checkpoint does not verify: {errors[0]}",
             where=str(path),
             why=f"it has {len(errors)} errors, and its weights may be damaged",
-            fix="give the run's folder instead: its newest good checkpoint is taken",
+            fix="use the folder of the run instead; its latest valid checkpoint is then used",
         )
     return path, []

@@ -86,7 +86,8 @@ class BackboneConfig(Section):
     preset: str | None = Field(default=None, min_length=1)
     """Name of a model size. Default: vit-b/16. Fields in `config` override the preset."""
     from_pretrained: Annotated[str, InHome] | None = None
-    """Pretrained weights to initialize from (docs/backbones.md). Either a folder or Hub id of `transformers`, timm or
+    """Pretrained weights to initialize from (docs/guides/choose-a-backbone.md). Either a folder or Hub id of
+    `transformers`, timm or
     open_clip, or a single file with timm or open_clip parameter names. Default: random initialization."""
     config: ModelFields = Field(default_factory=dict)
     """Fields of the `transformers` configuration, e.g. {hidden_size: 192}."""
@@ -94,13 +95,13 @@ class BackboneConfig(Section):
     """Attention in mixed inputs: tokens attend within their image or across both images."""
     attention_kernel: Literal["sdpa", "eager"] = "sdpa"
     """Attention of trained Transformers and their EMA. sdpa: fused PyTorch kernel. eager: matrix products and softmax,
-    with more memory, but faster for short bf16 sequences on CPUs (docs/performance.md)."""
+    with more memory, but faster for short bf16 sequences on CPUs (docs/benchmarks/performance.md)."""
     activation_checkpointing: str = "none"
-    """Activation checkpointing (docs/memory.md): none | full | every_N (every N-th layer) | selective (keeps the
-    outputs of matrix products and attention) | offload (like full, with layer inputs in CPU memory)."""
+    """Activation checkpointing (docs/guides/fit-in-memory.md): none | full | every_N (every N-th layer) | selective
+    (keeps the outputs of matrix products and attention) | offload (like full, with layer inputs in CPU memory)."""
     compile: Literal["auto", True, False] = "auto"
-    """Compile each Transformer layer with `torch.compile` (docs/performance.md). auto: off, until equal losses have
-    been measured on a GPU (section `compile` of benchmarks/gpu.py)."""
+    """Compile each Transformer layer with `torch.compile` (docs/benchmarks/performance.md). auto: off, until equal
+    losses have been measured on a GPU (section `compile` of benchmarks/gpu.py)."""
 
     @property
     def compiles(self) -> bool:
@@ -129,14 +130,16 @@ class RunConfig(Section):
 
     name: str = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Name of the run. Letters, digits, `.`, `_` and `-` are allowed."""
+    description: str = ""
+    """The method in one line, with its paper. For people only: it has no effect on training."""
     output_dir: WrittenPath = Path("runs/run")
     """Output directory for all files of the run."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Seed of the weight initialization, sample order, crops and masks."""
     recipe: dict[str, Any] = Field(default_factory=dict)
-    """Training objective: inputs × targets (docs/recipes.md). A task defines it automatically."""
+    """Training objective: inputs × targets (docs/guides/choose-a-recipe.md). A task defines it automatically."""
     task: Task | None = None
-    """Labelled task to train instead of a recipe (docs/downstream.md)."""
+    """Labelled task to train instead of a recipe (docs/guides/fine-tune-classification.md)."""
     protocol: Protocol | None = None
     """Published result that the run reproduces, and deviations from it. Included in the result of a task."""
     backbone: BackboneConfig = Field(default_factory=BackboneConfig)
@@ -148,7 +151,7 @@ class RunConfig(Section):
     optim: OptimConfig = Field(default_factory=OptimConfig)
     """Optimizer, batch size and learning-rate schedule."""
     stages: list[Stage] = Field(default_factory=list)
-    """Consecutive training stages with different image or micro-batch sizes (docs/training.md)."""
+    """Consecutive training stages with different image or micro-batch sizes (docs/guides/configure.md)."""
     deepspeed: Annotated[str, InHome] = "zero3_bf16"
     """DeepSpeed JSON config: a name from ds_configs/, or a path."""
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)

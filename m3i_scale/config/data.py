@@ -115,7 +115,7 @@ class DistortionConfig(Section):
     """Probability of conversion to grayscale."""
     blur: list[Probability] = Field(default=[0.0], min_length=1)
     """Probability of Gaussian blur, per crop. Recipes with pairs of crops set it, because only they know which crop is
-    an input or a target (docs/recipes.md)."""
+    an input or a target (docs/guides/choose-a-recipe.md)."""
     solarize: list[Probability] = Field(default=[0.0], min_length=1)
     """Probability of solarization, per crop. Set by recipes, like `blur`."""
     rand_augment: str | None = Field(default=None, pattern=_RAND_AUGMENT)
@@ -170,7 +170,7 @@ class DatasetConfig(Section):
 
     path: Annotated[str, InHome]
     """Location of the shards: a folder of .tar files, a brace pattern such as /data/cc12m/{00000..01242}.tar, or one
-    shard. Either a path or an address with http(s)://, s3://, gs:// or hf:// (docs/data.md)."""
+    shard. Either a path or an address with http(s)://, s3://, gs:// or hf:// (docs/guides/prepare-data.md)."""
     weight: float | list[tuple[int, float]] = 1.0
     """Sampling weight relative to the other datasets; 0 disables the dataset. Or a schedule: a list of [samples seen by
     the run, weight], starting at 0 samples, linear between points and constant after the last one."""
@@ -226,7 +226,8 @@ class DataConfig(Section):
     """Datasets for the validation losses during training."""
     streams: int = Field(default=defaults.STREAMS, ge=1, le=MAX_STREAMS)
     """Number of logical data shards that samples are distributed to evenly, shared by ranks × workers. The sample
-    order depends only on this number and the seed. Must divide evenly into micro-batches (docs/data.md)."""
+    order depends only on this number and the seed. Must divide evenly into micro-batches
+    (docs/explanation/deterministic-data.md)."""
     num_workers: int = Field(default=0, ge=0, le=MAX_WORKERS)
     """Data loader processes per rank. 0 loads in the training process."""
     shuffle_shards: int = Field(default=defaults.SHUFFLE_SHARDS, ge=1)
@@ -260,8 +261,8 @@ class DataConfig(Section):
     augment: AugmentConfig = Field(default_factory=AugmentConfig)
     """Augmentation and normalization of images, for all datasets."""
     changed_datasets: list[str] = Field(default_factory=list)
-    """Names of the datasets that a resumed run adds, removes or changes (docs/data.md). Any other change is an error on
-    resume."""
+    """Names of the datasets that a resumed run adds, removes or changes (docs/guides/mix-datasets.md). Any other
+    change is an error on resume."""
 
     @model_validator(mode="before")
     @classmethod

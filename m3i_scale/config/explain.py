@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -74,10 +75,21 @@ def validation_error(
     error_of: dict[str, ConfigError] = {}
     for detail in error.errors():
         key = ".".join(map(str, _without_branches(detail["loc"])))
-        error_of.setdefault(key, _explain(kind, values, detail, where_of(detail["loc"]), below))
+        error_of.setdefault(key, _explain(kind, values, detail, _places(detail, where_of), below))
     # Of the members of a union, the one that was parsed furthest has the most useful error.
     errors = [found for key, found in error_of.items() if not any(other.startswith(f"{key}.") for other in error_of)]
     return errors[0] if len(errors) == 1 else AggregateError(errors)
+
+
+def _places(detail: Any, where_of: WhereOf) -> str:
+    """Return where the key of an error was written. If a rule compares it with another key and no override sets it,
+    also return where that key was written."""
+    here = where_of(detail["loc"])
+    other = getattr(detail.get("ctx", {}).get("error"), "conflicts_with", None)
+    if other is None or here.startswith("override"):
+        return here
+    there = where_of((*detail["loc"][:-1], other))
+    return here if here == there else f"{there}; {here}: {detail['loc'][-1]}"
 
 
 def reason_of(error: OSError | ValidationError) -> str:
@@ -90,14 +102,14 @@ def reason_of(error: OSError | ValidationError) -> str:
 
 
 def origin(place: KeyPath, overrides: Sequence[str], path: Path) -> str:
-    """Return where a key was set: the last override of it or of a part of it (secrets redacted), or the config file."""
+    """Return where a key was set: the last override of it or of a section around it, else all overrides below it
+    (secrets redacted), else the config file."""
     parts = [str(part) for part in place]
-    for override in reversed(overrides):
-        key = override.partition("=")[0].split(".")
-        shorter = min(len(key), len(parts))
-        if key[:shorter] == parts[:shorter]:
-            return f"override {redact_text(override)}"
-    return str(path)
+    keys = {override: override.partition("=")[0].split(".") for override in overrides}
+    around = [override for override, key in keys.items() if parts[: len(key)] == key]
+    below = [override for override, key in keys.items() if parts and key[: len(parts)] == parts]
+    found = around[-1:] or below
+    return "; ".join(f"override {redact_text(override)}" for override in found) or str(path)
 
 
 def _without_branches(place: KeyPath) -> list[int | str]:
@@ -136,16 +148,22 @@ def _explain(kind: type[BaseModel], values: Any, detail: Any, where: str, below:
     if detail["type"] == "missing":
         *above, name = detail["loc"]
         field = _section_at(kind, values, tuple(above)).model_fields.get(str(name))
-        return ConfigError(f"'{key}' is missing", where=where, fix=_choices_of(field))
+        return ConfigError(f"'{key}' is missing", where=where, fix=_choices_of(field) or f"set {key}")
     if detail["type"] == "model_type":
         section = _section_at(kind, values, detail["loc"])
         required = [name for name, field in section.model_fields.items() if field.is_required()]
         keys = " or ".join(f"{key}.{name}=…" for name in required or section.model_fields)
-        return ConfigError(f"'{key}' is a section, and got {redact_text(repr(detail['input']))}", where=where, fix=keys)
+        return ConfigError(
+            f"'{key}' must be a section, got {redact_text(repr(detail['input']))}", where=where, fix=f"set {keys}"
+        )
     if detail["type"] == "value_error":  # one of our rules: its message is complete
         rule = detail["ctx"]["error"]
         return ConfigError(f"'{key}': {rule}" if key else str(rule), where=where, fix=getattr(rule, "fix", None))
-    return ConfigError(f"'{key}': {detail['msg']} (got {redact_text(repr(detail['input']))})", where=where)
+    return ConfigError(
+        f"'{key}': {detail['msg']} (got {redact_text(repr(detail['input']))})",
+        where=where,
+        fix=f"correct the value of {key}",
+    )
 
 
 def _nearest(kind: type[BaseModel], values: Any, path: KeyPath) -> str:
@@ -159,7 +177,12 @@ def _nearest(kind: type[BaseModel], values: Any, path: KeyPath) -> str:
         return "did you mean " + " or ".join(f"'{key}'" for key in elsewhere) + "?"
     here = _section_at(kind, values, path[:-1])
     known = [*here.model_fields, *(["kind"] if issubclass(here, Kind) else [])]
-    return did_you_mean(name, known) if known else "leave it out: there is nothing to set here"
+    if not known:
+        return "leave it out: there is nothing to set here"
+    hint = did_you_mean(name, known, otherwise="")
+    if not hint and (near := get_close_matches(name.casefold(), HINTS, n=1, cutoff=0.8)):  # learning_rte
+        return _nearest(kind, values, (*path[:-1], near[0]))
+    return hint or did_you_mean(name, known)
 
 
 def _keys_of(kind: type[BaseModel], above: str = "") -> list[str]:
@@ -178,4 +201,4 @@ def _choices_of(field: FieldInfo | None) -> str | None:
     values: Sequence[Any] = get_args(annotation) if get_origin(annotation) is Literal else ()
     if isinstance(annotation, type) and issubclass(annotation, Kind):
         values = annotation.choices()
-    return f"one of {', '.join(map(str, values))}" if values else None
+    return f"use one of: {', '.join(map(str, values))}" if values else None

@@ -6,6 +6,8 @@ The YAML parser is for untrusted files: YAML 1.2 numbers, no duplicate keys, and
 from __future__ import annotations
 
 import re
+import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -56,41 +58,76 @@ def find_run_file(name_or_path: str) -> Path:
     path = built_in.get(name_or_path, Path(name_or_path))
     if path.is_file():
         return path
+    if path.is_dir():
+        raise ConfigError(
+            "a folder is not a config file",
+            where=str(path.absolute()),
+            fix=f"`m3i-scale init {shlex.quote(name_or_path)}` writes a config file for a folder of images",
+        )
     raise ConfigError(
-        f"no run file '{name_or_path}'",
+        f"no config file '{name_or_path}'",
         where=str(path.absolute()),
-        fix=f"give a path, or a built-in name: {did_you_mean(name_or_path, built_in)}",
+        fix=did_you_mean(name_or_path, built_in, f"use a path, or one of: {', '.join(sorted(built_in))}"),
     )
 
 
-def run_values(name_or_path: str, overrides: list[str] | None = None) -> dict[str, Any]:
-    """Return the values of a config file with `extends` and `key=value` overrides applied, without validation."""
+def run_values(
+    name_or_path: str, overrides: list[str] | None = None, errors: ErrorCollector | None = None
+) -> dict[str, Any]:
+    """Return the values of a config file with `extends` and `key=value` overrides applied, without validation. With
+    `errors`, invalid overrides are collected there and left out, so that the rest can be validated."""
     if isinstance(overrides, str):  # a string would be read as one override per letter
         raise ConfigError(
             f"overrides must be a list, got '{redact_text(overrides)}'",
             where="load_run",
-            fix=f'["{redact_text(overrides)}"]',
+            fix=f'use ["{redact_text(overrides)}"]',
         )
     path = find_run_file(name_or_path)
     values = _read_with_base(path, ())
-    errors = ErrorCollector()
+    collected = ErrorCollector() if errors is None else errors
     for override in overrides or []:
-        errors.collect(_apply_override, values, override)
-    errors.raise_any()
+        collected.collect(_apply_override, values, override)
+    if errors is None:
+        collected.raise_any()
     return values
+
+
+def values_beyond_built_in(name_or_path: str, overrides: Sequence[str]) -> tuple[str | None, dict[str, Any]]:
+    """Return the built-in config that a run is or extends (None: it extends none), and the values that the user's
+    config files and overrides set beyond it."""
+    built_in = {path.resolve(): name for name, path in known_runs().items()}
+    path, values = find_run_file(name_or_path).resolve(), dict[str, Any]()
+    while path not in built_in:
+        here = upgrade_config(read_yaml(path))
+        base = here.pop("extends", None)
+        values = _merge(here, values)
+        if base is None:
+            break
+        path = _base_path(path, base).resolve()
+    for override in overrides:
+        _apply_override(values, override)
+    return built_in.get(path), values
 
 
 def _read_with_base(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     path = path.resolve()
     if path in seen:
-        raise ConfigError("run files extend each other in a circle", where=" → ".join(map(str, [*seen, path])))
+        raise ConfigError(
+            "config files must not extend each other in a circle",
+            where=" → ".join(map(str, [*seen, path])),
+            fix="remove `extends` from one of them",
+        )
     values = upgrade_config(read_yaml(path))
     base = values.pop("extends", None)
     if base is None:
         return values
+    return _merge(_read_with_base(_base_path(path, base), (*seen, path)), values)
+
+
+def _base_path(path: Path, base: Any) -> Path:
+    """Return the file that the config file at `path` extends: a built-in one, or one next to it."""
     sibling = path.parent / str(base)
-    base_path = sibling if sibling.is_file() and str(base) not in known_runs() else find_run_file(str(base))
-    return _merge(_read_with_base(base_path, (*seen, path)), values)
+    return sibling if sibling.is_file() and str(base) not in known_runs() else find_run_file(str(base))
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -121,7 +158,10 @@ def _set(values: dict[str, Any], override: str) -> None:
     try:
         value = parse_yaml(text, f"'{key}'")
     except NOT_YAML as error:
-        raise ConfigError(f"the value of '{key}' is not YAML: {redact_text(str(error))}") from None
+        raise ConfigError(
+            f"the value of '{key}' is not YAML: {redact_text(str(error))}",
+            fix=f"quote the value, e.g. '{key}=\"VALUE\"'",
+        ) from None
     if isinstance(value, str) and text.strip() == value and _is_number(value):
         value = float(value)  # YAML 1.1 reads 3e-4 as text, which is never intended unless it is quoted
     *parents, last = key.split(".")
@@ -133,14 +173,20 @@ def _set(values: dict[str, Any], override: str) -> None:
     elif isinstance(node, dict):
         node[last] = value
     else:
-        raise ConfigError(f"'{key}' goes below a single value")
+        raise ConfigError(
+            f"'{key}' must name a key of a section, but '{part}' is below a single value",
+            fix=f"remove '{part}' and what follows, or set the section",
+        )
 
 
 def _child(node: Any, part: str, key: str) -> Any:
     if isinstance(node, list):
         return node[_index(node, part, key)]
     if not isinstance(node, dict):
-        raise ConfigError(f"'{key}' goes below a single value")
+        raise ConfigError(
+            f"'{key}' must name a key of a section, but a part of it is a single value",
+            fix="remove the last part of the key, or set the section",
+        )
     if node.get(part) is None:
         node[part] = {}
     elif isinstance(node[part], str) and key.startswith("recipe."):  # a section given only by its kind
@@ -153,8 +199,8 @@ def _index(node: list[Any], part: str, key: str) -> int:
         names = [
             f"{number} {item['name']}" for number, item in enumerate(node) if isinstance(item, dict) and "name" in item
         ]
-        fix = f"count from 0: {', '.join(names)}" if names else None
-        raise ConfigError(f"'{part}' in '{key}' is no index of a list of {len(node)}", fix=fix)
+        fix = "count from 0" + (f": {', '.join(names)}" if names else "")
+        raise ConfigError(f"'{part}' in '{key}' must be an index from 0 to {len(node) - 1}", fix=fix)
     return int(part)
 
 
@@ -194,9 +240,17 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         values = parse_yaml(path.read_text(encoding="utf-8"), str(path))
     except (OSError, *NOT_YAML) as error:
-        raise ConfigError(f"cannot read the run file: {redact_text(str(error))}", where=str(path)) from None
+        raise ConfigError(
+            f"cannot read the config file: {redact_text(str(error))}",
+            where=str(path),
+            fix="correct the YAML, or make the file readable",
+        ) from None
     if not isinstance(values, dict):
-        raise ConfigError("a run file is a YAML mapping", where=str(path), fix="see recipes/m3i.yaml")
+        raise ConfigError(
+            "a config file must be a YAML mapping",
+            where=str(path),
+            fix="write `section: …` lines, as in recipes/m3i.yaml",
+        )
     return values
 
 
@@ -234,7 +288,7 @@ def _check_aliases(root: yaml.Node, where: str) -> None:
 
     if (total := size_of(root)) > MAX_VALUES and total > written:
         raise ConfigError(
-            f"the aliases of the YAML must stand for at most {MAX_VALUES:,} values",
+            f"aliases in the YAML must expand to at most {MAX_VALUES:,} values",
             where=where,
             why="a few lines would fill the memory",
             fix="write the values out",
@@ -258,7 +312,7 @@ def _check_keys(node: yaml.Node, where: str, seen: set[int], above: str = "") ->
                     f"'{above}{key.value}' is set twice",
                     where=f"{where}, lines {lines[same]} and {line}",
                     why="only the last value would be used",
-                    fix="leave one of them",
+                    fix="remove one of them",
                 )
             lines[same] = line
             _check_keys(value, where, seen, f"{above}{key.value}.")

@@ -92,7 +92,7 @@ class OptimConfig(Section):
     """Layer-wise learning-rate decay: each backbone layer's learning rate is this factor times the next layer's.
     Decoders, heads and text encoder use the full rate. For recipes only; tasks use `task.layer_decay`."""
     schedule: Schedule = Field(default_factory=Cosine)
-    """Learning-rate schedule: cosine (after the warm-up) | {kind: poly, power: 1.0} (mmcv, over all steps) |
+    """Learning-rate schedule. cosine (after the warm-up), {kind: poly, power: 1.0} (mmcv, over all steps), or
     {kind: multi_step, milestones: [8000, 9000], gamma: 0.1}."""
     warmup_steps: int = Field(default=2_500, ge=0)
     """Steps of linear warm-up. Default: 2,500, or a tenth of `steps` for runs of at most 2,500 steps."""
@@ -105,7 +105,7 @@ class OptimConfig(Section):
     momentum_correction: bool = True
     """Adam bias correction of the first moment: divide it by 1 − β₁ᵗ in step t. false: multiply the learning rate by
     that factor, which undoes the correction. Together with an eps far above the second moment, false
-    gives SGD with momentum (docs/downstream.md)."""
+    gives SGD with momentum (docs/guides/fine-tune-classification.md)."""
     clip_grad_norm: float = Field(default=1.0, ge=0)
     """Maximum global gradient norm. 0 disables clipping."""
 
@@ -131,7 +131,8 @@ class OptimConfig(Section):
         if steps is not None and warmup_steps >= steps:
             raise FixableError(
                 f"warmup_steps ({warmup_steps}) must be less than steps ({steps})",
-                f"optim.warmup_steps={steps // 10}, or leave it out",
+                f"optim.warmup_steps={steps // 10}",
+                "steps",
             )
         return warmup_steps
 
@@ -143,6 +144,7 @@ class OptimConfig(Section):
             raise FixableError(
                 f"the milestone {schedule.milestones[-1]} has no effect: the run has {steps} steps",
                 f"optim.schedule.milestones below {steps}",
+                "steps",
             )
         return schedule
 
@@ -154,6 +156,7 @@ class OptimConfig(Section):
             raise FixableError(
                 f"min_lr ({min_lr:g}) is above lr ({lr:g}): the rate would rise to the end",
                 f"optim.min_lr={lr / 100:g}, or 0, the default",
+                "lr",
             )
         return min_lr
 

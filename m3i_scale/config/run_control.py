@@ -15,7 +15,7 @@ class KeepBestConfig(Section):
     """Rule that retains the best checkpoints by a metric on data.validation."""
 
     metric: str
-    """Metric name as in metrics.jsonl: evaluation/loss, evaluation/<group>/loss … (docs/metrics.md)."""
+    """Metric name as in metrics.jsonl: evaluation/loss, evaluation/<group>/loss … (docs/reference/metrics.md)."""
     mode: Literal["min", "max"] = "min"
     """Whether lower (min) or higher (max) values are better."""
     count: int = Field(default=1, ge=1)
@@ -65,7 +65,8 @@ class LogConfig(Section):
     wandb: Literal["off", "offline", "online"] = "off"
     """Weights & Biases mode (requires the `wandb` package)."""
     pictures_every_steps: int = Field(default=0, ge=0)
-    """Draw the same samples every N optimizer steps, and at the first and last step (docs/pictures.md). 0: never."""
+    """Draw the same samples every N optimizer steps, and at the first and last step
+    (docs/guides/evaluate.md#visualize-features). 0: never."""
     picture_samples: int = Field(default=8, ge=4, le=64)
     """Number of samples in the pictures."""
 
@@ -77,13 +78,13 @@ class HardwareConfig(Section):
     """Peak compute of one rank's device, the reference for MFU: in TFLOP/s (10¹² FLOP/s), or a name such as h100-bf16.
     Default: measured at startup with a short matrix product."""
     deterministic: bool = False
-    """Use deterministic kernels on GPUs, so that an interrupted and resumed run is bit-exact (docs/gpu.md). Slower.
-    CPUs are always deterministic. Can be changed on resume."""
+    """Use deterministic kernels on GPUs, so that an interrupted and resumed run is bit-exact
+    (docs/explanation/sharded-ema.md). Slower. CPUs are always deterministic. Can be changed on resume."""
 
 
 class TimeoutsConfig(Section):
-    """Timeouts in seconds after which a rank counts as dead (docs/failures.md). Timeouts after the rendezvous must
-    exceed data.timeout_s, so that missing data is reported as a data error."""
+    """Timeouts in seconds after which a rank counts as dead (docs/explanation/elastic-training.md). Timeouts after
+    the rendezvous must exceed data.timeout_s, so that missing data is reported as a data error."""
 
     rendezvous_s: float = Field(default=300.0, gt=0, le=MAX_WAIT_S)
     """Rendezvous timeout: until all ranks have started and connected to rank 0. torchrun uses a separate timeout."""

@@ -63,11 +63,12 @@ class FixableError(ValueError):
     Args:
         what: description of the error.
         fix: `key=value`, or a sentence.
+        conflicts_with: another field of the same section that the rule compares.
     """
 
-    def __init__(self, what: str, fix: str) -> None:
+    def __init__(self, what: str, fix: str, conflicts_with: str | None = None) -> None:
         super().__init__(what)
-        self.fix = fix
+        self.fix, self.conflicts_with = fix, conflicts_with
 
 
 class Section(BaseModel):

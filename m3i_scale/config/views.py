@@ -21,12 +21,19 @@ class ViewSpec(Section):
     crop_scale: CropScale | None = None
     """Minimum and maximum crop area as a fraction of the image. Replaces `scale_jitter` too, as does crop_ratio."""
     crop_ratio: CropRatio | None = None
+    """Minimum and maximum aspect ratio (width : height) of a random crop."""
     flip: Probability | None = None
+    """Probability of a horizontal flip."""
     color_jitter: JitterStrengths | None = None
+    """Jitter strengths of brightness, contrast, saturation and hue."""
     color_jitter_p: Probability | None = None
+    """Probability of color jitter."""
     grayscale: Probability | None = None
+    """Probability of conversion to grayscale."""
     blur: Probability | None = None
+    """Probability of Gaussian blur."""
     solarize: Probability | None = None
+    """Probability of solarization."""
 
     def distortions(self, common: DistortionConfig) -> DistortionConfig:
         """Return the augmentations of these crops, with `common` for omitted fields."""

@@ -71,21 +71,27 @@ def parse_categories(rows: Any, where: str, *, lvis: bool) -> Categories:
     """Parse the categories of an annotation file or of `categories.json`, sorted by id. With `lvis`, every category
     must have a frequency and an image count. `where` names the file in errors."""
     if not isinstance(rows, list) or not rows:
-        raise DataError("there are no categories", where=where, fix="`categories` is a list of {id, name}")
+        raise DataError(
+            "no categories in the annotation file", where=where, fix="add `categories`, a list of {id, name}"
+        )
     found: dict[int, Category] = {}
     for number, listed in enumerate(rows):
         place = f"{where}: category {number} in the list"
         row = listed if isinstance(listed, dict) else {}
         category = Category(row.get("id", -1), row.get("name", ""))
         if not is_index(category.id) or not isinstance(category.name, str) or not category.name:
-            raise DataError("the category has no non-negative integer id, or no name", where=place)
+            raise DataError(
+                "the category must have a non-negative integer id and a name",
+                where=place,
+                fix="correct the entry in the annotation file",
+            )
         if category.id in found:
-            raise DataError(f"duplicate category id {category.id}", where=place)
+            raise DataError(f"duplicate category id {category.id}", where=place, fix="give every category its own id")
         if lvis:
             category = Category(category.id, category.name, row.get("frequency"), row.get("image_count"))
             if category.frequency not in FREQUENCIES or not is_index(category.image_count):
                 raise DataError(
-                    "the category has no frequency (r, c, f) or no image_count, as LVIS has",
+                    "the category must have a frequency (r, c, f) and an image_count, as in LVIS",
                     where=place,
                     fix="use the original file of LVIS",
                 )
@@ -101,11 +107,15 @@ def shard_categories(folder: Address, whose: str = "", access: Access | None = N
         return None
     where = f"{whose}{path}"
     if not isinstance(value, Mapping) or value.get("format") not in FORMATS:
-        raise DataError(f"{CATEGORIES} has no format, which is one of {', '.join(FORMATS)}", where=where)
+        raise DataError(
+            f"{CATEGORIES} must have a format, one of {', '.join(FORMATS)}",
+            where=where,
+            fix="restore the file that `shards make coco` wrote with the samples",
+        )
     found = parse_categories(value.get("categories"), where, lvis=value["format"] == "lvis")
     if [row["id"] for row in value["categories"]] != [category.id for category in found.categories]:
         raise DataError(
-            f"{CATEGORIES} is not in the order of its ids",
+            f"{CATEGORIES} must be sorted by id",
             where=where,
             why="samples contain indices into it, so objects would get wrong names",
             fix="restore the file that `shards make coco` wrote with the samples",
@@ -155,7 +165,7 @@ def load_categories(index: ShardIndex, access: Access | None = None) -> SampleCa
             "the categories of the samples are not indexed" if missing else f"cannot read the categories: {error}",
             where=str(path),
             why="repeat_threshold repeats samples by their categories",
-            fix=f"m3i-scale shards index FOLDER, with the shards and their {CATEGORIES}",
+            fix=f"run `m3i-scale shards index FOLDER` on the shards and their {CATEGORIES}",
         ) from None
     return SampleCategories(counts, categories)
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 import io
 import re
 import struct
+import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -32,7 +35,7 @@ _SIXTEEN_AS_I = ("PNG", "PPM")
 _BITS_TAG = 258
 """TIFF tag for the number of bits."""
 
-_CHANNELS = {0: "one grey channel", 2: "three channels", 4: "grey and alpha", 6: "four channels"}
+_CHANNELS = {0: "one gray channel", 2: "three channels", 4: "gray and alpha", 6: "four channels"}
 """Keyed by the color type in a PNG header."""
 
 DECODE_ERRORS = (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError)
@@ -53,6 +56,7 @@ _EXIF_KEYS = frozenset({"exif", "Raw profile type exif", "xmp", "XML:com.adobe.x
 """Metadata keys in which Pillow finds an orientation. Most images have none, so one lookup is enough."""
 _DAMAGED = (SyntaxError, OSError, EOFError, ValueError, KeyError, TypeError, IndexError, struct.error)
 """Errors that Pillow raises on damaged EXIF data."""
+_PILLOW_GLOBALS = threading.Lock()
 _ADDRESS = re.compile(r" ?<[\w.]+ object at 0x[0-9a-fA-F]+>")
 
 
@@ -64,13 +68,20 @@ def error_text(error: Exception) -> str:
 def open_any_size(data: bytes, formats: tuple[str, ...] = READ_FORMATS) -> Image.Image:
     """Open an encoded image of any size; read its header but no pixels. Raise one of `DECODE_ERRORS` if it is not an
     image."""
-    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # global in Pillow; callers check their own limits
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # e.g. damaged EXIF data, which does not affect the pixels
+    with _quiet_pillow():  # e.g. about damaged EXIF data, which does not affect the pixels
+        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # global; callers check their own limits
+        try:
             return Image.open(io.BytesIO(data), formats=formats)
-    finally:
-        Image.MAX_IMAGE_PIXELS = limit
+        finally:
+            Image.MAX_IMAGE_PIXELS = limit
+
+
+@contextmanager
+def _quiet_pillow() -> Iterator[None]:
+    """Hide Pillow's warnings, in one thread at a time: warning filters and Pillow's limit are global."""
+    with _PILLOW_GLOBALS, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def mask_error(data: bytes) -> str | None:
@@ -80,10 +91,10 @@ def mask_error(data: bytes) -> str | None:
     """
     if data[:8] != b"\x89PNG\r\n\x1a\n" or len(data) < 26:
         return "no PNG"
-    depth, colour = data[24], data[25]
-    if colour == 3 or (colour == 0 and depth == 8):
+    depth, color = data[24], data[25]
+    if color == 3 or (color == 0 and depth == 8):
         return None
-    return f"a PNG of {_CHANNELS.get(colour, 'unknown channels')} of {depth} bit"
+    return f"a PNG of {_CHANNELS.get(color, 'unknown channels')} of {depth} bit"
 
 
 def orientation(image: Image.Image) -> int:
@@ -91,8 +102,7 @@ def orientation(image: Image.Image) -> int:
     if _EXIF_KEYS.isdisjoint(image.info):
         return 1
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about damaged data
+        with _quiet_pillow():
             value = image.getexif().get(ExifTags.Base.Orientation, 1)
     except _DAMAGED:
         return 1

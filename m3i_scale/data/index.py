@@ -43,7 +43,9 @@ def build_index(shards: Sequence[Path], folder: Path, threads: int = 4) -> list[
         for path, index in zip(shards, indices, strict=True):
             save_index(index, folder / f"{path.name}.npz")
     except OSError as error:
-        raise DataError(f"cannot write the index: {error}", where=str(folder)) from None
+        raise DataError(
+            f"cannot write the index: {error}", where=str(folder), fix="free space and make the folder writable"
+        ) from None
     return indices
 
 
@@ -95,7 +97,7 @@ def _await(path: Address, saved: Path, deadline: float, timeout_s: float) -> Sha
             raise DataError(
                 f"rank 0 did not index the shard within {timeout_s:g} s",
                 where=str(path),
-                fix="index shards beforehand with `m3i-scale shards index`, and let all hosts see the cache folder",
+                fix="run `m3i-scale shards index` beforehand, and mount the cache folder on all hosts",
             )
         time.sleep(0.05)
     return index
@@ -122,7 +124,7 @@ def _index(url: Url, saved: Path, access: Access) -> ShardIndex:
         if known is not None:
             if (known.size, known.version) != (now.size, now.version):
                 raise DataError(
-                    f"the shard was replaced since it was indexed: {known.size} bytes, version "
+                    f"the shard changed since it was indexed: {known.size} bytes, version "
                     f"{known.version or 'unknown'}; now {now.size} bytes, version {now.version or 'unknown'}",
                     where=str(url),
                     why="a resumed run would silently train on other samples",
@@ -139,7 +141,9 @@ def _index(url: Url, saved: Path, access: Access) -> ShardIndex:
         saved.parent.mkdir(parents=True, exist_ok=True)
         save_index(index, saved)
     except OSError as error:
-        raise DataError(f"cannot write the index: {error}", where=str(saved)) from None
+        raise DataError(
+            f"cannot write the index: {error}", where=str(saved), fix="free space and make the folder writable"
+        ) from None
     return index
 
 

@@ -92,8 +92,8 @@ class Instances:
         except ImportError:
             raise ConfigError(
                 "faster-coco-eval is not installed",
-                why="it draws masks of polygons",
-                fix="pip install 'm3i-scale[detection]'",
+                why="masks given as polygons need it",
+                fix="run `pip install 'm3i-scale[detection]'`",
             ) from None
         parts = library.frPyObjects([part.tolist() for part in segmentation], self.height, self.width)
         return Rle(size=[self.height, self.width], counts=library.merge(parts)["counts"].decode("ascii"))

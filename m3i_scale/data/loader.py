@@ -225,6 +225,11 @@ class TrainStream:
         return Batch.cat(peeked)
 
     @property
+    def sample_counts(self) -> dict[str, int]:
+        """Return the number of samples of every dataset."""
+        return {name: sum(shard[2] for shard in shards) for name, shards in self._shards.items()}
+
+    @property
     def quarantined(self) -> dict[str, int]:
         """Return the number of corrupt samples of this rank's streams by reason, once per epoch each. After the data
         has ended, samples of the last, incomplete batch are included."""
@@ -321,7 +326,7 @@ class TrainStream:
         missing = [stream for stream in self._streams if str(stream) not in state["streams"]]
         if missing:
             raise DataError(
-                f"the data state lacks streams {missing}",
+                f"the data state has no streams {missing}",
                 why="every rank saves only its own streams",
                 fix="merge the states of all ranks (merge_states)",
             )

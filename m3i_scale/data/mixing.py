@@ -34,16 +34,16 @@ def weight_at(weight: Weight, samples: int) -> float:
 def check_weights(sources: Mapping[str, DatasetConfig], where: str = "data.datasets") -> None:
     """Check that at any time at least one dataset has a positive weight."""
     if not sources:
-        raise ConfigError("the run has no data", where=where, fix=f"{where}.main.path=/data/shards/train")
+        raise ConfigError("the run has no data", where=where, fix=f"set {where}.main.path=/data/shards/train")
     weights = [source.weight for source in sources.values()]
     # Weights are linear between these points, so a zero sum shows at one of them.
     points = sorted({0, *(at for weight in weights if isinstance(weight, list) for at, _ in weight)})
     for samples in points:
         if not any(weight_at(weight, samples) > 0 for weight in weights):
             raise ConfigError(
-                f"no dataset has a weight after {samples} samples",
+                f"no dataset has a weight > 0 after {samples} samples",
                 where=", ".join(f"{where}.{name}.weight" for name in sources),
-                fix="set one of them to a weight above 0",
+                fix="set one of them to a weight > 0",
             )
 
 
@@ -51,23 +51,25 @@ def check_shares(data: DataConfig, *, micro_batch_size: int, world_size: int) ->
     """Check that ranks, streams, workers and micro-batch size are compatible, before any data is read."""
     if data.streams % world_size:
         raise ConfigError(
-            f"{data.streams} streams cannot be distributed evenly to {world_size} ranks",
+            f"data.streams must be a multiple of the number of ranks, got {data.streams} streams for {world_size} "
+            "ranks",
             where="data.streams",
-            why="the order of samples is the same for every number of ranks only if each owns whole streams",
+            why="each rank reads complete streams, so that the order of samples is the same for every number of ranks",
             fix=f"use a multiple of {world_size}, e.g. {_next_multiple(data.streams, world_size)}; "
             f"with {data.streams} streams, {_divisors(data.streams)} ranks fit",
         )
     per_rank = data.streams // world_size
     if micro_batch_size % per_rank:
         raise ConfigError(
-            f"a micro-batch of {micro_batch_size} cannot be taken evenly from {per_rank} streams per rank",
+            f"optim.micro_batch_size must be a multiple of the streams per rank, got {micro_batch_size} for "
+            f"{per_rank} streams",
             where="optim.micro_batch_size",
             fix=f"use a multiple of {per_rank}, e.g. {_next_multiple(micro_batch_size, per_rank)}, "
             "or change data.streams",
         )
     if data.num_workers and per_rank % data.num_workers:
         raise ConfigError(
-            f"{per_rank} streams per rank cannot be distributed evenly to {data.num_workers} workers",
+            f"data.num_workers must divide the streams per rank, got {data.num_workers} for {per_rank} streams",
             where="data.num_workers",
             fix=f"use one of {_divisors(per_rank)}, or 0 to load in the training process",
         )

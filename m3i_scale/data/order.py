@@ -46,7 +46,7 @@ def ends_of(sizes: Sequence[int] | NDArray[np.int64], streams: int, where: str) 
     ends = np.cumsum(np.asarray(sizes, dtype=np.int64))
     if ends[-1] < streams:
         raise DataError(
-            f"{ends[-1]} samples cannot be distributed to {streams} streams",
+            f"data.streams must be at most the number of samples, got {streams} streams for {ends[-1]} samples",
             where=where,
             why="every stream needs at least one sample per epoch",
             fix=f"set data.streams to at most {ends[-1]}",
@@ -87,7 +87,10 @@ class Repeats:
         """Number of reads per epoch."""
         if not self.reads:
             raise DataError(
-                "no sample has an object", where=where, why="repeat_threshold leaves out samples without objects"
+                "no sample has an object",
+                where=where,
+                why="repeat_threshold leaves out samples without objects",
+                fix="leave out repeat_threshold",
             )
         of_all = of_all * (self.reads / total)
         whole = np.floor(of_all + 1e-9)

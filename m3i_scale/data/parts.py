@@ -190,7 +190,7 @@ class PartWorkers:
         limit_s = self._data.timeout_s
         if not self._in_use.acquire(timeout=limit_s):
             raise DataError(
-                f"the loader still reads for an earlier iteration after data.timeout_s = {limit_s:g} seconds",
+                f"the loader is still reading for an earlier iterator after data.timeout_s = {limit_s:g} seconds",
                 where=f"rank {rank}, {self._activities[self._received % len(self._activities)].describe()}",
                 fix="close an iterator before you start the next one; if the storage is only slow, raise "
                 "data.timeout_s",

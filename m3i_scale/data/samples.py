@@ -17,6 +17,7 @@ from m3i_scale.data.images import (
     IMAGE_EXTENSIONS,
     KEPT_FORMATS,
     MASK,
+    READ_FORMATS,
     error_text,
     mask_error,
     open_any_size,
@@ -34,7 +35,7 @@ def open_image(members: Mapping[str, bytes], max_pixels: int) -> Image.Image:
     data = next((members[extension] for extension in IMAGE_EXTENSIONS if extension in members), None)
     if data is None:
         raise BadSampleError("no image", _instead(sorted(set(members) - {"__key__", "__url__"})))
-    return _open(data, tuple(KEPT_FORMATS), max_pixels)
+    return open_encoded(data, max_pixels, tuple(KEPT_FORMATS))
 
 
 def _instead(extensions: list[str]) -> str:
@@ -55,7 +56,7 @@ def open_mask(members: Mapping[str, bytes], max_pixels: int, size: tuple[int, in
     error = mask_error(data)
     if error:
         raise BadSampleError(f"mask is {error}")
-    mask = _open(data, ("PNG",), max_pixels, "mask")
+    mask = open_encoded(data, max_pixels, ("PNG",), "mask")
     if mask.size != size:
         raise BadSampleError("mask is not of the size of its image", f"{mask.size} pixels for {size}")
     return mask
@@ -78,7 +79,10 @@ def read_mask(members: Mapping[str, bytes], max_pixels: int, size: tuple[int, in
     return Image.fromarray(pixels_HW)
 
 
-def _open(data: bytes, formats: tuple[str, ...], max_pixels: int, what: str = "image") -> Image.Image:
+def open_encoded(
+    data: bytes, max_pixels: int, formats: tuple[str, ...] = READ_FORMATS, what: str = "image"
+) -> Image.Image:
+    """Open an encoded image as `open_image` does; `what` names it in the reason of a `BadSampleError`."""
     with decoding(what):
         image = open_any_size(data, formats)
     width, height = image.size

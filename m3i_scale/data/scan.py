@@ -136,7 +136,7 @@ def load_saved(path: Address, saved: Path) -> ShardIndex | None:
         index = parse_index(path, saved.read_bytes())
     except (OSError, ValueError) as error:
         raise DataError(
-            f"cannot read the index: {error}", where=str(saved), fix="remove the file; it is rebuilt"
+            f"cannot read the index: {error}", where=str(saved), fix="remove the file; it is created again"
         ) from None
     if index is None or isinstance(path, Url):
         return index
@@ -145,7 +145,9 @@ def load_saved(path: Address, saved: Path) -> ShardIndex | None:
         same = index.size == facts.st_size and (index.version == str(facts.st_mtime_ns) or _has_heads(path, index))
         return index if same else None
     except OSError as error:
-        raise DataError(f"cannot read the shard: {error}", where=str(path)) from None
+        raise DataError(
+            f"cannot read the shard: {error}", where=str(path), fix="check the storage, or copy the shard again"
+        ) from None
 
 
 def parse_index(path: Address, data: bytes) -> ShardIndex | None:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from braceexpand import braceexpand
 
 from m3i_scale.config import DatasetConfig
+from m3i_scale.data.images import IMAGE_EXTENSIONS
 from m3i_scale.data.remote.access import Access, Address, Url, is_remote, to_address
 from m3i_scale.data.remote.fetch import facts, list_folder, read_file
 from m3i_scale.data.remote.read_errors import ReadError, start_fix
-from m3i_scale.errors import DataError, UserError, did_you_mean
-from m3i_scale.text import without_secrets
+from m3i_scale.errors import DataError, UserError
+from m3i_scale.files import similar_path
+from m3i_scale.text import printable, without_secrets
 
 LABELS, MASK_LABELS, CATEGORIES = "labels.json", "mask_labels.json", "categories.json"
 """Sidecar files with class names: of samples, of pixels, and of objects."""
@@ -37,21 +39,36 @@ def expand_shards(shards: str, where: str = "shards", access: Access | None = No
     if path.is_dir():
         tars = sorted(path.glob("*.tar"))
         if not tars:
-            inside = [item.name for item in sorted(path.iterdir()) if item.is_dir() and any(item.glob("*.tar"))]
-            hint = f"one of its folders? {', '.join(inside)}" if inside else "make shards with `m3i-scale shards make`"
-            raise DataError("no .tar shards in the folder", where=f"{where}: {shards}", fix=hint)
+            raise _no_shards(path, f"{where}: {shards}")
         return list(tars)
     named = [Path(item) for item in _braces(str(path), where)]
     if named == [path] and path.suffix != ".tar" and not path.exists():
-        siblings = [item.name for item in path.parent.iterdir() if item.is_dir()] if path.parent.is_dir() else []
-        hint = did_you_mean(path.name, siblings, otherwise="check the path")
-        raise DataError("the folder of shards does not exist", where=f"{where}: {shards}", fix=hint)
+        raise DataError("no such folder", where=f"{where}: {shards}", fix=similar_path(path, "check the path"))
     missing = [item for item in named if not item.is_file()]
     if missing:
-        known = sorted(item.name for item in missing[0].parent.glob("*.tar")) if missing[0].parent.is_dir() else []
-        hint = did_you_mean(missing[0].name, known) if known else "check the path"
+        hint = similar_path(missing[0], "check the path")
         raise DataError(f"{len(missing)} of {len(named)} shards are missing", where=f"{where}: {missing[0]}", fix=hint)
     return _by_name(named, f"{where}: {shards}")
+
+
+def _no_shards(folder: Path, where: str) -> DataError:
+    """Return the error for a local folder without shards, by its contents."""
+    inside = [item.name for item in sorted(folder.iterdir()) if item.is_dir() and any(item.glob("*.tar"))]
+    if inside:
+        hint = f"use one of its folders: {', '.join(map(printable, inside))}"
+        return DataError("no .tar shards in the folder", where=where, fix=hint)
+    if any(path.suffix.lower()[1:] in IMAGE_EXTENSIONS for path in folder.rglob("*")):
+        return DataError(
+            "the folder contains images, not .tar shards",
+            where=where,
+            fix=f"run `m3i-scale shards make imagefolder --input {folder} --output SHARDS` and use SHARDS/train as "
+            "path; `m3i-scale train` does this for the datasets of a run",
+        )
+    return DataError(
+        "the folder contains neither .tar shards nor images",
+        where=where,
+        fix="check the path: shards of `m3i-scale shards make`, or a folder of images",
+    )
 
 
 def require_shards(shards: str, where: str, access: Access | None = None) -> None:
@@ -85,7 +102,11 @@ def _expand_remote(shards: str, where: str, access: Access | None) -> list[Addre
             fix=f"name its shards: …/images-{{000000..000127}}.tar; or {start_fix(error)}",
         ) from None
     if not tars:
-        raise DataError("no .tar shards in the folder", where=f"{where}: {folder}", fix="check the address")
+        raise DataError(
+            "no .tar shards in the folder",
+            where=f"{where}: {folder}",
+            fix="check the address, or create shards with `m3i-scale shards make`",
+        )
     return list(tars)
 
 
@@ -93,33 +114,45 @@ def _braces(pattern: str, where: str) -> list[str]:
     try:
         return list(braceexpand(pattern))
     except ValueError as error:  # unbalanced braces
-        raise DataError(f"invalid brace pattern: {error}", where=f"{where}: {without_secrets(pattern)}") from None
+        raise DataError(
+            f"invalid brace pattern: {error}",
+            where=f"{where}: {without_secrets(pattern)}",
+            fix="close every brace, e.g. images-{000000..000127}.tar",
+        ) from None
 
 
 def _by_name(named: Sequence[Address], where: str) -> list[Address]:
     names = [item.name for item in named]
     if len(set(names)) < len(names):
-        raise DataError("duplicate shard name in the pattern", where=where)
+        raise DataError(
+            "duplicate shard name in the pattern",
+            where=where,
+            fix="name every shard once; shards in different folders must have different names",
+        )
     return sorted(named, key=lambda item: item.name)
 
 
 def read_label_sets(
-    sources: dict[str, DatasetConfig], access: Access | None = None, file: str = LABELS
+    sources: Mapping[str, DatasetConfig],
+    access: Access | None = None,
+    file: str = LABELS,
+    unpacked: Mapping[str, list[str]] | None = None,
 ) -> dict[str, list[str]]:
     """Read the class names of every class list from the shards' sidecar files: LABELS, MASK_LABELS or CATEGORIES. A
-    dataset without a file has no classes."""
+    dataset without a file has no classes. `unpacked` are the class names of folders of images, by path."""
     sets: dict[str, list[str]] = {}
+    unpacked = unpacked or {}
     for name, source in sources.items():
         if not source.labels:
             continue
         folder = shard_folder(source.path)
-        labels = read_labels(folder, file, f"dataset '{name}': ", access)
+        labels = unpacked.get(source.path) or read_labels(folder, file, f"dataset '{name}': ", access)
         if labels is None:
             continue
         label_set = source.label_set or name
         if sets.setdefault(label_set, labels) != labels:
             raise DataError(
-                f"two different label lists for the label set '{label_set}'",
+                f"the datasets of label set '{label_set}' must have the same label list",
                 where=str(folder / file),
                 fix=f"give the datasets different label_set names, or make their {file} equal",
             )
@@ -147,7 +180,11 @@ def read_labels(folder: Address, file: str = LABELS, whose: str = "", access: Ac
         rows = labels.get("categories")
         labels = [row.get("name") if isinstance(row, dict) else None for row in rows or []]
     if labels is not None and not (isinstance(labels, list) and all(isinstance(label, str) for label in labels)):
-        raise DataError(f"{file} must be a list of names", where=f"{whose}{folder / file}")
+        raise DataError(
+            f"{file} must be a list of names",
+            where=f"{whose}{folder / file}",
+            fix=f"correct {file}, or make the shards again",
+        )
     return labels
 
 
@@ -161,5 +198,7 @@ def read_sidecar(path: Address, whose: str = "", access: Access | None = None) -
         what = "labels" if path.name in (LABELS, MASK_LABELS) else path.name
         raise DataError(f"cannot read the {what}: {error}", where=f"{whose}{path}", fix=start_fix(error)) from None
     if value is None:
-        raise DataError(f"{path.name} is empty", where=f"{whose}{path}")
+        raise DataError(
+            f"{path.name} is empty", where=f"{whose}{path}", fix="write one name per line, or make the shards again"
+        )
     return value

@@ -108,9 +108,9 @@ def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """
     if not isinstance(states, Sequence) or not states or not all(isinstance(state, dict) for state in states):
         raise ConfigError(
-            f"merge_states takes a list with the state of every rank, got {reprlib.repr(states)}",
+            f"merge_states needs a list with the state of every rank, got {reprlib.repr(states)}",
             where="merge_states",
-            fix="merge_states([stream.state_dict()]), with the states of all ranks",
+            fix="call merge_states([stream.state_dict()]) with the states of all ranks",
         )
     merged = dict(states[0], streams={}, listings={})
     for state in states:
@@ -130,7 +130,7 @@ def check_format(state: Mapping[str, Any]) -> None:
     """Raise an error if another version wrote the state in another format."""
     if state.get("format") != STATE_FORMAT:
         raise DataError(
-            f"unknown format of the data state: {state.get('format')}, this version reads {STATE_FORMAT}",
+            f"unknown format of the data state: {state.get('format')}; this version reads {STATE_FORMAT}",
             where="data/rank-*.json of the checkpoint",
             why="it mixed datasets by another rule, so samples would be silently skipped or repeated",
             fix="resume with the version that saved it, or start a new run from its weights",
@@ -170,7 +170,7 @@ def accept_changes(
     if not differences:
         before = f"; those of the last change were {', '.join(past[-1]['sources'])}" if past else ""
         raise DataError(
-            f"data.changed_datasets names {', '.join(sorted(named))}, and no dataset differs from the checkpoint",
+            f"data.changed_datasets names {', '.join(sorted(named))}, but no dataset differs from the checkpoint",
             where="data.changed_datasets",
             fix=f"remove these names{before}",
         )
@@ -206,7 +206,7 @@ def carry_over(
 
 def _not_together(what: str) -> DataError:
     return DataError(
-        f"the data states do not belong together: {what}",
+        f"the data states are not of the same checkpoint: {what}",
         where="data/rank-*.json of the checkpoint",
         fix="use the files of one checkpoint",
     )
@@ -231,7 +231,11 @@ class Quarantine:
         except FileNotFoundError:
             return
         except OSError as error:
-            raise DataError(f"cannot read the quarantine file: {error}", where=str(path)) from None
+            raise DataError(
+                f"cannot read the quarantine file: {error}",
+                where=str(path),
+                fix="make the file readable, or remove it to start an empty list",
+            ) from None
 
     def add(self, entries: Sequence[dict[str, Any]]) -> None:
         """Append the entries that are not yet in the file."""
@@ -248,7 +252,11 @@ class Quarantine:
                 self._known.update(new)
                 self._read_bytes = stream.tell()
         except OSError as error:
-            raise DataError(f"cannot write the quarantine file: {error}", where=str(self.path)) from None
+            raise DataError(
+                f"cannot write the quarantine file: {error}",
+                where=str(self.path),
+                fix="free space and make the folder writable",
+            ) from None
 
     def _new(self, entries: Sequence[dict[str, Any]]) -> dict[int, dict[str, Any]]:
         """Return the entries that are not known, by digest."""

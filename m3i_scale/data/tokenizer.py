@@ -130,7 +130,11 @@ def _load(folder: str, where: str, name: str | None = None) -> PreTrainedTokeniz
     except (OSError, ValueError) as error:
         # if a folder contains code, transformers recommends running it
         reason = "it contains custom code" if "trust_remote_code" in str(error) else str(error)
-        raise ConfigError(f"cannot load the tokenizer '{name}': {reason}", where=where) from None
+        raise ConfigError(
+            f"cannot load the tokenizer '{name}': {reason}",
+            where=where,
+            fix="check the path or the Hub id (needs a network)",
+        ) from None
     if tokenizer.pad_token_id is None:
         raise ConfigError(f"the tokenizer '{name}' has no padding token", where=where, fix="set pad_token in its files")
     tokenizer.name_or_path = name

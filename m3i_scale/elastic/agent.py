@@ -8,6 +8,7 @@ too long (the network is down). If it is killed, the kernel kills the ranks. It 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import selectors
 import shutil
@@ -34,6 +35,8 @@ from m3i_scale.host.rank_record import RECORDS, RankState, heartbeat_file, read_
 from m3i_scale.run.software import code
 
 _TICK_S = 0.1
+_PREFIX = "m3i-scale-agent-"
+_OWNER = "owner"
 _CHUNK = 1 << 16
 _HEARTBEAT_TIMEOUT_S = 60.0
 """Heartbeat timeout until the supervisor sets one."""
@@ -139,6 +142,7 @@ class Agent:
         self.silence_s = _HEARTBEAT_TIMEOUT_S
         self.host = self.launch = self.output_dir = ""
         self.records: Path | None = None
+        self._owner: IO[bytes] | None = None
         self.over = False
         self._input = b""
         self._beat = 0.0
@@ -188,7 +192,7 @@ class Agent:
         if pids := end_marked(self.launch, self.host, self.output_dir):  # from an earlier attempt
             error = f"processes of an earlier attempt cannot be killed: {', '.join(map(str, pids))}"
         try:
-            self.records = _create_record_folder()
+            self.records, self._owner = _create_record_folder()
         except OSError as cause:
             error = f"no folder for the heartbeats of its ranks: {cause}"
         facts = {"version": __version__, "code": code(), "time": time.time(), "pid": os.getpid()}
@@ -273,11 +277,29 @@ class Agent:
         self.writer.close()
 
 
-def _create_record_folder() -> Path:
-    """Create a folder for records, in memory if possible: a full disk must not prevent a rank from reporting it."""
+def _create_record_folder() -> tuple[Path, IO[bytes]]:
+    """Create a folder for records, in memory if possible: a full disk must not prevent a rank from reporting it. Also
+    return its lock, which shows other agents that it is in use. Remove the folders of killed agents."""
     memory = Path("/dev/shm")
-    parent = memory if memory.is_dir() and os.access(memory, os.W_OK) else None
-    return Path(tempfile.mkdtemp(prefix="m3i-scale-agent-", dir=parent))
+    parent = memory if memory.is_dir() and os.access(memory, os.W_OK) else Path(tempfile.gettempdir())
+    _remove_stale(parent)
+    folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
+    lock = (folder / f".{_OWNER}").open("wb")
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    os.rename(lock.name, folder / _OWNER)  # never visible without the lock
+    return folder, lock
+
+
+def _remove_stale(parent: Path) -> None:
+    """Remove record folders of this user whose agent is gone. The lock ends with the process, whatever ended it; a
+    process id would be unknown in another container that shares /dev/shm."""
+    for folder in parent.glob(f"{_PREFIX}*"):
+        with contextlib.suppress(OSError):  # in use, of another agent that removes it, or not readable
+            if folder.is_symlink() or folder.lstat().st_uid != os.getuid():
+                continue
+            with (folder / _OWNER).open("rb") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder)
 
 
 def main() -> None:

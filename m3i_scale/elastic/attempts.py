@@ -144,7 +144,9 @@ class Launch:
             for link in links:
                 link.close()
             raise CannotStartError(
-                f"no folder for what ranks print: {error.strerror}", where=str(error.filename), fix="free some space"
+                f"cannot create the folder for the output of ranks: {error.strerror}",
+                where=str(error.filename),
+                fix="free space and make output_dir writable",
             ) from None
 
     def _write(self, outcome: AttemptResult) -> None:

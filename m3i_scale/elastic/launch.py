@@ -22,7 +22,7 @@ from m3i_scale.output import print_line
 from m3i_scale.upgrade import upgrade_config
 
 FILE = "elastic.json"
-HONOURS = OVER_HOSTS | {
+HONORS = OVER_HOSTS | {
     "max_restarts",
     "min_nodes",
     "restart_pause_s",
@@ -38,11 +38,15 @@ def render(job: Job) -> LaunchPlan:
     hosts = job.hosts or (Host("localhost", job.ranks_per_node),)
     if cluster.min_nodes is not None and cluster.min_nodes > len(hosts):
         raise ConfigError(
-            f"min_nodes is {cluster.min_nodes}, and there are {len(hosts)} hosts", where="min_nodes", fix="lower it"
+            f"min_nodes must be at most the number of hosts, {len(hosts)}, got {cluster.min_nodes}",
+            where="min_nodes",
+            fix=f"set min_nodes to {len(hosts)} or less",
         )
     if cluster.min_nodes is not None and not cluster.max_restarts:
         raise ConfigError(
-            "min_nodes has no effect without restarts", where="min_nodes", fix="--max-restarts 10, for instance"
+            "min_nodes has no effect without restarts",
+            where="min_nodes",
+            fix="add --max-restarts 10, for example, or leave out --min-nodes",
         )
     content = {
         "hosts": [f"{host.name} slots={host.slots}" for host in hosts],
@@ -78,7 +82,11 @@ def read_launch(path: Path) -> Launch:
     try:
         content: dict[str, Any] = read_json(path)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot read the launch file: {error}", where=str(path)) from None
+        raise ConfigError(
+            f"cannot read the launch file: {error}",
+            where=str(path),
+            fix="start the run again with `m3i-scale launch`, which writes this file",
+        ) from None
     run = RunConfig.model_validate(upgrade_config(content["run"]))
     parse_recipe(run.recipe, where=str(path), imports=True)  # the launch uses its contrastive batch size
     site = RemoteShell(

@@ -293,5 +293,5 @@ def check_hosts(job: Job) -> None:
             f"{len(errors)} of {len(job.hosts)} hosts cannot be used",
             where="; ".join(f"{name}: {error}" for name, error in errors.items()),
             why="ranks on the others would wait for theirs",
-            fix="fix them or take them out of the hostfile",
+            fix="fix these hosts, or remove them from the hostfile",
         )

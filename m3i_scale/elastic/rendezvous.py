@@ -107,18 +107,19 @@ class Rendezvous:
                 raise CannotStartError(
                     f"{len(reasons)} of {len(hosts)} hosts cannot be used",
                     where=_format_reasons(reasons),
-                    why=f"the run is to have {fewest} hosts or more" if self.policy.min_hosts else None,
-                    fix="fix them or take them out of the hostfile",
+                    why=f"the run needs {fewest} hosts or more" if self.policy.min_hosts else None,
+                    fix="fix these hosts, or remove them from the hostfile",
                 )
             if first:
                 _check_left(links)
             world = self._without_failing(links, reasons) or largest_world(run, [link.host for link in links], fewest)
             if world is None:
                 raise CannotStartError(
-                    f"no number of these hosts from {fewest} to {len(links)} fits the run",
+                    f"no number of hosts from {fewest} to {len(links)} fits the run",
                     where=", ".join(f"{link.host.name} slots={link.host.slots}" for link in links),
-                    why="ranks must divide data.streams and optim.batch_size, and workers a rank's streams",
-                    fix=f"data.streams is {run.data.streams}, optim.batch_size {run.optim.batch_size}",
+                    why=f"data.streams ({run.data.streams}) and optim.batch_size ({run.optim.batch_size}) must be "
+                    "multiples of the number of ranks, and the streams per rank of data.num_workers",
+                    fix="change one of these, or the number of hosts",
                 )
             spare = [link.host.name for link in links if link.host not in world.hosts and link.host.name not in reasons]
             reasons |= dict.fromkeys(spare, SPARE)
@@ -184,7 +185,9 @@ class Rendezvous:
             raise CannotStartError(
                 f"rank 0 cannot wait for the others: {error}",
                 where=f"host {head.host.name}",
-                fix="choose another master_port, or leave it out" if self.work.master_port else None,
+                fix="choose another master_port, or leave it out"
+                if self.work.master_port
+                else "check the network of this host with `m3i-scale doctor`",
             )
         address = self.work.master_address if head.host == self.work.hosts[0] else None
         name = "127.0.0.1" if len(links) == 1 and is_here(head.host.name) else head.host.name

@@ -25,7 +25,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from m3i_scale.errors import ConfigError
 
 _WHERE = "backbone.activation_checkpointing"
-_WORDS = "none, full, selective, offload, or every_N with N ≥ 2"
+_WORDS = "use none, full, selective, offload, or every_N with N ≥ 2"
 
 
 @dataclass(frozen=True)
@@ -56,10 +56,10 @@ def check_policy(text: str) -> Policy:
     policy = read_policy(text)
     if policy.kind == "offload" and in_host_memory():
         raise ConfigError(
-            "activation checkpointing 'offload' has no effect here",
+            "activation checkpointing 'offload' has no effect on this device",
             where=_WHERE,
-            why=f"the accelerator '{get_accelerator().device_name()}' computes in host memory, where offload moves to",
-            fix="take full, which recomputes the same layers",
+            why=f"the accelerator '{get_accelerator().device_name()}' already computes in host memory",
+            fix="use full, which recomputes the same layers",
         )
     return policy
 
@@ -109,13 +109,12 @@ def apply_activation_checkpointing(module: nn.Module, text: str) -> list[str]:
     return chosen
 
 
-def describe_activations(module: nn.Module, text: str, *, compiled: bool) -> str:
-    """Return a log line about the policy `text` that is set on `module`."""
-    if compiled and read_policy(text).kind == "selective":
-        return f"activations ({text}): compiled layers keep about half, and compute the rest again"
-    layers = [layer for stack in trained_stacks(module) for _, layer in stack]
-    recomputed = sum(layer.gradient_checkpointing for layer in layers)
-    return f"activations ({text}): {recomputed} of {len(layers)} layers recompute"
+def describe_policy(text: str, *, compiled: bool) -> str:
+    """Return a policy for the log; `off` without recomputation."""
+    kind = read_policy(text).kind
+    if compiled and kind == "selective":
+        return f"{text} (compiled layers keep about half of the activations)"
+    return "off" if kind == "none" else text
 
 
 _ATTENTION = (

@@ -129,7 +129,15 @@ def raise_together(failure: Exception | None, *, names_rank: bool = True) -> Non
     if not _reduced([failure is not None], dist.ReduceOp.MAX)[0]:
         return  # only one number: gathering objects would take a message per rank
     crashed = failure is not None and not isinstance(failure, UserError)
-    shared = UserError(f"{type(failure).__name__}: {failure}") if crashed else failure
+    shared = (
+        UserError(
+            f"{type(failure).__name__}: {failure}",
+            why="this rank failed with an error in the code, not in the input",
+            fix="see the traceback of that rank",
+        )
+        if crashed
+        else failure
+    )
     failures = gather_objects((shared, crashed))
     if crashed and failure is not None:
         raise failure  # with its traceback

@@ -36,9 +36,9 @@ def check_compile() -> None:
     missing = _missing_tools()
     if missing:
         raise ConfigError(
-            f"`compile` needs {' and '.join(missing)}, which this machine does not have",
+            f"`compile` needs {' and '.join(missing)}, not installed on this machine",
             where=_WHERE,
-            fix=f"{' && '.join(dict.fromkeys(missing.values()))}, or backbone.compile=false",
+            fix=f"run `{' && '.join(dict.fromkeys(missing.values()))}`, or set backbone.compile=false",
         )
 
 
@@ -79,9 +79,9 @@ def compile_layers(module: nn.Module, policy: str = "none") -> list[str]:
             names.append(name)
     if not names:
         raise ConfigError(
-            "`compile` has no effect: this model has no layers of `transformers`' kind",
+            "`compile` has no effect: the model has no `transformers` layers",
             where=_WHERE,
-            fix="backbone.compile=false",
+            fix="set backbone.compile=false",
         )
     return names
 

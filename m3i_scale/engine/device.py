@@ -48,9 +48,9 @@ def check_deterministic() -> None:
     for name, value in _VARIABLES.items():
         if os.environ.get(name, value) != value:
             raise ConfigError(
-                f"a deterministic run needs {name}={value}, and it is {os.environ[name]}",
+                f"a deterministic run needs {name}={value}, got {os.environ[name]}",
                 where=_WHERE,
-                fix=f"unset {name}, or hardware.deterministic=false",
+                fix=f"run `unset {name}`, or set hardware.deterministic=false",
             )
 
 
@@ -75,8 +75,8 @@ def nondeterminism_explained() -> Iterator[None]:
         raise ConfigError(
             str(error).partition(",")[0],
             where=_WHERE,
-            why="this model, or its loss, adds up in an order that differs from run to run on this device",
-            fix="hardware.deterministic=false",
+            why="an operation of this model or loss is not deterministic on this device",
+            fix="set hardware.deterministic=false",
         ) from error
 
 
@@ -116,8 +116,8 @@ def keep_host_memory() -> None:
     """Stop glibc from returning every large tensor to the kernel as soon as it is freed.
 
     A training step frees and allocates the same memory again and again, and the kernel zeroes it each time
-    (docs/performance.md). Has no effect on accelerators, if the environment configures an allocator, or if the C
-    library has no `mallopt` (musl, macOS).
+    (docs/benchmarks/performance.md). Has no effect on accelerators, if the environment configures an allocator, or if
+    the C library has no `mallopt` (musl, macOS).
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if keeps_host_memory() and mallopt is not None:

@@ -40,8 +40,8 @@ def set_leaves(module: nn.Module) -> None:
     start.
 
     Hooks, fetches and releases of a ViT layer's eight modules with parameters are most of the CPU time of a step
-    (docs/gpu.md). A layer with parts that are called one by one is not marked, because the parts of a leaf have no
-    hooks.
+    (docs/benchmarks/gpu.md). A layer with parts that are called one by one is not marked, because the parts of a leaf
+    have no hooks.
     """
     for layers in stacks(module):
         for _, layer in layers:
@@ -185,7 +185,7 @@ def take_step(engine: Any) -> None:
             f"gradients are not finite even at the smallest loss scale, {loss_scale(engine):g}",
             where="fp16.min_loss_scale",
             why="the run diverges, or its activations are too large for fp16",
-            fix="start again from an earlier checkpoint with a lower optim.lr, or take a GPU with bf16",
+            fix="start again from an earlier checkpoint with a lower optim.lr, or use a GPU with bf16",
         ) from None
     order_gathers(engine)
 

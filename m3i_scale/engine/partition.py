@@ -161,9 +161,9 @@ def gather_stream(engine: Any) -> Any:
     coordinator = engine.optimizer.parameter_offload.param_coordinator
     if not hasattr(coordinator, _GATHER_STREAM):
         raise ConfigError(
-            f"DeepSpeed {deepspeed.__version__} gathers partitioned parameters on a stream that is not known here",
+            f"DeepSpeed {deepspeed.__version__} gathers partitioned parameters on an unknown stream",
             why="they could be gathered before they are written",
-            fix="install the version of requirements.txt, or take stage 1 or 2",
+            fix="install the version of requirements.txt, or use ZeRO stage 1 or 2",
         )
     return getattr(coordinator, _GATHER_STREAM)
 

@@ -54,21 +54,25 @@ def named_peak(given: float | str, dtype: torch.dtype) -> Peak:
     if isinstance(given, str):
         if given not in PEAK_TFLOPS:
             raise ConfigError(
-                f"no accelerator '{given}'", where=where, fix=f"a number, or {did_you_mean(given, PEAK_TFLOPS)}"
+                f"unknown accelerator '{given}'",
+                where=where,
+                fix=f"use a number of TFLOP/s, or leave it out; {did_you_mean(given, PEAK_TFLOPS)}",
             )
         short = dtype_name(dtype)
         if not given.endswith(short):
             raise ConfigError(
-                f"'{given}' is not the peak of {short}, in which this run computes",
+                f"'{given}' is not the peak for {short}, the data type of this run",
                 where=where,
-                fix="the name or the number for that type; or leave it out, and it is measured",
+                fix="use the name or the number for that type, or leave it out; then it is measured",
             )
         return Peak(PEAK_TFLOPS[given], given)
     if not 0 < given <= _MOST_TFLOPS:
         raise ConfigError(
-            "a peak is a positive number of TFLOP/s, 10¹² FLOPs a second",
+            f"the peak must be a positive number of TFLOP/s (10¹² FLOPs per second), got {given:g}",
             where=where,
-            fix=f"hardware.peak_tflops={given / 1e12:g}" if given > _MOST_TFLOPS else None,
+            fix=f"set hardware.peak_tflops={given / 1e12:g}"
+            if given > _MOST_TFLOPS
+            else "leave out hardware.peak_tflops; it is measured",
         )
     return Peak(float(given), "given")
 

@@ -110,10 +110,10 @@ def check_shared(output_dir: Path) -> None:
     errors = [f"rank {rank} on {host} {error}" for rank, (host, error) in enumerate(results) if error]
     if errors:
         raise CheckpointError(
-            f"the ranks do not share the output directory: {listed(errors, _NAMED_RANKS, '; ')}",
+            f"the ranks must share the output directory: {listed(errors, _NAMED_RANKS, '; ')}",
             where=f"{mark.parent}, as rank 0 sees it on {results[0][0]}",
             why="every rank writes its part of a checkpoint there; parts on separate disks cannot be committed or read",
-            fix="set output_dir to a folder of a file system that all hosts have mounted, and may write to",
+            fix="set output_dir to a folder of a file system that all hosts mount, and may write to",
         )
 
 

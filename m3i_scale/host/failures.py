@@ -196,9 +196,9 @@ def _read(path: Path, kind: type[Document]) -> Document | None:
         return None
     except (OSError, ValidationError) as error:
         raise ConfigError(
-            f"a file of the run is not what a launch writes: {reason_of(error)}",
+            f"a file of the run is invalid: {reason_of(error)}",
             where=str(path),
-            fix="move it away: nothing but this is read from it",
+            fix="move the file to another folder; nothing else is read from it",
         ) from None
 
 

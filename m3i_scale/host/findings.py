@@ -17,7 +17,7 @@ class Finding:
     """The result of one check on one host, or on all together."""
 
     check: str
-    """Stable name; docs/doctor.md lists them."""
+    """Stable name; docs/guides/check-nodes.md lists them."""
     host: str
     """A host, or `all` for the group."""
     ok: bool

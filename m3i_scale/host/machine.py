@@ -172,9 +172,9 @@ def _shm(host: str, machine: Machine, needs: Needs, on_host: bool) -> Finding:
 
 
 def _files(host: str, machine: Machine, needs: Needs) -> Finding:
-    fix = f"ulimit -n {min(machine.files_hard, 65536)} before the launch"
+    fix = f"run `ulimit -n {min(machine.files_hard, 65536)}` before the launch"
     if machine.files_hard < max(needs.open_files, COMFORTABLE_FILES):
-        fix = "a higher `nofile` limit: /etc/security/limits.conf, LimitNOFILE of the service, docker run --ulimit"
+        fix = "raise the `nofile` limit: /etc/security/limits.conf, LimitNOFILE of the service, docker run --ulimit"
     error = warning = None
     if machine.files_soft < needs.open_files:
         error = f"a rank opens about {needs.open_files}: shards, connections to other ranks, loader processes"
@@ -192,14 +192,14 @@ def _threads(host: str, machine: Machine, needs: Needs) -> Finding:
     if needs.ranks * threads > machine.cores:
         warning = "threads that share a core wait for each other in every operation on the CPU"
     value = f"{needs.ranks} × {threads} threads ({source}) on {machine.cores} cores"
-    fix = f"OMP_NUM_THREADS={default}" if threads > default else f"{machine.cores} ranks or fewer on this host"
+    fix = f"set OMP_NUM_THREADS={default}" if threads > default else f"start at most {machine.cores} ranks on this host"
     return finding("threads", host, value, warning=warning, fix=fix)
 
 
 def disk_finding(host: str, output_dir: Path, needs: Needs) -> Finding:
     """Compare the free space with the size of one checkpoint, and with the total of all kept ones."""
     existing = next((path for path in (output_dir, *output_dir.absolute().parents) if path.exists()), Path("/"))
-    fix = "free space, a smaller checkpoint.keep_latest, checkpoint.max_gib, or output_dir on another disk"
+    fix = "free space, lower checkpoint.keep_latest, set checkpoint.max_gib, or set output_dir to another disk"
     try:
         free = shutil.disk_usage(existing).free
         kept = folder_bytes(output_dir / "checkpoints")

@@ -102,9 +102,15 @@ def holder_of(output_dir: Path, lock: LockFile = RUN) -> Holder | None:
     except BlockingIOError:
         holder = _read_note(output_dir, lock)
     except OSError as error:
-        raise CheckpointError(f"cannot look at the lock: {error.strerror}", where=str(path)) from None
+        raise CheckpointError(
+            f"cannot read the lock: {error.strerror}", where=str(path), fix="make the file readable"
+        ) from None
     if holder is None:
-        raise UnknownHolderError("a job that is just starting holds the output directory", where=str(output_dir))
+        raise UnknownHolderError(
+            "a job that is starting has locked the output directory",
+            where=str(output_dir),
+            fix="wait a few seconds, and try again",
+        )
     return holder
 
 
@@ -140,11 +146,11 @@ def check_output_dir(output_dir: Path) -> Path:
         above = next((path for path in (output_dir, *output_dir.parents) if path.exists()), output_dir)
     except OSError as error:
         raise ConfigError(
-            f"output_dir cannot be opened: {error.strerror}", where=place, fix="name another folder"
+            f"output_dir cannot be opened: {error.strerror}", where=place, fix="make it readable, or use another folder"
         ) from None
     if not above.is_dir():
         raise ConfigError(
-            f"output_dir must be a folder, but '{above}' is a file", where=place, fix="name another folder"
+            f"output_dir must be a folder, but '{above}' is a file", where=place, fix="use another folder"
         )
     return output_dir
 
@@ -155,9 +161,9 @@ def request_stop(output_dir: Path, holder: Holder) -> None:
         write_json(output_dir / _STOP, {"pid": holder.pid, "host": holder.host}, durable=False)
     except OSError as error:
         raise CheckpointError(
-            f"cannot write the request to stop: {error.strerror}",
+            f"cannot write the stop request: {error.strerror}",
             where=str(output_dir / _STOP),
-            fix="as a user who may write there",
+            fix="run the command as a user who may write to the folder",
         ) from None
 
 
@@ -188,14 +194,14 @@ def _acquire(output_dir: Path, lock: LockFile) -> FileLock:
             lock.busy,
             where=str(output_dir),
             why=f"the lock is held by {holder}; {lock.why}",
-            fix=f"wait for it or m3i-scale stop {output_dir}; a run may also take another output_dir",
+            fix=f"wait for it, or run `m3i-scale stop {output_dir}`; for another run set another output_dir",
         ) from None
     except OSError as error:
         if error.errno in _NO_FLOCK:
             raise CheckpointError(
-                "the file system of the output directory has no flock, so two jobs could not be kept apart",
+                "the file system of the output directory must support flock, so that only one job writes to it",
                 where=str(output_dir),
-                fix="set output_dir to a file system that has it (for Lustre: mount with -o flock)",
+                fix="set output_dir to a file system with flock (for Lustre: mount with -o flock)",
             ) from None
         raise CheckpointError(
             f"cannot lock the output directory: {error.strerror or error}",

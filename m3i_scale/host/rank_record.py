@@ -250,7 +250,7 @@ def forget_records(output_dir: Path) -> None:
                 path.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(
-            f"what ranks of an earlier launch have left cannot be removed: {error.strerror}",
+            f"cannot remove the rank files of an earlier launch: {error.strerror}",
             where=str(error.filename),
-            fix="remove it, or take another output_dir",
+            fix="remove the file, or set another output_dir",
         ) from None

@@ -65,8 +65,8 @@ def await_ranks(timeout_s: float) -> None:
     if answer:
         raise MissingRanksError(
             answer,
-            why="their hosts cannot be reached, or they ended before they could join: see what the launcher printed",
-            fix="m3i-scale doctor --hostfile FILE checks the hosts; if they start slowly, raise timeouts.rendezvous_s",
+            why="their hosts cannot be reached, or they ended before they joined; see the output of the launcher",
+            fix="run `m3i-scale doctor --hostfile FILE`; if hosts start slowly, raise timeouts.rendezvous_s",
         )
 
 
@@ -148,15 +148,15 @@ def _store(rank: int, timeout_s: float) -> TCPStore:
         reason = str(error).strip().splitlines()[0]
         if rank == 0:
             raise UserError(
-                f"rank 0 cannot listen at port {port}: {reason}",
+                f"rank 0 cannot listen on port {port}: {reason}",
                 where="MASTER_PORT",
                 fix="choose a free port: --master_port of the launcher",
             ) from None
         raise MissingRanksError(
-            f"rank 0 cannot be reached at {host}, port {port}, in {timeout_s:g} s",
+            f"cannot connect to rank 0 at {host}, port {port}, in {timeout_s:g} s",
             where=f"rank {rank} on {socket.gethostname()}",
-            why=f"it has not started, its host is down, or a firewall is between: {reason}",
-            fix="m3i-scale doctor --hostfile FILE checks the hosts; if they start slowly, raise timeouts.rendezvous_s",
+            why=f"it has not started, its host is down, or a firewall blocks it: {reason}",
+            fix="run `m3i-scale doctor --hostfile FILE`; if hosts start slowly, raise timeouts.rendezvous_s",
         ) from None
     _KEPT.append(store)
     return store

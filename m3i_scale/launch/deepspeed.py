@@ -20,7 +20,7 @@ from m3i_scale.launch.description import Variable
 from m3i_scale.launch.hosts import Host
 from m3i_scale.launch.job import Job
 
-HONOURS = OVER_HOSTS
+HONORS = OVER_HOSTS
 HOSTFILE = "hostfile"
 ENVIRONMENT = "deepspeed_env"
 PRIVATE_ENVIRONMENT = "environment.sh"
@@ -61,13 +61,17 @@ def _by_pdsh(job: Job) -> LaunchPlan:
     for what, path in (("working directory", str(job.workdir)), ("interpreter", job.python)):
         if not _PASTED.fullmatch(path):
             raise ConfigError(
-                f"DeepSpeed pastes the path of the {what} into a shell's line without quotes",
+                f"the path of the {what} must not need quotes: DeepSpeed pastes it into a shell command",
                 where=path,
-                fix="a path of letters, digits and @ + = : , . / - _, or `--with torchrun`",
+                fix="use a path of letters, digits and @ + = : , . / - _, or `--with torchrun`",
             )
     for word in job.cluster.ssh:
         if re.search(r"\s", word):
-            raise ConfigError("pdsh takes arguments of ssh apart at spaces", where=f"ssh: {word!r}")
+            raise ConfigError(
+                f"an argument of ssh must not have spaces with pdsh, got {word!r}",
+                where="ssh",
+                fix="set the option in ~/.ssh/config",
+            )
     public = [variable for variable in job.plain if _survives(variable.value)]
     private = [variable for variable in job.variables if variable not in public]
     files = [hostfile(job.hosts), LaunchFile(ENVIRONMENT, "".join(map(_environment_line, public)))]

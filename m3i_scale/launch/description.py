@@ -83,32 +83,31 @@ class Cluster(Section):
     ranks_per_node: int | None = Field(default=None, ge=1, le=1024)
     """Processes per node, if no hosts are named. Default: one for each accelerator of this machine, or 1."""
     hostfile: Path | None = None
-    """A file with a line `name slots=N` for every node; the first one is the master node."""
+    """File with a line `name slots=N` per node; the first one is the master node."""
     hosts: tuple[str, ...] = ()
-    """A line of a hostfile, instead of the file; repeat for each host."""
+    """A host as `name slots=N`, instead of a hostfile; repeat for several."""
     include: tuple[HostName, ...] = ()
-    """Use only this host; repeat for each host."""
+    """Use only this host; repeat for several."""
     exclude: tuple[HostName, ...] = ()
-    """Leave out this host; repeat for each host."""
+    """Leave out this host; repeat for several."""
     interface: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,14}$")
-    """The network interface for communication, with the same name on all nodes: Gloo and NCCL use no other."""
+    """Network interface for Gloo and NCCL, with the same name on all nodes."""
     master_address: HostName | None = None
     """Address of the master node, reachable from all nodes. Default: the interface's address if this machine is the
     master node, else its host name."""
     master_port: int = Field(default=29500, ge=1024, le=65535)
     """Port of rank 0 for the rendezvous. Default: 29500."""
     environment: tuple[str, ...] = ()
-    """A variable to pass to the ranks, `NAME` (with its value here) or `NAME=value`; repeat for each. No other is
-    passed."""
+    """Environment variable for the ranks, `NAME` (with its current value) or `NAME=value`; repeat for several. No other
+    is passed."""
     python: AbsolutePath | None = None
-    """The interpreter on all nodes, for instance of a virtual environment. Default: the one that launches."""
+    """Python interpreter on all nodes. Default: the current one."""
     workdir: AbsolutePath | None = None
-    """The working directory of all ranks. Default: the current directory."""
+    """Working directory of all ranks. Default: the current one."""
     ssh: tuple[Line, ...] = ()
-    """An additional argument of ssh; repeat for each: --ssh=-i --ssh=/home/me/.ssh/cluster."""
+    """Additional argument of ssh; repeat for several: --ssh=-i --ssh=/home/me/.ssh/cluster."""
     transport: Literal["ssh", "srun"] = "ssh"
-    """elastic and doctor: how to connect to the hosts: ssh, or srun for the hosts of the current Slurm allocation.
-    Default: ssh."""
+    """elastic and doctor: connection to the hosts. srun: those of the current Slurm allocation. Default: ssh."""
     max_restarts: int = Field(default=0, ge=0, le=10_000)
     """elastic: maximum number of restarts after failures. Default: 0."""
     min_nodes: int | None = Field(default=None, ge=1)
@@ -128,18 +127,18 @@ class Cluster(Section):
     account: Word | None = None
     """Slurm: the account."""
     time_limit: TimeLimit | None = None
-    """Slurm: the time limit, as [days-]hours:minutes:seconds."""
+    """Slurm: the time limit, e.g. 24:00:00, or 2-00:00:00 for two days."""
     requeue: bool = True
     """Slurm: requeue a job that was preempted, lost a node, or reached its time limit and saved. Default: yes."""
     sbatch: tuple[Line, ...] = ()
-    """Slurm: an additional option of sbatch; repeat for each: --sbatch=--qos=high."""
+    """Slurm: additional option of sbatch; repeat for several: --sbatch=--qos=high."""
     container_image: Image | None = None
     """Slurm and Kubernetes: the container image of the ranks."""
     container_runtime: Literal["pyxis", "apptainer"] = "pyxis"
-    """Slurm: the container runtime, pyxis or apptainer. Default: pyxis."""
+    """Slurm: the container runtime. Default: pyxis."""
     container_mounts: tuple[AbsolutePath, ...] = ()
-    """Slurm: a host folder to mount at the same path, in addition to the working and output directories; repeat for
-    each."""
+    """Slurm: host folder to mount at the same path; repeat for several. Working and output directories are always
+    mounted."""
     namespace: str | None = Field(default=None, pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")
     """Kubernetes: the namespace. Default: the namespace of the current context."""
     storage_gib: int = Field(default=200, ge=1)
@@ -207,8 +206,8 @@ def read_cluster(path: Path | None, options: dict[str, Any]) -> Cluster:
         try:
             values = read_yaml(path)
         except ConfigError as error:
-            what = error.what.replace("a run file", "a cluster file").replace("the run file", "the cluster file")
-            raise ConfigError(what, where=error.where, fix="see docs/launching.md") from None
+            what = error.what.replace("config file", "cluster file")
+            raise ConfigError(what, where=error.where, fix="correct it, as in docs/guides/multi-gpu.md") from None
         if isinstance(values.get("hostfile"), str):
             values["hostfile"] = path.parent / values["hostfile"]
     options = {key: value for key, value in options.items() if value not in (None, [], ())}
@@ -220,12 +219,18 @@ def read_cluster(path: Path | None, options: dict[str, Any]) -> Cluster:
     return parse_section(Cluster, values | options, where=where or "the command line")
 
 
+def _panel_of(text: str) -> str | None:
+    """Return the launchers that a help text begins with."""
+    match = re.match(r"((?:elastic|Slurm|Kubernetes)(?: and \w+)?): ", text)
+    return f"Options of {match[1]}" if match else None
+
+
 def takes_cluster(fields: Iterable[str]) -> Callable[[Command], Command]:
     """Add `--cluster FILE` and an option for each of these fields to a command, replacing its parameter `cluster`."""
-    file = typer.Option("--cluster", help="YAML with any of these fields; options win over it.")
+    file = typer.Option("--cluster", help="YAML file with these options; the command line overrides it.")
     parts: Parts = {
         "cluster_file": (Annotated[Path | None, file], None),
-        **field_options(Cluster, fields, OPTION_NAMES),
+        **field_options(Cluster, fields, OPTION_NAMES, _panel_of),
     }
     return lambda command: expanded(
         command, "cluster", parts, lambda cluster_file, **options: read_cluster(cluster_file, options)
@@ -267,9 +272,9 @@ def travelling(entries: Sequence[str], here: Mapping[str, str], *, interface: st
         name, equals, value = entry.partition("=")
         if not equals and name not in here:
             raise ConfigError(
-                f"{name} is to travel to the ranks, and is not set here",
+                f"the environment variable {name} is to be passed to the ranks, but is not set",
                 where=f"environment: {name}",
-                fix="set it, or take it off the list" + ("" if is_secret(name) else f", or write {name}=value"),
+                fix="set it, or remove it from the list" + ("" if is_secret(name) else f", or write {name}=value"),
             )
         variables.append(Variable(name, value if equals else here[name], is_secret(name)))
     return tuple(sorted(variables, key=lambda variable: variable.name))

@@ -36,9 +36,9 @@ def write_files(plan: LaunchPlan) -> None:
             atomic_write(plan.folder / file.name, file.text, mode=file.mode)
     except OSError as error:
         raise UserError(
-            f"cannot write what the launcher needs: {error.strerror}",
+            f"cannot write the files of the launcher: {error.strerror}",
             where=str(error.filename),
-            fix="an output_dir that this machine and all ranks can write to",
+            fix="set output_dir to a folder that this machine and all ranks can write to",
         ) from None
 
 
@@ -52,7 +52,9 @@ def check_needs(plan: LaunchPlan) -> None:
                 fix=executable.package,
             )
     if not plan.workdir.is_dir():
-        raise UserError("the working directory does not exist", where=str(plan.workdir), fix="--workdir")
+        raise UserError(
+            "the working directory does not exist", where=str(plan.workdir), fix="set --workdir to an existing folder"
+        )
     if plan.port is not None:
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -60,8 +62,9 @@ def check_needs(plan: LaunchPlan) -> None:
                 probe.bind(("127.0.0.1", plan.port))
             except OSError:
                 raise UserError(
-                    f"somebody listens on port {plan.port} of this machine, perhaps another run",
-                    fix=f"--master-port {plan.port + 1}",
+                    f"port {plan.port} of this machine is in use, perhaps by another run",
+                    where="--master-port",
+                    fix=f"use --master-port {plan.port + 1}",
                 ) from None
 
 
@@ -82,9 +85,11 @@ class LaunchResult:
 
 
 def execute(plan: LaunchPlan, redacted: LaunchPlan, environment: Mapping[str, str]) -> LaunchResult:
-    """Run the commands until all have ended, after `check_needs` and `write_files`. `redacted` is printed."""
-    for command in redacted.commands:
-        print(f"+ {command}", file=sys.stderr, flush=True)
+    """Run the commands until all have ended, after `check_needs` and `write_files`. `redacted` is printed, except the
+    commands of ranks, which are all alike (`launch --dry-run` prints them)."""
+    lines = [f"+ {command}" for command in redacted.commands]
+    for line in [f"starting {len(lines)} processes on this machine"] if plan.ranks else lines:
+        print(line, file=sys.stderr, flush=True)
     return Running(plan, environment).wait()
 
 

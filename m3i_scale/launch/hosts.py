@@ -50,8 +50,8 @@ def read_hostfile(path: Path) -> tuple[Host, ...]:
         raise ConfigError(
             f"cannot read the hostfile: {error}",
             where=str(path),
-            why="without it the run would be smaller than meant",
-            fix="a line `name slots=N` for every host",
+            why="without it the run would use fewer hosts than intended",
+            fix="create it with a line `name slots=N` for every host",
         ) from None
     return parse_hosts(text.split("\n"), where=str(path))
 
@@ -68,29 +68,33 @@ def parse_hosts(lines: Iterable[str], *, where: str) -> tuple[Host, ...]:
         key = host.name.lower()
         if key in hosts:
             raise ConfigError(
-                f"host '{host.name}' is named twice, first in line {hosts[key][0]}",
+                f"duplicate host '{host.name}', first in line {hosts[key][0]}",
                 where=where_line,
-                fix="one line per host, with all its slots",
+                fix="write one line per host, with all its slots",
             )
         hosts[key] = number, host
     if not hosts:
-        raise ConfigError("there is no host", where=where, fix="a line `name slots=N` for every host")
+        raise ConfigError("the hostfile has no host", where=where, fix="add a line `name slots=N` for every host")
     return tuple(host for _, host in hosts.values())
 
 
 def _host(words: str, where_line: str) -> Host:
     parts = _LINE.fullmatch(words)
     if parts is None:
-        raise ConfigError("this is no host", where=where_line, fix="write `name slots=N`")
+        raise ConfigError("the line must be `name slots=N`", where=where_line, fix="write e.g. `node1 slots=8`")
     name, slots = parts.groups()
     if not is_host_name(name):
         raise ConfigError(
-            f"{name!r} is no host name",
+            f"a host name must have letters, digits, '-', '_' and dots only, got {name!r}",
             where=where_line,
-            fix="letters, digits, '-', '_' and dots; a user or a port goes into ~/.ssh/config",
+            fix="correct the name; a user or a port belongs in ~/.ssh/config",
         )
     if not re.fullmatch("[0-9]{1,8}", slots) or not 1 <= int(slots) <= _MOST_SLOTS:
-        raise ConfigError(f"slots={slots}: a host has from 1 to {_MOST_SLOTS} ranks", where=where_line)
+        raise ConfigError(
+            f"slots must be from 1 to {_MOST_SLOTS}, got {slots}",
+            where=where_line,
+            fix="set slots to the number of GPUs of the host",
+        )
     return Host(name, int(slots))
 
 
@@ -99,34 +103,36 @@ def allocated_hosts(environment: Mapping[str, str], ranks_per_node: int | None) 
     nodes, tasks = environment.get("SLURM_JOB_NODELIST"), environment.get("SLURM_NTASKS_PER_NODE", "")
     if nodes is None:
         raise ConfigError(
-            "srun reaches the hosts of an allocation, and this is none",
+            "srun needs an allocation of Slurm, and this shell has none",
             where="transport: srun",
-            fix="launch within `salloc` or a job script of sbatch, or over ssh: --hostfile",
+            fix="launch within `salloc` or a job script of sbatch, or over ssh: --hostfile FILE",
         )
     if ranks_per_node is None and not tasks.isdecimal():
         raise ConfigError(
             "the number of ranks per host is unknown",
             where="transport: srun",
-            fix="--ranks-per-node, or --ntasks-per-node of salloc or sbatch",
+            fix="set --ranks-per-node, or --ntasks-per-node of salloc or sbatch",
         )
     try:
         command = ["scontrol", "show", "hostnames", nodes]
         names = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
     except (OSError, subprocess.CalledProcessError) as error:
-        raise ConfigError(f"Slurm cannot resolve the hosts {nodes}: {error}", fix="scontrol on PATH") from None
+        raise ConfigError(f"Slurm cannot resolve the hosts {nodes}: {error}", fix="put scontrol on PATH") from None
     return parse_hosts((f"{name} slots={ranks_per_node or int(tasks)}" for name in names), where="SLURM_JOB_NODELIST")
 
 
 def select(hosts: Sequence[Host], *, include: Sequence[str], exclude: Sequence[str]) -> tuple[Host, ...]:
     """Return the hosts to run on, in their order. An empty `include` means all."""
     if include and exclude:
-        raise ConfigError("`include` and `exclude` exclude each other", fix="give one of the two")
+        raise ConfigError("`include` and `exclude` cannot be combined", fix="use one of the two")
     names = [host.name for host in hosts]
     for kind, chosen in (("include", include), ("exclude", exclude)):
         for name in chosen:
             if name not in names:
-                raise ConfigError(f"no host '{name}'", where=kind, fix=did_you_mean(name, names))
+                raise ConfigError(f"unknown host '{name}'", where=kind, fix=did_you_mean(name, names))
     selected = tuple(host for host in hosts if (not include or host.name in include) and host.name not in exclude)
     if not selected:
-        raise ConfigError("no host is left", where=f"exclude: {', '.join(exclude)}")
+        raise ConfigError(
+            "no host remains after `exclude`", where=f"exclude: {', '.join(exclude)}", fix="exclude fewer hosts"
+        )
     return selected

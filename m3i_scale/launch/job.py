@@ -18,7 +18,6 @@ from m3i_scale.errors import ConfigError
 from m3i_scale.launch import PRIVATE, PUBLIC
 from m3i_scale.launch.description import Cluster, Variable, hidden, travelling
 from m3i_scale.launch.hosts import Host, is_here
-from m3i_scale.output import leave_out_accelerator_warning
 from m3i_scale.text import redact, redact_text
 
 
@@ -126,19 +125,24 @@ class Job:
 @cache
 def devices_here() -> int:
     """Return the number of accelerators that DeepSpeed finds on this machine; one if ranks compute on CPUs."""
-    leave_out_accelerator_warning()
+    return max(1, gpus_here())
+
+
+def gpus_here() -> int:
+    """Return the number of accelerators that are visible to this process; 0 if ranks compute on CPUs."""
     from deepspeed.accelerator import get_accelerator  # takes seconds, needed only without a given number of ranks
 
     accelerator = get_accelerator()
-    return 1 if accelerator.device_name() == "cpu" else max(1, int(accelerator.device_count()))
+    return 0 if accelerator.device_name() == "cpu" else int(accelerator.device_count())
 
 
 def _address_here(interface: str, hosts: tuple[Host, ...]) -> str:
     if hosts and not is_here(hosts[0].name):
         raise ConfigError(
-            f"the master node {hosts[0].name} is not this machine: the address of its '{interface}' is unknown",
+            f"the address of the interface '{interface}' is unknown: the master node {hosts[0].name} is another "
+            "machine",
             where=f"interface: {interface}",
-            fix=f"--master-address with what `ssh {hosts[0].name} ip -4 address show {interface}` says",
+            fix=f"set --master-address to the address that `ssh {hosts[0].name} ip -4 address show {interface}` prints",
         )
     cards = psutil.net_if_addrs()
     addresses = [item.address for item in cards.get(interface, []) if item.family == socket.AF_INET]
@@ -146,7 +150,7 @@ def _address_here(interface: str, hosts: tuple[Host, ...]) -> str:
         raise ConfigError(
             f"this machine has no interface '{interface}' with an IPv4 address",
             where=f"interface: {interface}",
-            fix=f"one of {', '.join(sorted(cards))}",
+            fix=f"use one of {', '.join(sorted(cards))}",
         )
     return addresses[0]
 
@@ -172,9 +176,9 @@ def make_job(
     loop = next((name for name in names if name == "localhost" or name.startswith("127.")), None)
     if len(names) > 1 and loop is not None:
         raise ConfigError(
-            f"'{loop}' is another machine on every host",
+            f"'{loop}' is a different machine on every host",
             where=f"hosts: {', '.join(names)}",
-            fix="name this machine as the others reach it",
+            fix="use the name by which the other hosts reach this machine",
         )
     workdir = Path(cluster.workdir or Path.cwd())
     job = Job(
@@ -188,10 +192,14 @@ def make_job(
         variables=travelling(cluster.environment, here, interface=cluster.interface),
         values=values,
     )
-    for what, text in (("output_dir", job.output_dir), ("working directory", workdir), ("run file", job.run)):
+    for what, text in (("output_dir", job.output_dir), ("working directory", workdir), ("config file", job.run)):
         if not str(text).isprintable():  # a line break would end a comment of a batch script, and start a command
-            raise ConfigError(f"the {what} has characters that cannot be printed", where=repr(str(text)))
+            raise ConfigError(
+                f"the {what} must have printable characters only",
+                where=repr(str(text)),
+                fix="remove the other characters",
+            )
     for override in overrides:
         if re.search(r"[\0\n\r]", override):
-            raise ConfigError("an override is one line", where=repr(override))
+            raise ConfigError("an override must be one line", where=repr(override), fix="remove the line break")
     return job

@@ -14,7 +14,7 @@ from m3i_scale.launch import OF_SCHEDULERS, Command, Executable, LaunchFile, Lau
 from m3i_scale.launch.job import Job
 from m3i_scale.launch.torchrun_agent import AGENT
 
-HONOURS = OF_SCHEDULERS | {"namespace", "storage_gib", "data_claim"}
+HONORS = OF_SCHEDULERS | {"namespace", "storage_gib", "data_claim"}
 MANIFEST = "kubeflow.yaml"
 RUN_FOLDER = "/m3i"
 """Folder of the config file in the containers."""
@@ -72,27 +72,32 @@ def render(job: Job) -> LaunchPlan:
 
 def _check(job: Job) -> None:
     if job.cluster.container_image is None:
-        raise ConfigError("which image do the ranks run in?", fix="--container-image, with this package in it")
+        raise ConfigError(
+            "Kubeflow needs a container image",
+            where="--container-image",
+            fix="set --container-image to an image with this package",
+        )
     name = _name(job)
     if not name or len(name) > _MOST_CHARACTERS:
         raise ConfigError(
-            f"the name of the run must name pods too: {_MOST_CHARACTERS} letters, digits and '-' at most",
-            where=f"name: {job.name}",
-            fix="name=first-run",
+            f"the name of the run must be a valid pod name: at most {_MOST_CHARACTERS} lowercase letters, digits and "
+            f"'-', got '{job.name}'",
+            where="name",
+            fix="set e.g. name=first-run",
         )
     datasets = (job.values.get("data") or {}).get("datasets") or {}
     shards = [path for path in (str(dataset["path"]) for dataset in datasets.values()) if _is_mounted(path)]
     if shards and job.cluster.data_claim is None:
         raise ConfigError(
-            f"nothing is mounted at {DATA}, where the shards are said to lie",
+            f"the shards are in {DATA}, but nothing is mounted there",
             where=f"shards: {shards[0]}",
-            fix="--data-claim with an existing volume claim that holds them, or the address of a store: s3://…",
+            fix="set --data-claim to a volume claim that has them, or use the address of a store: s3://…",
         )
     if job.cluster.data_claim is not None and _is_mounted(str(job.output_dir)):
         raise ConfigError(
-            f"output_dir lies below {DATA}, where the shards are mounted to be read only",
+            f"output_dir must not be in {DATA}, which is mounted read-only",
             where=f"output_dir: {job.output_dir}",
-            fix="output_dir=/output/first",
+            fix="set output_dir=/output/first",
         )
 
 

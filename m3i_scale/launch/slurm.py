@@ -13,7 +13,7 @@ from m3i_scale.launch.description import SLURM_EXPORTS
 from m3i_scale.launch.job import Job
 from m3i_scale.launch.shell import export_lines, quoted, wrapped
 
-HONOURS = OF_SCHEDULERS | {
+HONORS = OF_SCHEDULERS | {
     "master_port",
     "workdir",
     "partition",
@@ -83,7 +83,11 @@ def _header(job: Job) -> list[str]:
     lines = [f"#SBATCH {_option(option)}" for option in options if option is not None]
     for line in cluster.sbatch:
         if not line.startswith("--"):
-            raise ConfigError(f"{line!r} is no option of sbatch", where="sbatch", fix="e.g. --qos=high")
+            raise ConfigError(
+                f"an option of sbatch must start with '--', got {line!r}",
+                where="sbatch",
+                fix="use e.g. --sbatch=--qos=high",
+            )
         lines.append(f"#SBATCH {line}")  # of two that differ, sbatch uses the later one
     return ["#!/bin/bash", *lines]
 

@@ -28,7 +28,7 @@ from m3i_scale.rank_variables import limit_threads
 if TYPE_CHECKING:  # not imported at runtime: agents start faster without
     from m3i_scale.launch.job import Job
 
-HONOURS = OVER_HOSTS
+HONORS = OVER_HOSTS
 SCRIPT = "torchrun.sh"
 AGENT = "m3i_scale.launch.torchrun_agent"
 _STORE_STAYS_S = 3.0

@@ -115,6 +115,7 @@ def build_on_meta(
         raise ConfigError(
             f"the model cannot be built: {type(error).__name__}: {error}",
             where="backbone.config, text.config, recipe",
+            fix="compare the sizes in these sections with a built-in recipe; if they are right, report it as a bug",
         ) from error
 
 
@@ -122,7 +123,9 @@ def _decoder(recipe: Recipe, name: str, config: VisionConfig) -> nn.Module:
     try:
         return recipe.decoders[name].build(config)
     except ValueError as error:
-        raise ConfigError(f"decoder '{name}': {error}", where=f"recipe.decoders.{name}") from None
+        raise ConfigError(
+            f"decoder '{name}': {error}", where=f"recipe.decoders.{name}", fix="correct the decoder"
+        ) from None
 
 
 def _target_heads(recipe: Recipe, decoders: nn.ModuleDict, teachers: nn.ModuleDict, sizes: Sizes) -> nn.ModuleDict:
@@ -147,7 +150,9 @@ def _image_heads(recipe: Recipe, decoders: nn.ModuleDict, ranks: Ranks) -> nn.Mo
         widths = {width_of(decoders[target.decoder]) for target in recipe.head_targets if target.head == name}
         if len(widths) > 1:
             raise ConfigError(
-                f"head '{name}' is fed by decoders of widths {sorted(widths)}", where=f"recipe.heads.{name}"
+                f"all decoders of head '{name}' must have the same width, got {sorted(widths)}",
+                where=f"recipe.heads.{name}",
+                fix="give these decoders one width, or use one head per width",
             )
         heads[name] = ImageHead(widths.pop(), spec, ranks, online=True, prototypes=spec.prototypes > 0)
     return heads

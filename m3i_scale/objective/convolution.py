@@ -68,7 +68,7 @@ class ConvolutionSpec(DecoderSpec):
     @classmethod
     def _has_a_centre(cls, kernel: int) -> int:
         if kernel % 2 == 0:
-            raise ValueError(f"an odd number has a patch at its centre; got {kernel}")
+            raise ValueError(f"an odd number has a patch at its center; got {kernel}")
         return kernel
 
     def build(self, config: VisionConfig) -> nn.Module:

@@ -27,6 +27,7 @@ class EmaSpec(Section):
     start: float = Field(default=0.995, ge=0, lt=1)
     """EMA decay m at the first step; rises to `end` with a cosine schedule."""
     end: float = Field(default=1.0, gt=0, le=1)
+    """EMA decay m at the last step."""
     projector_depth: int = Field(default=2, ge=0, le=MAX_LAYERS)
     """Residual MLP blocks after the backbone for dense targets, in student and EMA teacher; 0 for none."""
 
@@ -75,18 +76,26 @@ def text_config(fields: dict[str, Any], vocab_size: int, max_tokens: int, kernel
     )
     for key, value in fields.items():
         if key not in _TEXT_FIELDS:
-            hint = "vocab_size is the tokenizer's" if key == "vocab_size" else did_you_mean(key, _TEXT_FIELDS)
-            raise ConfigError(f"BERT has no field '{key}' to set", where="text.config", fix=hint)
+            hint = (
+                "leave it out; the tokenizer sets vocab_size"
+                if key == "vocab_size"
+                else did_you_mean(key, _TEXT_FIELDS)
+            )
+            raise ConfigError(f"unknown field '{key}' of BERT", where="text.config", fix=hint)
         set_field(config, key, value, "text.config")
     check_counts({key: getattr(config, key) for key in _TEXT_COUNTS}, "text.config")
     if config.hidden_size % config.num_attention_heads:
         raise ConfigError(
-            f"width {config.hidden_size} is no multiple of {config.num_attention_heads} heads", where="text.config"
+            f"'hidden_size' must be a multiple of the {config.num_attention_heads} heads, got {config.hidden_size}",
+            where="text.config.hidden_size",
+            fix="change hidden_size or num_attention_heads; 64 channels per head are usual",
         )
     if max_tokens > config.max_position_embeddings:
         raise ConfigError(
-            f"text.max_tokens {max_tokens} is above the tower's {config.max_position_embeddings} positions",
-            fix="text.config.max_position_embeddings",
+            f"text.max_tokens must be at most the text tower's {config.max_position_embeddings} positions, got "
+            f"{max_tokens}",
+            where="text.max_tokens",
+            fix=f"lower it, or set text.config.max_position_embeddings={max_tokens}",
         )
     config._attn_implementation = kernel
     return config

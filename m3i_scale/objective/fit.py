@@ -18,46 +18,55 @@ def check_fit(
     """Validate a run for the image size of its first stage. For the arguments see `build_objective`."""
     if run.backbone.attention == "across_images" and recipe.mix is None:
         raise ConfigError(
-            "`attention: across_images` has no effect: the recipe mixes no images", where="backbone.attention"
+            "`attention: across_images` has no effect: the recipe mixes no images",
+            where="backbone.attention",
+            fix="leave it out, or use a recipe with `mix`",
         )
     if recipe.labels_file is not None and not label_sets:
         raise ConfigError(
-            f"the recipe predicts classes, and no dataset has {recipe.labels_file}",
-            fix="put it, a list of class names, beside the shards of masks"
+            f"the recipe predicts classes, but no dataset has {recipe.labels_file}",
+            fix="put it, a list of class names, next to the shards of masks"
             if recipe.reads_masks
-            else "give labels to `shards make`, or take a recipe without a category target",
+            else "give labels to `shards make`, or use a recipe without a category target",
         )
     if recipe.uses_text and vocab_size is None:
         raise ConfigError(
-            "the recipe has a text target, and there is no tokenizer", fix="text.tokenizer=/path/to/folder"
+            "the recipe has a text target, but there is no tokenizer", fix="set text.tokenizer=/path/to/folder"
         )
     if recipe.mix is not None and run.optim.micro_batch_size < len(recipe.mix.inputs):
         raise ConfigError(
-            f"a mix of {len(recipe.mix.inputs)} images needs a micro-batch of at least as many",
-            where=f"optim.micro_batch_size: {run.optim.micro_batch_size}",
+            f"optim.micro_batch_size must be at least {len(recipe.mix.inputs)}, the number of mixed images, got "
+            f"{run.optim.micro_batch_size}",
+            where="optim.micro_batch_size",
+            fix=f"set optim.micro_batch_size={len(recipe.mix.inputs)} or more",
         )
     widths = text_widths(recipe)
     if len(widths) > 1:
-        raise ConfigError(f"text targets share one tower, so they need one width; got {sorted(widths)}", where="recipe")
+        raise ConfigError(
+            f"all text targets must have the same width, because they share a text tower; got {sorted(widths)}",
+            where="recipe",
+            fix="give their heads one width",
+        )
     first_is_cls = [
         target.name for target in recipe.targets if isinstance(recipe.decoders[target.decoder], ClassTokenSpec)
     ]
     if first_is_cls and not student.has_class_token:
         raise ConfigError(
-            f"this backbone has no class token, and '{first_is_cls[0]}' reads it",
+            f"'{first_is_cls[0]}' reads the class token, but this backbone has none",
             where="recipe.decoders",
-            fix="decode with attention_pool or mean_pool",
+            fix="use the decoder attention_pool or mean_pool",
         )
     if recipe.mix is not None and run.backbone.attention == "within_image" and student.stage_widths:
         raise ConfigError(
-            "a convolutional backbone cannot keep the images of a mix apart",
+            "a convolutional backbone cannot separate the images of a mix",
             where="backbone.attention: within_image",
-            fix="backbone.attention=across_images",
+            fix="set backbone.attention=across_images",
         )
     if run.backbone.attention == "across_images" and first_is_cls:
         raise ConfigError(
-            f"in mixed attention one class token stands for all images of a mix; '{first_is_cls[0]}' reads it",
-            fix="decode with attention_pool or mean_pool",
+            f"'{first_is_cls[0]}' needs a class token per image, but attention across images has one for all images "
+            "of a mix",
+            fix="use the decoder attention_pool or mean_pool",
         )
     image_size = run.image_size(student.image_size)
     _check_image_size(image_size, student)
@@ -66,17 +75,20 @@ def check_fit(
     masked = [spec.name for spec in recipe.inputs if spec.mask is not None]
     if masked and cells < 2:
         raise ConfigError(
-            f"input '{masked[0]}' hides a part of {cells} patch of {student.cell * student.patch_size} pixels",
+            f"input '{masked[0]}' masks a part of the image, but the image is {cells} patch of "
+            f"{student.cell * student.patch_size} pixels",
             where="backbone.config",
-            why="what is hidden in part needs at least two patches",
-            fix="a larger image_size",
+            why="partial masking needs at least two patches",
+            fix="increase backbone.config.image_size",
         )
     _check_blocks(recipe, (side, side))
     _check_layers(recipe, student)
     _check_views(recipe, student, image_size)
     if recipe.mix is not None and cells < len(recipe.mix.inputs):
         raise ConfigError(
-            f"{cells} patches cannot be dealt to {len(recipe.mix.inputs)} images", where="backbone.config"
+            f"the number of patches must be a multiple of the {len(recipe.mix.inputs)} mixed images, got {cells}",
+            where="backbone.config",
+            fix="change backbone.config.image_size",
         )
 
 
@@ -84,9 +96,9 @@ def _check_image_size(image_size: int, student: Backbone) -> None:
     cell = student.patch_size * student.cell
     if image_size % cell:
         raise ConfigError(
-            f"images of {image_size} pixels are no multiple of {cell}, the side of what is hidden or shown as a whole",
+            f"the image size must be a multiple of {cell}, the size of a masked cell, got {image_size}",
             where=f"image_size: {image_size}",
-            fix=f"image_size: {max(round(image_size / cell), 1) * cell}",
+            fix=f"set image_size: {max(round(image_size / cell), 1) * cell}",
         )
 
 
@@ -97,9 +109,9 @@ def _check_blocks(recipe: Recipe, grid: tuple[int, int]) -> None:
                 spec.mask.form.target_blocks(torch.zeros(1, dtype=torch.int64), grid, 0)
         except ValueError as error:
             raise ConfigError(
-                f"a target block of input '{spec.name}' has no patch: {error}",
+                f"a target block of input '{spec.name}' must have at least one patch: {error}",
                 where="recipe.inputs",
-                fix="a larger `scale` of its mask, or a larger image_size",
+                fix="increase `scale` of its mask, or backbone.config.image_size",
             ) from None
 
 
@@ -108,15 +120,17 @@ def _check_layers(recipe: Recipe, student: Backbone) -> None:
         return
     if student.stage_widths:
         raise ConfigError(
-            "`layers` of a dense target: the stages of a convolutional backbone have grids of several sizes",
+            "`layers` of a dense target needs a plain Transformer: the stages of a convolutional backbone differ in "
+            "resolution",
             where="recipe.targets",
-            fix="layers: 1, the default, or a plain Transformer as backbone",
+            fix="set `layers: 1`, the default, or use a plain Transformer",
         )
     if recipe.averaged_layers > len(student.layers):
         raise ConfigError(
-            f"a dense target averages {recipe.averaged_layers} layers, and the backbone has {len(student.layers)}",
+            f"`layers` of a dense target must be at most the backbone's {len(student.layers)}, got "
+            f"{recipe.averaged_layers}",
             where="recipe.targets",
-            fix=f"`layers: {len(student.layers)}` of that target, or fewer",
+            fix=f"set `layers: {len(student.layers)}` or less in that target",
         )
 
 
@@ -127,22 +141,22 @@ def _check_views(recipe: Recipe, student: Backbone, image_size: int) -> None:
         if size >= image_size or size % patch:
             nearest = patch * min(max(round(size / patch), 1), image_size // patch - 1)
             raise ConfigError(
-                f"views of {size} pixels do not go with images of {image_size}: they are smaller, and a "
-                f"multiple of the backbone's patch of {patch}",
+                f"`size` of a view must be smaller than the image size ({image_size}) and a multiple of the patch "
+                f"size ({patch}), got {size}",
                 where=f"recipe.views.{number}.size",
-                fix=f"recipe.views.{number}.size={nearest}",
+                fix=f"set recipe.views.{number}.size={nearest}",
             )
     if sizes and student.stage_widths:
         raise ConfigError(
-            "a convolutional backbone takes views of one size",
+            "a convolutional backbone needs views of one size",
             where="recipe.views",
-            fix="leave `size` out, or take a vision Transformer",
+            fix="leave out `size`, or use a vision Transformer",
         )
     if recipe.uses_mask_tokens and student.stage_widths:
         raise ConfigError(
-            "a convolutional backbone has a mask token of its own, in its stem, and no prediction at hidden places",
+            "a convolutional backbone has no predictions for mask tokens of a recipe: it has its own, in its stem",
             where="recipe.inputs",
-            fix="`masked: drop`, or take a vision Transformer",
+            fix="set `masked: drop`, or use a vision Transformer",
         )
 
 

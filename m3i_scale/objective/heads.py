@@ -92,18 +92,18 @@ class RunningStatistics(Fp32State):
         self.register_buffer("running_mean", torch.zeros(channels))
         self.register_buffer("running_var", torch.ones(channels))
 
-    def centred(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def centered(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return (B, C, …) in fp32 minus the mean of every channel, and the variances of the channels (C)."""
         values, rest = x.float(), [1] * (x.ndim - 2)
         if not self.training:
             return values - self.running_mean.view(-1, *rest), self.running_var
         dims, count = [0, *range(2, x.ndim)], values.numel() // values.shape[1] * self.ranks.world_size
         mean_C = self.ranks.sum_with_gradient(values.sum(dim=dims)) / count
-        centred = values - mean_C.view(-1, *rest)
-        var_C = self.ranks.sum_with_gradient(centred.square().sum(dim=dims)) / count
+        centered = values - mean_C.view(-1, *rest)
+        var_C = self.ranks.sum_with_gradient(centered.square().sum(dim=dims)) / count
         self.running_mean.lerp_(mean_C.detach(), self.momentum)
         self.running_var.lerp_(var_C.detach() * (count / max(count - 1, 1)), self.momentum)
-        return centred, var_C
+        return centered, var_C
 
 
 class PrototypeLayer(nn.Module):

@@ -83,6 +83,7 @@ class InputSpec(Section):
     views: int = Field(default=1, ge=1, le=MAX_VIEWS)
     """Number of consecutive views from `view` on; each makes a separate input."""
     mask: MaskSpec | None = None
+    """Mask of the input. Default: all patches are visible."""
 
     @property
     def seen(self) -> range:
@@ -97,6 +98,7 @@ class MixSpec(Section):
     """
 
     inputs: list[str] = Field(min_length=2, max_length=4)
+    """Names of the inputs that are mixed."""
     form: Mask = RandomMask()
     """Mask that distributes the patches among the images."""
 

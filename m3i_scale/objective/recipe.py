@@ -33,13 +33,17 @@ class Recipe(Parts):
     """A pre-training method: its inputs, its targets (loss terms), and their shared parts."""
 
     name: str
+    """Name of the method."""
     family: str
     """Row of the paper's table."""
     ema: EmaSpec | None = None
+    """EMA teacher, for targets with `encoder: ema`."""
     balance: BalanceSpec = FixedSpec()
+    """Loss weighting."""
     views: list[ViewSpec] | None = Field(default=None, min_length=1)
     """The views of an image by role, numbered from 1. Default: identical views, in the number that is used."""
     targets: list[Target] = Field(min_length=1)
+    """Loss terms."""
 
     @property
     def image_targets(self) -> list[ImageTarget]:
@@ -281,7 +285,7 @@ def parse_recipe(values: dict[str, Any], *, where: str | WhereOf = "recipe", imp
     """
     if not values:
         place = where(()) if callable(where) else where
-        raise ConfigError("the run file has no recipe", where=place, fix="extend a built-in one: `extends: m3i`")
+        raise ConfigError("the config file has no recipe", where=place, fix="extend a built-in one: `extends: m3i`")
     return parse_section(Recipe, upgrade_recipe(values), where=where, below="recipe", imports=imports)
 
 

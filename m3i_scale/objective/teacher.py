@@ -25,7 +25,7 @@ from m3i_scale.backbones.sources.files import weight_files
 from m3i_scale.backbones.sources.hub import hub_places
 from m3i_scale.config import BackboneConfig, RunConfig
 from m3i_scale.errors import ConfigError
-from m3i_scale.files import read_json, sha256_of
+from m3i_scale.files import read_json, sha256_of, similar_path
 from m3i_scale.objective.inputs import PixelNorm
 from m3i_scale.objective.recipe import Recipe
 
@@ -68,9 +68,10 @@ class FrozenStart(Teacher):
         plan = plan_load(backbone_source(self.spec), backbone_config(self.spec))
         if fresh := plan.report["fresh"]:
             raise ConfigError(
-                f"{len(fresh)} weights of the backbone are new, e.g. {fresh[0]}: as it starts, it can teach nothing",
+                f"{len(fresh)} weights of the backbone are random, e.g. {fresh[0]}, so its initial state cannot be a "
+                "teacher",
                 where=f"backbone.from_pretrained: {self.spec.from_pretrained}",
-                why="the source has no such weights, so that the student's are drawn at random",
+                why="the source has no such weights",
                 fix="start from an export of a run, which has all of them",
             )
         return plan
@@ -149,7 +150,11 @@ class FrozenTeacher(Teacher):
             model = AutoModel.from_config(shallow, trust_remote_code=False).eval()
             kept = set(model.state_dict()) - {name for name, _ in model.named_parameters()}
             if kept:
-                raise ConfigError(f"the teacher has buffers that are no weights, e.g. {min(kept)}", where=where)
+                raise ConfigError(
+                    f"the teacher must have no buffers except weights, got e.g. {min(kept)}",
+                    where=where,
+                    fix="use a plain vision Transformer, e.g. a ViT or DINOv2",
+                )
             options = {"interpolate_pos_encoding": True} if self.interpolates else {}
             side = image_size // self.student.patch_size
             pixels_BCHW = torch.randn(1, 3, *self.size_for((side, side)))
@@ -158,26 +163,25 @@ class FrozenTeacher(Teacher):
             except (RuntimeError, ValueError) as error:
                 own = int(getattr(config, "image_size", 224)) // config.patch_size
                 raise ConfigError(
-                    f"the teacher takes no images of {side} × {side} patches, the student's grid: "
+                    f"the teacher must accept the student's grid of {side} × {side} patches: "
                     f"{str(error).splitlines()[0]}",
                     where=where,
-                    why=f"its positions are made for {own} × {own} patches",
-                    fix=f"a backbone.config.image_size of {own} × the backbone's patch size",
+                    why=f"its position embeddings are for {own} × {own} patches",
+                    fix=f"set backbone.config.image_size to {own} × the backbone's patch size",
                 ) from None
         patches = side**2
         before = (output.shape[1] if output.ndim == 3 else 0) - patches
         if before not in {0, 1, 1 + int(getattr(config, "num_register_tokens", 0))}:
             raise ConfigError(
-                f"the teacher's output for {patches} patches must be one token per patch after a class token, got "
-                f"shape {tuple(output.shape)}",
+                f"the teacher must return a class token and {patches} patch tokens, got shape {tuple(output.shape)}",
                 where=where,
-                fix="take a plain vision Transformer, e.g. a ViT or DINOv2",
+                fix="use a plain vision Transformer, e.g. a ViT or DINOv2",
             )
         if not torch.equal(output, again):  # e.g. a ViTMAEModel shuffles its tokens even with mask_ratio 0
             raise ConfigError(
-                "the teacher masks or shuffles patches at random",
+                "the teacher must not mask or shuffle patches at random",
                 where=where,
-                fix="take a plain vision Transformer, e.g. a ViT or DINOv2",
+                fix="use a plain vision Transformer, e.g. a ViT or DINOv2",
             )
 
 
@@ -185,19 +189,24 @@ class FrozenTeacher(Teacher):
 def _read_config(source: str, where: str) -> Any:
     """Return the `transformers` configuration of a teacher; for image-text models, the vision part."""
     if Path(source).parent.is_dir() and not Path(source).is_dir() and str(Path(source).parent) != ".":
-        raise ConfigError(f"no such folder '{source}'", where=where, fix="give a folder with config.json, or a Hub id")
+        fix = similar_path(Path(source), "use a folder with config.json, or a Hub id")
+        raise ConfigError(f"no such folder: '{source}'", where=where, fix=fix)
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"cannot read a teacher from '{source}': {str(error).splitlines()[0]}",
             where=where,
-            fix="give a folder with config.json, model.safetensors and preprocessor_config.json, or a Hub id",
+            fix="use a folder with config.json, model.safetensors and preprocessor_config.json, or a Hub id",
         ) from None
     config = getattr(config, "vision_config", config)
     for field in ("hidden_size", "patch_size"):
         if not isinstance(getattr(config, field, None), int):
-            raise ConfigError(f"a {config.model_type} has no plain `{field}`", where=f"{where}: {source}")
+            raise ConfigError(
+                f"the teacher must have a number `{field}`, but its {config.model_type} has none",
+                where=f"{where}: {source}",
+                fix="use a plain vision Transformer, e.g. a ViT or DINOv2",
+            )
     return config
 
 
@@ -208,9 +217,9 @@ def build_teacher(run: RunConfig, recipe: Recipe, name: str, student: VisionConf
         _check_widths(recipe, name, student.hidden_size)
         if run.backbone.from_pretrained is None:
             raise ConfigError(
-                "the teacher is what the student starts from, and `backbone.from_pretrained` is not set",
+                "the teacher `student` needs pretrained weights, but `backbone.from_pretrained` is not set",
                 where=f"{where}: student",
-                fix="backbone.from_pretrained=/data/models/dinov2-base; for a folder named student: ./student",
+                fix="set backbone.from_pretrained=/data/models/dinov2-base; for a folder named student write ./student",
             )
         augment = run.data.augment
         return FrozenStart(run.backbone, build_backbone(student), PixelNorm(augment.mean, augment.std))
@@ -225,9 +234,10 @@ def _check_widths(recipe: Recipe, name: str, width: int) -> None:
     for head in {target.head for target in taught}:
         if recipe.heads[head].width != width:
             raise ConfigError(
-                f"head '{head}' predicts {recipe.heads[head].width} numbers, teacher '{name}' has {width}",
+                f"the width of head '{head}' must be {width}, the width of teacher '{name}', got "
+                f"{recipe.heads[head].width}",
                 where=f"recipe.heads.{head}.width",
-                fix=f"recipe.heads.{head}.width={width}",
+                fix=f"set recipe.heads.{head}.width={width}",
             )
 
 
@@ -238,9 +248,10 @@ def _normalisation(source: str) -> PixelNorm:
         mean, std = (tuple(map(float, values[key])) for key in ("image_mean", "image_std"))
     except (OSError, ValueError, KeyError, TypeError):
         raise ConfigError(
-            "the teacher has no image processor with mean and deviation",
+            "the teacher must have an image processor with mean and standard deviation",
             where=str(path),
-            why="it would see images that are normalised in another way than it was trained with",
+            why="it would get images with another normalization than in its training",
+            fix="add the preprocessor_config.json of the model",
         ) from None
     return PixelNorm(mean, std)
 

@@ -38,7 +38,7 @@ ACTIVATIONS, COLLECTIVES, WORKSPACE = "activations", "collectives", "temporaries
 _OF_ROLE: dict[Role, str] = {"trained": PARAMETERS, "momentum": MOMENTUM, "teacher": TEACHER, "frozen": PARAMETERS}
 HOLES = 0.36
 """Heap fragmentation of a rank on a CPU, as a fraction of the peak; glibc keeps freed memory (`engine/device.py`).
-It depends on all allocations of a process and is therefore measured (docs/plan.md)."""
+It depends on all allocations of a process and is therefore measured (docs/benchmarks/scaling.md)."""
 _NORM_BYTES = 8
 """Gradient norms are computed in fp64."""
 _SENT_AT_ONCE = 500_000_000

@@ -10,7 +10,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from m3i_scale.options import AsJson, Overrides, RunFile
+from m3i_scale.options import AsJson, Overrides, RunFile, choices
 from m3i_scale.output import print_result
 from m3i_scale.text import duration_text
 
@@ -21,39 +21,53 @@ _PLAN_ERROR = 0.1
 def plan(
     run: RunFile,
     overrides: Overrides = None,
-    nodes: Annotated[int, typer.Option(min=1, help="Number of nodes.")] = 1,
-    ranks_per_node: Annotated[int, typer.Option(min=1, help="Ranks per node.")] = 8,
-    memory_gib: Annotated[float, typer.Option(min=0.1, help="Memory per device in GiB.")] = 80.0,
-    device: Annotated[str, typer.Option("--hardware", help="h100, a100, or cpu: ranks compute on hosts.")] = "h100",
+    nodes: Annotated[int, typer.Option(min=1, metavar="N", help="Number of nodes.")] = 1,
+    ranks_per_node: Annotated[int, typer.Option(min=1, metavar="N", help="Ranks (GPUs) per node.")] = 8,
+    memory_gib: Annotated[float, typer.Option(min=0.1, metavar="GIB", help="Memory per device.")] = 80.0,
+    device: Annotated[
+        str, typer.Option("--hardware", **choices("h100", "a100", "cpu"), help="Type of the devices.")
+    ] = "h100",
     tflops_per_gpu: Annotated[
-        float | None, typer.Option(min=1e-3, help="Peak rate, 10¹² FLOP/s; default: the device's.")
+        float | None, typer.Option(min=1e-3, metavar="X", help="Peak TFLOP/s per device; default: by hardware.")
     ] = None,
     mfu: Annotated[
         float | None,
-        typer.Option(min=0.01, max=1.0, help="Share of the peak rate that is reached; default: h100 0.21, a100 0.39."),
+        typer.Option(
+            min=0.01, max=1.0, metavar="X", help="Model FLOPs utilization; default: 0.21 of an h100, 0.39 of an a100."
+        ),
     ] = None,
     intra_gb_s: Annotated[
-        float | None, typer.Option(min=1e-3, help="Intra-node bandwidth per GPU in GB/s, one direction.")
+        float | None, typer.Option(min=1e-3, metavar="X", help="Intra-node bandwidth per GPU in GB/s, one direction.")
     ] = None,
     inter_gb_s: Annotated[
-        float | None, typer.Option(min=1e-3, help="Inter-node bandwidth per GPU in GB/s, one direction.")
+        float | None, typer.Option(min=1e-3, metavar="X", help="Inter-node bandwidth per GPU in GB/s, one direction.")
     ] = None,
-    latency_us: Annotated[float | None, typer.Option(min=0.0, help="Latency of a step between nodes.")] = None,
-    intra_latency_us: Annotated[float | None, typer.Option(min=0.0, help="Latency of a step within a node.")] = None,
+    latency_us: Annotated[float | None, typer.Option(min=0.0, metavar="US", help="Inter-node latency in µs.")] = None,
+    intra_latency_us: Annotated[
+        float | None, typer.Option(min=0.0, metavar="US", help="Intra-node latency in µs.")
+    ] = None,
     workspace_gib: Annotated[
-        float | None, typer.Option(min=0.0, help="Non-tensor memory per rank in GiB (CUDA context, workspaces).")
+        float | None, typer.Option(min=0.0, metavar="GIB", help="Non-tensor memory per rank: CUDA context, workspaces.")
     ] = None,
     host_memory_gib: Annotated[
-        float | None, typer.Option(min=0.1, help="Host memory per node in GiB; checked only if given.")
+        float | None, typer.Option(min=0.1, metavar="GIB", help="Host memory per node; checked only if given.")
     ] = None,
-    samples: Annotated[int | None, typer.Option(min=1, help="Training samples; default: steps × batch size.")] = None,
-    classes: Annotated[int | None, typer.Option(min=1, help="Number of classes; default: the shards'.")] = None,
+    samples: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Training samples; default: steps × batch size.")
+    ] = None,
+    classes: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Number of classes; default: read from the shards.")
+    ] = None,
     vocabulary: Annotated[
-        int | None, typer.Option(min=8, help="Vocabulary size of the text tower; default: read from the shards.")
+        int | None,
+        typer.Option(min=8, metavar="N", help="Vocabulary of the text tower; default: read from the shards."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Plan memory, communication and time of a run before it starts; needs neither data nor a GPU."""
+    """Estimate memory, communication and training time of a run. Needs neither data nor a GPU.
+
+    Exit with code 2 if the run does not fit, and suggest the cheapest change that makes it fit.
+    """
     from m3i_scale.objective.recipe import load_run_and_recipe
 
     config, _ = load_run_and_recipe(run, overrides)

@@ -138,7 +138,12 @@ def read_vocabulary(run: RunConfig, recipe: Recipe, classes: int | None, tokens:
             label_sets = {"classes": [str(number) for number in range(classes or assumed_classes)]}
             assumed += [f"{assumed_classes} classes"] if classes is None else []
     if recipe.reads_masks and classes is not None and classes > NO_CLASS:
-        raise ConfigError(f"a pixel of a mask is one of at most {NO_CLASS} classes", where=f"--classes {classes}")
+        raise ConfigError(
+            f"--classes must be at most {NO_CLASS}, got {classes}",
+            where=f"--classes {classes}",
+            why="a pixel of a mask has one byte",
+            fix=f"use --classes {NO_CLASS} or less",
+        )
     if tokens is None and recipe.uses_text and (there or run.text.tokenizer):
         tokens = len(find_tokenizer(run.data.datasets, run.text.tokenizer))
     elif tokens is None and recipe.uses_text:

@@ -311,16 +311,16 @@ def check_feasible(plan: RunPlan) -> None:
     if plan.planned.peak_bytes <= plan.machine.memory_gib * GIB:
         raise _no_host_memory(plan)
     if plan.suggestion is not None:
-        fix = " ".join(plan.summary(plan.suggestion)["overrides"])
+        fix = "set " + " ".join(plan.summary(plan.suggestion)["overrides"])
     elif wider := nodes_that_fit(plan.model, plan.machine, plan.planned.choice):
         nodes, batch, micro_batch = wider
         sizes = f"optim.batch_size={batch} optim.micro_batch_size={micro_batch}"
-        fix = f"{nodes} nodes instead of {plan.machine.links.nodes}, with {sizes}"
+        fix = f"use {nodes} nodes instead of {plan.machine.links.nodes}, with {sizes}"
     raise ConfigError(
         f"the run does not fit: it needs {plan.planned.peak_bytes / GIB:.4g} GiB per rank of "
         f"{plan.machine.memory_gib:g} GiB, and does not fit with a micro-batch of {plan.model.smallest} either",
         where=f"deepspeed={plan.planned.choice.deepspeed}, activation_checkpointing={plan.planned.choice.policy}",
-        fix=fix or "a smaller backbone, or devices with more memory",
+        fix=fix or "use a smaller backbone, or devices with more memory",
     )
 
 
@@ -329,9 +329,9 @@ def _no_host_memory(plan: RunPlan) -> ConfigError:
     limit = float(plan.machine.host_memory_gib or 0)
     parts = plan.planned.parts if plan.machine.on_host else plan.planned.host_parts
     snapshot = parts.get(SNAPSHOT, 0) * ranks
-    fix = "use fewer ranks per node, or a DeepSpeed file that offloads less"
+    fix = "use fewer ranks per node, or a DeepSpeed config that offloads less"
     if snapshot and taken - snapshot <= limit * GIB:
-        fix = "checkpoint.background=false, and training waits for every save; or more nodes"
+        fix = "set checkpoint.background=false, so that training waits for every save; or use more nodes"
     return ConfigError(
         f"the run does not fit into host memory: it needs {taken / GIB:.4g} GiB per node of {limit:g} GiB",
         where=f"--host-memory-gib {limit:g}, {ranks} ranks per node",
@@ -356,18 +356,18 @@ def _check_counted(resolved: ResolvedConfig) -> None:
         uncounted.append("reduce_scatter")
     if uncounted:
         raise ConfigError(
-            f"the plan does not count 'zero_optimization.{uncounted[0]}'",
+            f"`plan` does not support 'zero_optimization.{uncounted[0]}'",
             where=resolved.where,
             why="it changes DeepSpeed's memory or communication, and the estimate does not include it",
-            fix="plan without it",
+            fix="run `plan` with a DeepSpeed config without it",
         )
 
 
 def _check_policy(text: str) -> None:
     if read_policy(text).kind in ("selective", "offload"):
         raise ConfigError(
-            f"the plan does not count activations under '{text}'",
+            f"`plan` does not support the activation checkpointing policy '{text}'",
             where="backbone.activation_checkpointing",
-            why="what such a layer saves is decided at run time",
-            fix="plan with full, which saves least, and with none, which saves most",
+            why="the memory of a layer is decided at run time",
+            fix="run `plan` with full, which saves least, and with none, which saves most",
         )

@@ -1,7 +1,8 @@
 """Estimate the time of a step: published rates of GPUs and links, communication over NCCL's or gloo's rings of
 consecutive ranks, and the CPU time of Python that queues kernels and of ZeRO's overhead.
 
-CPU times are measured by `benchmarks/host_time.py`, on one core of an Intel Xeon (docs/gpu.md). A compiled layer takes
+CPU times are measured by `benchmarks/host_time.py`, on one core of an Intel Xeon (docs/benchmarks/gpu.md). A compiled
+layer takes
 less. The benchmark's model has 4,579 operations and 1,595 parameters, and under stage 3 17,448 pieces on 8 ranks and
 139,584 on 64.
 
@@ -53,7 +54,8 @@ class Hardware:
 
 PRESETS = {
     # NVIDIA's data sheet of the H100 SXM (dense rates, NVLink 900 GB/s both ways) and of the DGX H100 (one 400 Gb/s
-    # port a GPU). The MFU, here and below, was measured for CLIP g/14 with NVIDIA's NeMo on 8 GPUs (docs/plan.md).
+    # port a GPU). The MFU, here and below, was measured for CLIP g/14 with NVIDIA's NeMo on 8 GPUs
+    # (docs/benchmarks/scaling.md).
     "h100": Hardware({**TFLOPS["h100"], "fp32": 67.0}, intra_gb_s=450.0, inter_gb_s=50.0, mfu=0.21),
     # The A100 SXM (dense rates, NVLink 600 GB/s both ways) and the DGX A100 (one 200 Gb/s port a GPU).
     "a100": Hardware({**TFLOPS["a100"], "fp32": 19.5}, intra_gb_s=300.0, inter_gb_s=25.0, mfu=0.39),
@@ -72,7 +74,7 @@ PRESETS = {
 def hardware(name: str) -> Hardware:
     """Return a preset."""
     if name not in PRESETS:
-        raise ConfigError(f"no hardware '{name}'", where="--hardware", fix=did_you_mean(name, PRESETS))
+        raise ConfigError(f"unknown hardware '{name}'", where="--hardware", fix=did_you_mean(name, PRESETS))
     return PRESETS[name]
 
 

@@ -80,8 +80,8 @@ def _album(title: str, places: list[Path], room: int, *, is_given: bool) -> tupl
             break
     if is_given and not kept:
         raise ConfigError(
-            "there are no pictures to show", where=str(places[0]), why="; ".join(notes) or None,
-            fix="name a folder that `m3i-scale evaluate --pictures` has made",
+            "no pictures in the folder", where=str(places[0]), why="; ".join(notes) or None,
+            fix="use a folder that `m3i-scale evaluate --pictures` wrote",
         )  # fmt: skip
     sets = [kept[number] for number in sorted(kept)]
     names = dict.fromkeys(picture["name"] for one in sets for picture in one.pictures)

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from m3i_scale.errors import ConfigError
-from m3i_scale.options import AsJson, writes_to
+from m3i_scale.options import AsJson, RunFile, writes_to
 from m3i_scale.output import print_json, print_line, print_result, wide_console
 
 _PACKAGES = ("plotext", "plotly", "tsdownsample")
@@ -19,31 +19,40 @@ recipes_app = typer.Typer(invoke_without_command=True)
 
 
 @recipes_app.callback(epilog="Example: m3i-scale recipes --json")
-def recipes(context: typer.Context, as_json: AsJson = False) -> None:
-    """Print the paper's table, read from the built-in recipes: what predicts what, and how."""
-    from m3i_scale.report.recipe_table import RecipeTable, built_in_rows
+def recipes(
+    context: typer.Context,
+    formula: Annotated[
+        bool,
+        typer.Option("--formula", help="Print inputs, targets, losses and collapse prevention of each recipe."),
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """List the built-in recipes with the data they need. Start one with `m3i-scale train NAME`."""
+    from m3i_scale.report.recipe_table import RecipeTable, built_in_rows, chooser_table
 
     context.obj = as_json
     if context.invoked_subcommand is not None:
         return
     rows = built_in_rows()
-    print_result(as_json, rows, lambda: RecipeTable(rows))
+    print_result(as_json, rows, lambda: RecipeTable(rows) if formula else chooser_table(rows))
 
 
 @recipes_app.command("show", epilog="Example: m3i-scale recipes show m3i --output m3i.md")
 def show_recipe(
     context: typer.Context,
-    name: Annotated[str, typer.Argument(help="The name of a built-in recipe, or a run file.")],
-    output: Annotated[Path | None, typer.Option(callback=writes_to, help="Write a flowchart: FILE.mmd or .md")] = None,
+    name: RunFile,
+    output: Annotated[
+        Path | None, typer.Option(callback=writes_to, help="Write a Mermaid flowchart to FILE.mmd or FILE.md.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Print one recipe: its inputs and targets; with --output, write a Mermaid flowchart, too."""
+    """Print the inputs and targets of one recipe. With --output, also write them as a flowchart."""
     from m3i_scale.objective.recipe import load_run_and_recipe
     from m3i_scale.report.recipe_graph import write_mermaid
-    from m3i_scale.report.recipe_table import RecipeTable
+    from m3i_scale.report.recipe_table import RecipeTable, describe
 
-    _, recipe = load_run_and_recipe(name)
-    row, as_json = recipe.summary(), as_json or context.obj
+    run, recipe = load_run_and_recipe(name)
+    row, as_json = describe(run, recipe), as_json or context.obj
     if output is not None:
         write_mermaid(recipe, output)
     print_result(as_json, row, lambda: RecipeTable([row]))
@@ -58,11 +67,11 @@ def report(
     ] = Path("report.html"),
     evaluation: Annotated[
         list[Path] | None,
-        typer.Option(help="Output of `evaluate --json`, in addition to the results in the run folders."),
+        typer.Option(help="Output of `evaluate --json` to add to the results in the run folders."),
     ] = None,
     pictures: Annotated[
         list[Path] | None,
-        typer.Option(help="Folder of `evaluate --pictures`, in addition to the pictures in the run folders."),
+        typer.Option(help="Folder of `evaluate --pictures` to add to the pictures in the run folders."),
     ] = None,
     show_it: Annotated[bool, typer.Option("--open", help="Open the report in the browser.")] = False,
     as_json: AsJson = False,
@@ -86,7 +95,7 @@ def report(
 
 def watch(
     run: Annotated[Path, typer.Argument(help="Output folder of a run.")],
-    every: Annotated[float, typer.Option(min=0.1, help="Polling interval in seconds.")] = 2.0,
+    every: Annotated[float, typer.Option(min=0.1, metavar="S", help="Polling interval in seconds.")] = 2.0,
 ) -> None:
     """Show a run in the terminal while it trains: progress, curves, step timings, hosts, warnings. Press q to quit."""
     _check_installed()
@@ -98,4 +107,7 @@ def watch(
 def _check_installed() -> None:
     missing = [name for name in _PACKAGES if find_spec(name) is None]
     if missing:
-        raise ConfigError(f"not installed: {', '.join(missing)}", fix="pip install 'm3i-scale[report]'")
+        raise ConfigError(
+            f"the packages of `report` and `watch` are not installed: {', '.join(missing)}",
+            fix="run `pip install 'm3i-scale[report]'`",
+        )

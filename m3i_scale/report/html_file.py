@@ -17,9 +17,13 @@ TEMPLATES = Path(__file__).parent / "templates"
 def check_page(page: Path) -> None:
     """Check that a page can be written to a path."""
     if not page.parent.is_dir():
-        raise ConfigError("the folder of the report is missing", where=str(page.parent), fix=f"mkdir -p {page.parent}")
+        raise ConfigError(
+            "the folder for the report does not exist", where=str(page.parent), fix=f"run `mkdir -p {page.parent}`"
+        )
     if page.suffix != ".html" or page.is_dir():  # a typo must not overwrite a file of a run
-        raise ConfigError("a report is a file that ends in .html", where=str(page), fix="--output FILE.html")
+        raise ConfigError(
+            f"the name of a report must end in .html, got '{page.name}'", where=str(page), fix="use --output FILE.html"
+        )
 
 
 def rendered(template: str, **values: Any) -> str:
@@ -42,7 +46,7 @@ def write_page(text: str, page: Path) -> None:
             file.write(text.encode("utf-8", "backslashreplace"))
     except OSError as error:
         raise ConfigError(
-            f"the report cannot be written: {error.strerror}",
+            f"cannot write the report: {error.strerror}",
             where=str(page),
-            fix="free some space, or use another --output",
+            fix="free space, or use another --output",
         ) from None

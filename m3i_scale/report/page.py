@@ -75,7 +75,7 @@ def open_in_browser(page: Path) -> None:
         raise ConfigError(
             "no browser found to open the report",
             where=f"--open {page}",
-            fix="copy the file to a machine with one, or set BROWSER; the report is written",
+            fix="open the file on a machine with a browser, or set BROWSER; the report is complete",
         )
 
 

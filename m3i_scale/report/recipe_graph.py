@@ -39,7 +39,7 @@ def write_mermaid(recipe: Recipe, path: Path) -> None:
         )
     except OSError as error:
         folder = path.absolute().parent
-        fix = "give a file that can be written" if folder.is_dir() else f"make the folder first: mkdir -p '{folder}'"
+        fix = "use another file" if folder.is_dir() else f"run `mkdir -p '{folder}'`"
         raise ConfigError(f"cannot write the drawing: {error.strerror}", where=str(path), fix=fix) from None
 
 

@@ -1,4 +1,4 @@
-"""Table of recipes, as in the paper."""
+"""Tables of recipes: one to choose from by the annotations they need, and their formulas as in the paper."""
 
 from __future__ import annotations
 
@@ -7,17 +7,19 @@ import sys
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich import box
-from rich.console import Console, ConsoleOptions, RenderResult
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.table import Table
 from rich.text import Text
 
-from m3i_scale.config import known_recipes, read_yaml
+from m3i_scale.config import RunConfig, known_recipes
 from m3i_scale.files import read_json
 from m3i_scale.text import printable
-from m3i_scale.upgrade import upgrade_config
+
+if TYPE_CHECKING:  # this import needs torch
+    from m3i_scale.objective.recipe import Recipe
 
 ROWS = Path(__file__).with_name("recipes.json")
 """Stored result of `described_rows`: importing the recipe classes, which need torch, takes seconds."""
@@ -35,26 +37,33 @@ _REPRESENTATIONS = ("category embedding", "text embedding", "dense pixels", "den
 _Columns = dict[tuple[str, ...], int]
 _WIDE: _Columns = {
     ("recipe",): 19,
-    ("x",): 11,
-    ("y",): 14,
-    ("z_y",): 14,
-    ("regularizer",): 13,
-    ("P̂",): 9,
-    ("f_φ",): 13,
-    ("f_ψ",): 14,
-    ("w",): 5,
+    ("input",): 11,
+    ("target",): 14,
+    ("representation",): 14,
+    ("target encoder",): 14,
+    ("head",): 13,
+    ("loss",): 9,
+    ("collapse\nprevention",): 12,
+    ("weight",): 6,
 }
 """Fields of each column, and its width in cells: 120 with the gaps."""
 _NARROW: _Columns = {
     ("recipe",): 19,
-    ("x",): 11,
-    ("y", "z_y"): 14,
-    ("P̂", "regularizer"): 13,
-    ("f_φ", "f_ψ"): 13,
-    ("w",): 5,
+    ("input",): 10,
+    ("target", "representation"): 14,
+    ("target encoder", "head"): 14,
+    ("loss", "collapse\nprevention"): 12,
+    ("weight",): 6,
 }
 """The same for a total of 80."""
-
+GROUPS = (
+    "Images with labels and captions",
+    "Images with labels",
+    "Images with captions",
+    "Images only",
+    "Continue from published weights",
+)
+LABELS, CAPTIONS, TEACHER, PRETRAINED = "labels", "captions", "teacher weights", "pretrained weights"
 
 _SPELLINGS = {
     "gaussian": "Gaussian",
@@ -92,11 +101,62 @@ def built_in_rows() -> list[dict[str, Any]]:
 
 def described_rows() -> list[dict[str, Any]]:
     """Summarize the built-in recipes, in the paper's order."""
-    from m3i_scale.objective.recipe import parse_recipe
+    from m3i_scale.objective.recipe import load_run_and_recipe
 
-    recipes = known_recipes().values()
-    rows = [parse_recipe(upgrade_config(read_yaml(path))["recipe"], where=str(path)).summary() for path in recipes]
-    return sorted(rows, key=_rank)
+    return sorted((describe(*load_run_and_recipe(name)) for name in known_recipes()), key=_rank)
+
+
+def describe(run: RunConfig, recipe: Recipe) -> dict[str, Any]:
+    """Return `Recipe.summary` with the description of the run, and what the recipe needs besides images."""
+    needs = [LABELS] * recipe.uses_categories + [CAPTIONS] * recipe.uses_text
+    if any(teacher.from_pretrained != "student" for teacher in recipe.teachers.values()):
+        needs.append(TEACHER)
+    if run.backbone.from_pretrained is not None:
+        needs.append(PRETRAINED)
+    summary = recipe.summary()
+    return {"name": summary.pop("name"), "description": run.description, "needs": needs, **summary}
+
+
+def group_of(row: dict[str, Any]) -> str:
+    """Return the group of `GROUPS` that a recipe belongs to."""
+    needs = row["needs"]
+    if PRETRAINED in needs:
+        return GROUPS[4]
+    if LABELS in needs:
+        return GROUPS[0] if CAPTIONS in needs else GROUPS[1]
+    return GROUPS[2] if CAPTIONS in needs else GROUPS[3]
+
+
+def chooser_groups(rows: Sequence[dict[str, Any]]) -> dict[str, list[tuple[str, str, str]]]:
+    """Return name, needs and method of each recipe by group, sorted by name."""
+    groups: dict[str, list[tuple[str, str, str]]] = {group: [] for group in GROUPS}
+    for row in sorted(rows, key=lambda row: str(row["name"])):
+        groups[group_of(row)].append((row["name"], ", ".join(row["needs"]) or "images only", row["description"]))
+    return {group: recipes for group, recipes in groups.items() if recipes}
+
+
+def chooser_table(rows: Sequence[dict[str, Any]]) -> Group:
+    """Return a table to choose a recipe from: name, needs and method, grouped by needs."""
+    parts: list[RenderableType] = [_chooser([("NAME", "NEEDS", "METHOD")])]
+    for group, recipes in chooser_groups(rows).items():
+        parts += [Text(f"\n{group}", style="italic"), _chooser(recipes)]
+    return Group(*parts)
+
+
+def _chooser(rows: Sequence[tuple[str, str, str]]) -> Table:
+    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, show_header=False)
+    for width in (19, 12, None):
+        table.add_column(width=width)
+    for name, needs, method in rows:
+        table.add_row(Text(name, style="bold"), needs, Text(method))
+    return table
+
+
+def formula_rows(row: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Return the columns of the formula table, and the cells of each target of a recipe."""
+    names = [field for (field,) in _WIDE if field != "recipe"]
+    targets = [_cells(row, target, first=True) for target in row["targets"]]
+    return [" ".join(name.split()) for name in names], [[cells[name].plain for name in names] for cells in targets]
 
 
 class RecipeTable:
@@ -139,14 +199,14 @@ def _place(value: str, order: Sequence[str]) -> int:
 def _cells(row: dict[str, Any], target: dict[str, Any], *, first: bool) -> dict[str, Text]:
     name = Text(printable(row["name"]) if first else "", style="bold")
     others = {
-        "x": _inputs(row, target),
-        "y": _target(target),
-        "z_y": target["representation"],
-        "regularizer": word(target["regularizer"]),
-        "P̂": word(target["distribution"]),
-        "f_φ": word(target["encoder"]),
-        "f_ψ": word(target["decoder"]),
-        "w": weight_words(target["weight"]),
+        "input": _inputs(row, target),
+        "target": _target(target),
+        "representation": target["representation"],
+        "target encoder": word(target["encoder"]),
+        "head": word(target["decoder"]),
+        "loss": word(target["distribution"]),
+        "collapse\nprevention": word(target["regularizer"]),
+        "weight": weight_words(target["weight"]),
     }
     return {"recipe": name, **{field: Text(text) for field, text in others.items()}}
 
@@ -168,9 +228,9 @@ def _target(target: dict[str, Any]) -> str:
     if not target["view"]:
         return str(target["modality"])
     return f"view {target['view']}" + {
-        "masked": ", hidden",
-        "blocks": ", hidden",
-        "shown": ", shown",
+        "masked": ", masked",
+        "blocks": ", masked",
+        "shown": ", visible",
         "pooled": ", whole",
     }.get(target["tokens"], "")
 

@@ -44,16 +44,16 @@ def documents_of_run(run: RunFiles) -> list[dict[str, Any]]:
 
 def rendered_document(title: str, path: Path) -> dict[str, Any]:
     """Return the rendered document in a file: its title, lines of text, and rows of estimates."""
-    fix = "give the output of `m3i-scale evaluate … --json`, or a finetune.json"
+    fix = "use the output of `m3i-scale evaluate … --json`, or a finetune.json"
     try:
         document = read_json(path)
     except OSError as error:
         raise ConfigError(f"the evaluation cannot be read: {error.strerror}", where=str(path), fix=fix) from None
     except ValueError:
-        raise ConfigError("the evaluation is no JSON", where=str(path), fix=fix) from None
+        raise ConfigError("the evaluation must be JSON", where=str(path), fix=fix) from None
     measures = document.get("measures", document.get("figures")) if isinstance(document, dict) else None
     if not isinstance(measures, dict):
-        raise ConfigError("no evaluation", where=str(path), fix=fix)
+        raise ConfigError("the file is not an evaluation", where=str(path), fix=fix)
     rows, baseline = [*_rows(measures)], document.get("baseline")
     if isinstance(baseline, dict):
         rows += _rows(baseline.get("measures"), "raw pixels ")

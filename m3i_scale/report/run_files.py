@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from m3i_scale.checkpoint_tools.documents import list_checkpoints
 from m3i_scale.config import read_yaml
 from m3i_scale.errors import CheckpointError, ConfigError
+from m3i_scale.files import require_folder
 from m3i_scale.host.output_dir import METRICS, QUARANTINE, RUN_FILE, is_run_folder
 from m3i_scale.host.rank_record import running_ranks
 from m3i_scale.report.metrics_file import MetricsFile, unix_s
@@ -34,7 +35,7 @@ _LOG = re.compile(r"(.+)-rank(\d+)\.log")
 
 @dataclass(frozen=True)
 class RunFiles:
-    """Contents of a run's folder. Metrics are aligned with `steps`; docs/metrics.md documents them."""
+    """Contents of a run's folder. Metrics are aligned with `steps`; docs/reference/metrics.md documents them."""
 
     folder: Path
     name: str
@@ -110,10 +111,16 @@ class RunReader:
         try:
             has_begun = is_run_folder(folder) or (folder / METRICS).is_file()
         except OSError as error:
-            raise ConfigError(f"the folder cannot be read: {error.strerror}", where=str(folder.absolute())) from None
+            raise ConfigError(
+                f"the folder cannot be read: {error.strerror}",
+                where=str(folder.absolute()),
+                fix="make the folder readable",
+            ) from None
         if not has_begun:
-            what = "no run has begun in this folder" if folder.is_dir() else "there is no such folder"
-            raise ConfigError(what, where=str(folder.absolute()), fix="give the output_dir of a run")
+            require_folder(folder)
+            raise ConfigError(
+                "no run has started in this folder", where=str(folder.absolute()), fix="use the output_dir of a run"
+            )
         self._folder = folder
         self._metrics = MetricsFile(folder / METRICS, wanted)
 
@@ -123,7 +130,9 @@ class RunReader:
             self._metrics.read_new_lines()
         except OSError as error:
             raise ConfigError(
-                f"the metrics cannot be read: {error.strerror}", where=str(self._folder / METRICS)
+                f"the metrics cannot be read: {error.strerror}",
+                where=str(self._folder / METRICS),
+                fix="make the file readable",
             ) from None
         run_file = self._folder / RUN_FILE
         settings: dict[str, Any] = {}
@@ -171,7 +180,9 @@ def checkpoints_of(run: RunFiles) -> dict[str, Any]:
     try:
         return list_checkpoints(root, metrics)
     except OSError as error:
-        raise CheckpointError(f"the checkpoints cannot be read: {error.strerror}", where=str(root)) from None
+        raise CheckpointError(
+            f"the checkpoints cannot be read: {error.strerror}", where=str(root), fix="make the folder readable"
+        ) from None
 
 
 @dataclass
@@ -233,4 +244,6 @@ def _objects(path: Path) -> Iterator[dict[str, Any]]:
     except FileNotFoundError:
         return
     except OSError as error:
-        raise ConfigError(f"a file of the run cannot be read: {error.strerror}", where=str(path)) from None
+        raise ConfigError(
+            f"a file of the run cannot be read: {error.strerror}", where=str(path), fix="make the file readable"
+        ) from None

@@ -40,26 +40,63 @@ _ANY_WIDTH = 768
 """Backbone width used if the backbone is invalid. It only resolves DeepSpeed bucket sizes, which are then discarded."""
 
 
-def errors_of(name_or_path: str, overrides: list[str] | None = None, ranks: int | None = None) -> list[UserError]:
-    """Return all errors that `train` would raise at startup, except errors that only the machines of the run can
+ReadUnpacked = Callable[[RunConfig], DataFacts | None]
+"""Returns the properties of a run's data if some of them are not in shards yet, otherwise None."""
+
+
+@dataclass
+class CheckedRun:
+    """Result of `examine`."""
+
+    errors: list[UserError]
+    resolved: ResolvedRun | None = None
+    """None if there are errors."""
+    resume_from: Path | None = None
+
+
+def errors_of(
+    name_or_path: str,
+    overrides: list[str] | None = None,
+    ranks: int | None = None,
+    read_unpacked: ReadUnpacked | None = None,
+) -> list[UserError]:
+    """Return all errors that `examine` finds."""
+    return examine(name_or_path, overrides, ranks, read_unpacked).errors
+
+
+def examine(
+    name_or_path: str,
+    overrides: list[str] | None = None,
+    ranks: int | None = None,
+    read_unpacked: ReadUnpacked | None = None,
+) -> CheckedRun:
+    """Find all errors that `train` would raise at startup, except errors that only the machines of the run can
     detect. If `ranks` is None, checks that depend on the number of ranks are skipped."""
     errors = ErrorCollector()
-    values = errors.collect(run_values, name_or_path, overrides)
+    checked = CheckedRun(errors.errors)
+    values = errors.collect(run_values, name_or_path, overrides, errors)
     if values is None:
-        return errors.errors
+        return checked
     errors.collect(load_run_and_recipe, name_or_path, overrides, values)
     run, broken = valid_part(values)
     if run is not None:
         if ErrorCollector().collect(parse_recipe, run.recipe) is None:  # its errors are already recorded
             broken |= {"recipe"}
         checks = Checks(run, ranks, broken, here=False, errors=errors)
-        resolved = checks.resolve()
+        if read_unpacked is not None:
+            before = len(errors.errors)
+            checks.unpacked = checks.collect("data", read_unpacked, run)
+            checks.broken |= {"data"} if len(errors.errors) > before else set()
+        checked.resolved = checks.resolve()
         if ErrorCollector().collect(check_output_dir, run.output_dir) is not None:
             checks.collect("backbone", _check_weights, run)
-            checks.collect("checkpoint data output_dir", _check_checkpoint, run, resolved, ranks or 1)
+            if checks.unpacked is None:  # otherwise the tokenizer of the checkpoint is not known yet
+                checked.resume_from = checks.collect(
+                    "checkpoint data output_dir", _check_checkpoint, run, checked.resolved, ranks or 1
+                )
     for error in errors.errors:
         error.where = error.where or str(find_run_file(name_or_path))
-    return errors.errors
+    return checked
 
 
 def _check_weights(run: RunConfig) -> None:
@@ -72,17 +109,23 @@ def _check_weights(run: RunConfig) -> None:
         plan_load(backbone_source(run.backbone), model)
 
 
-def _check_checkpoint(run: RunConfig, resolved: ResolvedRun | None, ranks: int) -> None:
+def _check_checkpoint(run: RunConfig, resolved: ResolvedRun | None, ranks: int) -> Path | None:
     """Find the checkpoint to resume from, checking file sizes only, and compare the run with it."""
     checkpoint, _ = find_resume(run, contents=False)
     if checkpoint is not None and resolved is not None:
         check_resume(resolved, checkpoint, ranks)
+    return checkpoint
 
 
-def check_run(name_or_path: str, overrides: list[str] | None = None, ranks: int | None = None) -> None:
+def check_run(
+    name_or_path: str,
+    overrides: list[str] | None = None,
+    ranks: int | None = None,
+    read_unpacked: ReadUnpacked | None = None,
+) -> None:
     """Raise the errors that `errors_of` returns."""
     errors = ErrorCollector()
-    errors.errors = errors_of(name_or_path, overrides, ranks)
+    errors.errors = errors_of(name_or_path, overrides, ranks, read_unpacked)
     errors.raise_any()
 
 
@@ -140,8 +183,9 @@ class Checks:
         run, before = self.run, len(self.errors.errors)
         recipe = self.collect("recipe", parse_recipe, run.recipe)
         access = None
-        if self.holds("data") and self.unpacked is None:
-            access = find_shards(run, self.errors, self.ranks if self.holds("optim") else None)
+        if self.holds("data"):
+            unpacked = frozenset() if self.unpacked is None else self.unpacked.unpacked
+            access = find_shards(run, self.errors, self.ranks if self.holds("optim") else None, unpacked)
         model = self.collect("backbone", backbone_config, run.backbone)
         self.collect("output_dir", check_output_dir, run.output_dir)
         self.collect("log", trackers_of, run.log)
@@ -216,7 +260,9 @@ class Checks:
             resolved.vocab_size,
             image_counts=resolved.image_counts,
         )
-        if built is not None and run.stages:
+        if built is not None:
+            trainable = (parameter for parameter in built.parameters() if parameter.requires_grad)
+            resolved.trainable_parameters = sum(parameter.numel() for parameter in trainable)
             for number in range(len(run.stages)):
                 self.errors.collect(self._check_stage, resolved, number, built)
 

@@ -3,7 +3,7 @@ Independent of the training engine."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -50,6 +50,8 @@ class DataFacts:
     image_counts: list[int] | None = None
     """Number of images per category, if a dataset provides it."""
     tokenizer: PreTrainedTokenizerBase | None = None
+    unpacked: frozenset[str] = frozenset()
+    """Paths of datasets that are not in shards yet."""
 
 
 @dataclass
@@ -72,9 +74,10 @@ def check_with_data(run: RunConfig, world_size: int) -> RunWithData:
     """Validate a config against its data and the number of ranks, independent of the training engine."""
     if len(run.stages) > 1:
         raise ConfigError(
-            f"the run has {len(run.stages)} stages, and a custom loop has one at a time",
+            f"a custom loop trains one stage at a time, but the run has {len(run.stages)}",
             where="stages",
-            fix="give `run.in_stage(0)`, then `run.in_stage(1)` …, and each stream the state of the one before",
+            fix="use `run.in_stage(0)`, then `run.in_stage(1)` …, and start each stream from the state of the stream "
+            "before",
         )
     run, errors = run.in_stage(0), ErrorCollector()
     errors.collect(check_output_dir, run.output_dir)
@@ -132,10 +135,10 @@ def check_batch(run: RunConfig, recipe: Recipe, world_size: int) -> None:
     # A mix requires the same number of samples on every rank when the modules are built.
     if recipe.mix is None and recipe.compares_samples and run.optim.micro_batch_size * world_size < 2:
         raise ConfigError(
-            f"{recipe.compares_samples}, which needs at least two samples at a time",
+            f"{recipe.compares_samples}, which needs at least two samples per step",
             where=f"optim.micro_batch_size: {run.optim.micro_batch_size}, on {world_size} rank",
-            why="one sample differs from nothing: its loss says nothing",
-            fix="optim.micro_batch_size=2 or more, or more ranks",
+            why="the loss of a single sample is constant",
+            fix="set optim.micro_batch_size=2 or more, or use more ranks",
         )
 
 
@@ -145,15 +148,17 @@ def check_text(run: RunConfig, recipe: Recipe) -> None:
         raise ConfigError("`text` has no effect: the recipe has no text target", where="text", fix="leave it out")
     if run.text.config and not recipe.uses_text_tower:
         raise ConfigError(
-            "`text.config` has no effect: the recipe predicts captions token by token, and encodes none",
+            "`text.config` has no effect: the recipe predicts captions token by token, without a text encoder",
             where="text.config",
             fix="leave it out; the size of the decoder is set in recipe.decoders",
         )
 
 
-def find_shards(run: RunConfig, errors: ErrorCollector, ranks: int | None) -> Access | None:
+def find_shards(
+    run: RunConfig, errors: ErrorCollector, ranks: int | None, unpacked: frozenset[str] = frozenset()
+) -> Access | None:
     """Return the access to remote servers, or None unless the shards of all datasets exist. Without `ranks`, the shares
-    of the datasets in a micro-batch are not checked."""
+    of the datasets in a micro-batch are not checked. `unpacked` are paths without shards."""
     data, size = run.data, run.optim.micro_batch_size
     if ranks is not None:
         errors.collect(check_shares, data, micro_batch_size=size, world_size=ranks)
@@ -163,8 +168,9 @@ def find_shards(run: RunConfig, errors: ErrorCollector, ranks: int | None) -> Ac
     if access is not None:
         for kind, sources in (("datasets", data.datasets), ("validation", data.validation)):
             for name, source in sources.items():
-                errors.collect(require_shards, source.path, f"data.{kind}.{name}.path", access)
-    return access if len(errors.errors) == before else None
+                if source.path not in unpacked:
+                    errors.collect(require_shards, source.path, f"data.{kind}.{name}.path", access)
+    return access if len(errors.errors) == before and not unpacked else None
 
 
 def read_facts(
@@ -185,7 +191,7 @@ def read_facts(
         facts.tokenizer = errors.collect(_tokenizer, run, access)
         if facts.tokenizer is not None and recipe.predicts_captions:
             errors.collect(check_ends, facts.tokenizer)
-    facts.run = errors.collect(_with_validation_labels, run, facts.label_sets, file or LABELS) or run
+    facts.run = errors.collect(with_validation_labels, run, facts.label_sets, file or LABELS) or run
     return facts
 
 
@@ -197,12 +203,18 @@ def _check_sources(run: RunConfig, recipe: Recipe, access: Access | None) -> Non
         where = f"data.datasets.{name}"
         if source.captions != "one" and not recipe.uses_text:
             raise ConfigError(
-                f"`captions: {source.captions}` has no effect: the recipe has no text target", where=where
+                f"`captions: {source.captions}` has no effect: the recipe has no text target",
+                where=where,
+                fix="leave it out",
             )
         if not source.labels and not recipe.uses_categories:
-            raise ConfigError("`labels: false` has no effect: the recipe has no category target", where=where)
+            raise ConfigError(
+                "`labels: false` has no effect: the recipe has no category target", where=where, fix="leave it out"
+            )
         if source.label_set is not None and file is None:
-            raise ConfigError("`label_set` has no effect: the recipe predicts no classes", where=where)
+            raise ConfigError(
+                "`label_set` has no effect: the recipe predicts no classes", where=where, fix="leave it out"
+            )
         setting = "`labels: false`" if not source.labels else None if source.label_set is None else "`label_set`"
         read = {name: source.model_copy(update={"labels": True})}
         if setting and access is not None and not read_label_sets(read, access, file or LABELS):
@@ -217,9 +229,9 @@ def _check_sources(run: RunConfig, recipe: Recipe, access: Access | None) -> Non
                 _check_class_names(source, f"data.{kind}.{name}", access, file)
     if recipe.uses_text and sources and all(source.captions == "none" for source in sources.values()):
         raise ConfigError(
-            "the recipe has a text target, and every dataset has `captions: none`",
+            "the recipe has a text target, but every dataset has `captions: none`",
             where="data.datasets",
-            fix="read captions of at least one dataset, or take a recipe without a text target",
+            fix="read the captions of at least one dataset, or use a recipe without a text target",
         )
     for name, source in run.data.validation.items():
         idle = [key for key in ("epochs", "augment") if getattr(source, key) is not None]
@@ -228,6 +240,7 @@ def _check_sources(run: RunConfig, recipe: Recipe, access: Access | None) -> Non
             raise ConfigError(
                 f"{idle[0]} has no effect: the same validation batches are read every time, without augmentation",
                 where=f"data.validation.{name}",
+                fix=f"leave it out of data.validation.{name}",
             )
 
 
@@ -235,12 +248,14 @@ def _check_class_names(source: DatasetConfig, where: str, access: Access | None,
     """Validate that a file next to the shards names the classes of the masks or boxes."""
     what, fix = _NAMED[file]
     if not source.labels:
-        raise ConfigError(f"`labels: false` leaves {file} unread, and {what} need it", where=where)
+        raise ConfigError(
+            f"{what} need {file}, but `labels: false` disables it", where=where, fix="leave out `labels: false`"
+        )
     if access is None:
         return
     if not read_label_sets({"source": source}, access, file):
         raise ConfigError(
-            f"the dataset has no {file}, which names the classes of its {what}",
+            f"the dataset has no {file} with the classes of its {what}",
             where=f"{where}: {without_secrets(source.path)}",
             fix=fix,
         )
@@ -269,40 +284,48 @@ def _image_counts(run: RunConfig, access: Access) -> list[int] | None:
     return counts
 
 
+def no_captions(datasets: dict[str, DatasetConfig], why: str) -> ConfigError:
+    """Return the error for a recipe with a text target on datasets without captions."""
+    return ConfigError(
+        "the recipe has a text target, and no dataset has captions",
+        where=", ".join(f"data.datasets.{name}.path: {redact_text(source.path)}" for name, source in datasets.items()),
+        why=why,
+        fix="write captions to NAME.txt next to NAME.jpg (and make existing shards again), or use a recipe without "
+        "text: m3i_no_text with class labels, sim or mae with images only",
+    )
+
+
 def _tokenizer(run: RunConfig, access: Access) -> PreTrainedTokenizerBase:
     """Return the tokenizer of a run. Its padding token must be 0."""
     read = {name: source for name, source in run.data.datasets.items() if source.captions != "none"}
     if read and all(read_sample_count(source.path, "with_caption", access) == 0 for source in read.values()):
-        raise ConfigError(
-            "the recipe has a text target, and no dataset has captions",
-            where=", ".join(f"data.datasets.{name}.path: {redact_text(source.path)}" for name, source in read.items()),
-            why="manifest.json next to the shards counts none",
-            fix="make them again with NAME.txt next to NAME.jpg, or take a recipe without text: m3i_no_text with class "
-            "labels, sim or mae with images only",
-        )
+        raise no_captions(read, "manifest.json next to the shards counts none")
     tokenizer = find_tokenizer(run.data.datasets, run.text.tokenizer, access)
     if tokenizer.pad_token_id != 0:
         raise ConfigError(
-            f"the text tower pads with token 0, and the tokenizer with {tokenizer.pad_token_id}",
+            f"the tokenizer must pad with token 0 like the text tower, got {tokenizer.pad_token_id}",
             where="text.tokenizer",
-            fix="take a BERT-type tokenizer, or the one that `shards make` trains",
+            fix="use a BERT-type tokenizer, or the one that `shards make` trains",
         )
     return tokenizer
 
 
-def _with_validation_labels(run: RunConfig, label_sets: dict[str, list[str]], file: str) -> RunConfig:
-    """Map validation datasets to the training label space with the same classes. They never add one to the model."""
+def with_validation_labels(
+    run: RunConfig, label_sets: dict[str, list[str]], file: str, unpacked: Mapping[str, list[str]] | None = None
+) -> RunConfig:
+    """Map validation datasets to the training label space with the same classes. They never add one to the model. For
+    `unpacked`, see `read_label_sets`."""
     if not label_sets or not run.data.validation:
         return run
     sources = {}
     for name, source in run.data.validation.items():
-        (label_set, names), *_ = [*read_label_sets({name: source}, file=file).items(), (None, None)]
+        (label_set, names), *_ = [*read_label_sets({name: source}, file=file, unpacked=unpacked).items(), (None, None)]
         same = [key for key in label_sets if label_sets[key] == names]
         if label_set is not None and not same:
             raise ConfigError(
-                f"the labels of validation dataset '{name}' are those of no training dataset",
+                f"the class labels of validation dataset '{name}' are not those of a training dataset",
                 where=f"data.validation.{name}: {source.path}",
-                fix=f"make both from one folder or manifest (`shards make … --split`), so that {file} is the same",
+                fix=f"make both with one command (`shards make … --split`), so that {file} is the same",
             )
         # The same class list under another name: the model has one head for it.
         chosen = label_set if label_set in same else (same[0] if same else source.label_set)

@@ -144,7 +144,7 @@ def check_sources_last(stream: TrainStream, batch_size: int, steps: int) -> str 
         return None
     if most < batch_size:
         raise ConfigError(
-            f"the datasets end after {most} samples, and a batch has {batch_size}",
+            f"the datasets end after {most} samples, fewer than optim.batch_size ({batch_size})",
             where="data.datasets.*.epochs",
             fix="raise epochs or leave it out, or lower optim.batch_size",
         )

@@ -72,9 +72,9 @@ def check_before_joining(devices: Path = Path("/dev")) -> None:
     local, count = int(os.environ.get("LOCAL_RANK", "0")), get_accelerator().device_count()
     if local >= count:
         raise UserError(
-            f"rank {local} of this host has no GPU: {count} can be seen",
+            f"rank {local} of this host has no GPU: {count} are visible",
             where=f"LOCAL_RANK={local}, CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', '')}",
-            fix="as many ranks a host as it has GPUs, and every GPU visible to every rank",
+            fix="start one rank per GPU, and make all GPUs visible to every rank",
         )
     interface = _interface_of_nccl()
     if interface is not None:  # otherwise gloo uses the address of the hostname, which may be the loopback
@@ -97,7 +97,7 @@ def check_distinct_cards() -> None:
             f"ranks {ranks[0]} and {ranks[1]} have the same GPU",
             where=f"GPU {twice}",
             why="two ranks on one GPU cannot join one group",
-            fix="start ranks with LOCAL_RANK counted per host, and every GPU of it visible to every rank",
+            fix="count LOCAL_RANK per host, and make all GPUs of a host visible to every rank",
         ).raised_everywhere()
 
 
@@ -156,10 +156,10 @@ def check_card(config: dict[str, Any]) -> None:
     name, (major, minor) = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
     if precision(config) == "bf16" and major < _BF16_CAPABILITY and torch.version.hip is None:
         raise ConfigError(
-            f"{name} (compute capability {major}.{minor}) has no bf16",
+            f"bf16 is not supported by {name} (compute capability {major}.{minor})",
             where="deepspeed: bf16.enabled",
-            why="torch would compute it by way of fp32, many times slower",
-            fix="deepspeed=zero3_fp16, or a GPU of capability 8.0 or newer",
+            why="torch would emulate it in fp32, many times slower",
+            fix="set deepspeed=zero3_fp16, or use a GPU of compute capability 8.0 or newer",
         )
 
 
@@ -171,9 +171,10 @@ def check_memory(needed: int) -> None:
     total = get_accelerator().total_memory()
     if needed > total:
         raise UserError(
-            f"a rank holds {size_text(needed)} of weights, moments and averages, and its device has {size_text(total)}",
-            why="activations, gathered weights and buffers come on top",
-            fix="m3i-scale plan says what fits: more ranks, ZeRO-3, an optimizer on the host (zero3_bf16_cpu_offload), "
+            f"out of memory: a rank needs {size_text(needed)} for weights, optimizer states and EMA weights, but its "
+            f"device has {size_text(total)}",
+            why="activations, gathered weights and buffers need more",
+            fix="run `m3i-scale plan`; use more ranks, ZeRO-3, an optimizer on the host (zero3_bf16_cpu_offload), or "
             "a smaller model",
         )
     if get_accelerator().device_name() != "cuda":
@@ -185,10 +186,10 @@ def check_memory(needed: int) -> None:
         free, total = torch.cuda.mem_get_info()
     if free < needed:
         raise UserError(
-            f"other processes have {size_text(total - free)} of the {size_text(total)} of "
+            f"other processes use {size_text(total - free)} of the {size_text(total)} of "
             f"{torch.cuda.get_device_name()}",
-            why=f"a rank holds {size_text(needed)} of weights, moments and averages",
-            fix="nvidia-smi names them: end them, or take another GPU (CUDA_VISIBLE_DEVICES)",
+            why=f"a rank needs {size_text(needed)} for weights, optimizer states and EMA weights",
+            fix="end them (`nvidia-smi` lists them), or use another GPU (CUDA_VISIBLE_DEVICES)",
         )
 
 
@@ -259,8 +260,8 @@ def _check_driver(devices: Path) -> None:
         raise UserError(
             f"torch cannot use the GPUs of this host: {str(error).splitlines()[0]}",
             why="the run would continue without them, on the CPU",
-            fix=f"a driver for CUDA {torch.version.cuda}, or a torch for this driver; to train on the CPU: "
-            "CUDA_VISIBLE_DEVICES=",
+            fix=f"install a driver for CUDA {torch.version.cuda}, or a torch for this driver; to train on the CPU, "
+            "set CUDA_VISIBLE_DEVICES=",
         ) from None
 
 

@@ -30,30 +30,30 @@ def find_resume(run: RunConfig, *, contents: bool = True) -> tuple[Path | None, 
         named = Path(run.checkpoint.resume)
         errors = verify(named, contents=contents) if named.is_dir() else ["no such folder"]
         if errors:
-            raise CheckpointError(f"cannot resume: {errors[0]}", where=str(named), fix="checkpoint.resume=auto")
+            raise CheckpointError(f"cannot resume: {errors[0]}", where=str(named), fix="set checkpoint.resume=auto")
         newest, _ = newest_good(root, contents=contents)
         if newest is None or int(read_meta(newest)["step"]) <= int(read_meta(named)["step"]):
             return named, []
         if named.resolve().parent == root.resolve():
             raise CheckpointError(
-                f"the run has newer good checkpoints than the named one: {newest.name}",
+                f"the run has newer valid checkpoints than checkpoint.resume: {newest.name}",
                 where=str(named),
-                fix="checkpoint.resume=auto; to branch off, name the checkpoint and take another output_dir",
+                fix="set checkpoint.resume=auto; to branch off, name the checkpoint and set another output_dir",
             )
         return newest, [f"resuming from {newest.name} of this run, which is newer than {named}"]
     newest, passed = newest_good(root, contents=contents)
     notes = [f"passed over {path.name}: {reason}" for path, reason in passed]
     if run.checkpoint.resume == "never" and (newest or passed):
         raise CheckpointError(
-            "checkpoint.resume is 'never', and there are checkpoints",
+            "checkpoint.resume is 'never', but the output directory has checkpoints",
             where=str(root),
-            fix="take another output_dir, or checkpoint.resume=auto",
+            fix="set another output_dir, or checkpoint.resume=auto",
         )
     if newest is None and passed:
         raise CheckpointError(
-            "there are checkpoints, and none of them is good",
+            "no checkpoint of the run is valid",
             where="; ".join(notes),
-            fix="move them away to start from step 0",
+            fix="move them to another folder to start from step 0",
         )
     if newest is None and run.data.changed_datasets:
         raise ConfigError(
@@ -71,9 +71,9 @@ def check_resume(resolved: ResolvedRun, checkpoint: Path, world_size: int) -> li
     _check_identity(resolved, checkpoint, meta)
     if meta["step"] > resolved.run.optim.steps:
         raise CheckpointError(
-            f"the checkpoint is of step {meta['step']}, and the run has {resolved.run.optim.steps} steps",
+            f"optim.steps must be at least {meta['step']}, the step of the checkpoint, got {resolved.run.optim.steps}",
             where=str(checkpoint),
-            fix="raise optim.steps, or take another output_dir",
+            fix="raise optim.steps, or set another output_dir",
         )
     return [*_changes(resolved, checkpoint, meta, world_size)]
 
@@ -140,11 +140,11 @@ def _check_identity(resolved: ResolvedRun, checkpoint: Path, meta: dict[str, Any
         files = [f"data.datasets.{name}: {source.path}" for name, source in resolved.run.data.datasets.items()]
         labels = key == "label_sets"
         raise CheckpointError(
-            f"the checkpoint is of another run: {', '.join(different)} changed",
+            f"the checkpoint is from a different run: {', '.join(different)} changed",
             where=f"{checkpoint}" + (f"; labels.json of {', '.join(files)}" if labels else ""),
             why=_difference(key, saved.get(key), now[key]),
-            fix=("restore labels.json as it was" if labels else "take the same run file")
-            + ", or another output_dir for the new run",
+            fix=("restore labels.json" if labels else "use the same config file")
+            + ", or set another output_dir for the new run",
         )
 
 
@@ -153,10 +153,10 @@ def _check_label_order(saved: Mapping[str, Any] | None, now: Mapping[str, Any] |
     the weights of another one."""
     if saved and now and set(saved) == set(now) and list(saved) != list(now):
         raise CheckpointError(
-            f"the label sets are in another order than those of the checkpoint: {', '.join(saved)}",
+            f"the label sets must be in the order of the checkpoint: {', '.join(saved)}",
             where=str(checkpoint),
-            why="every label set has a numbered head; each would continue with the weights of another",
-            fix="write data.datasets in the order in which the run began",
+            why="every label set has a numbered head, and would get the weights of another",
+            fix="restore the order of data.datasets",
         )
 
 

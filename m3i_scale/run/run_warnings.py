@@ -11,12 +11,15 @@ from m3i_scale.backbones.build import backbone_source
 from m3i_scale.backbones.families import family_of
 from m3i_scale.config import DatasetConfig, DistortionConfig, RunConfig, load_run
 from m3i_scale.config.data import AugmentConfig
+from m3i_scale.config.files import values_beyond_built_in
 from m3i_scale.config.views import ViewSpec, each_view
 from m3i_scale.data.remote.access import Access, check_access, is_remote
-from m3i_scale.data.shards import expand_shards
+from m3i_scale.data.shards import expand_shards, read_sample_count
 from m3i_scale.errors import ErrorCollector, UserError
 from m3i_scale.objective.recipe import Recipe, parse_recipe
 from m3i_scale.objective.schedule import values_of
+
+_MAX_EPOCHS, _USUAL_EPOCHS = 2_000, 300
 
 
 def repeated_overrides(overrides: Sequence[str]) -> list[str]:
@@ -29,6 +32,26 @@ def repeated_overrides(overrides: Sequence[str]) -> list[str]:
     ]
 
 
+def command_warnings(run: RunConfig, name_or_path: str, overrides: Sequence[str]) -> list[str]:
+    """Return warnings about a command line and the files that it names; `run` is the result of `load_run` for them."""
+    return [*repeated_overrides(overrides), *_unscaled_rate(run, name_or_path, overrides)]
+
+
+def _unscaled_rate(run: RunConfig, name_or_path: str, overrides: Sequence[str]) -> Iterator[str]:
+    """Yield a warning if the learning rate of a built-in config is used with another batch size."""
+    name, changes = values_beyond_built_in(name_or_path, overrides)
+    optim = changes.get("optim")
+    if name is None or not isinstance(optim, dict) or "batch_size" not in optim or "lr" in optim:
+        return
+    usual, now = load_run(name).optim, run.optim
+    if usual.batch_size != now.batch_size:
+        scaled = usual.lr * now.batch_size / usual.batch_size
+        yield (
+            f"optim.lr is {now.lr:g}, the value of {name} for optim.batch_size={usual.batch_size}, and this run has "
+            f"optim.batch_size={now.batch_size}. Fix: optim.lr={scaled:.3g} (linear scaling), or set the present value"
+        )
+
+
 def warnings_of(name_or_path: str, overrides: list[str] | None = None, *, ask_servers: bool = True) -> list[str]:
     """Return warnings about a config file, or [] if it cannot be read. `ask_servers` lists remote shards. Pass False if
     the run has errors, e.g. an unreachable server."""
@@ -36,7 +59,7 @@ def warnings_of(name_or_path: str, overrides: list[str] | None = None, *, ask_se
         run = load_run(name_or_path, overrides)
     except UserError:  # reported by `errors_of`
         return []
-    return repeated_overrides(overrides or []) + run_warnings(run, ask_servers=ask_servers)
+    return command_warnings(run, name_or_path, overrides or []) + run_warnings(run, ask_servers=ask_servers)
 
 
 def run_warnings(run: RunConfig, *, ask_servers: bool = True) -> list[str]:
@@ -47,7 +70,7 @@ def run_warnings(run: RunConfig, *, ask_servers: bool = True) -> list[str]:
     access = errors.collect(lambda: check_access(run.data, run.data.datasets).at_start()) if ask_servers else None
     warnings = [] if recipe is None else [*config_warnings(run, recipe)]
     warnings += errors.collect(lambda: [*_image_warnings(run)]) or []
-    return [*warnings, *_source_warnings(run, access)]
+    return [*warnings, *_epoch_warnings(run, access), *_source_warnings(run, access)]
 
 
 def config_warnings(run: RunConfig, recipe: Recipe) -> Iterator[str]:
@@ -135,6 +158,39 @@ def _image_warnings(run: RunConfig) -> Iterator[str]:
             f"the weights are for images of {image_size} pixels, and this run takes "
             f"{', '.join(map(str, sorted(others)))}: backbone.config.image_size, or `stages`"
         )
+
+
+def manifest_counts(run: RunConfig, access: Access | None = None) -> dict[str, int | None]:
+    """Return the number of samples by dataset; None without a manifest.json. Without `access`, remote servers are not
+    contacted."""
+    return {
+        name: None if access is None and is_remote(source.path) else read_sample_count(source.path, "samples", access)
+        for name, source in run.data.datasets.items()
+    }
+
+
+def _epoch_warnings(run: RunConfig, access: Access | None) -> Iterator[str]:
+    """Yield a warning for each dataset with too many epochs, except datasets with a limit or a scheduled weight."""
+    sources, optim = run.data.datasets, run.optim
+    weights = {name: source.weight for name, source in sources.items()}
+    if any(isinstance(weight, list) for weight in weights.values()):
+        return
+    total = sum(weight for weight in weights.values() if not isinstance(weight, list))
+    for name, count in manifest_counts(run, access).items():
+        weight = weights[name]
+        if not count or sources[name].epochs is not None or isinstance(weight, list) or not total:
+            continue
+        per_step = optim.batch_size * weight / total
+        epochs = optim.steps * per_step / count
+        if epochs > _MAX_EPOCHS:
+            steps = max(round(_USUAL_EPOCHS * count / per_step), 1)
+            fix = f"optim.steps={steps} for {_USUAL_EPOCHS} epochs"
+            if optim.warmup_steps >= steps:
+                fix += f", with optim.warmup_steps={steps // 10}"
+            yield (
+                f"data.datasets.{name}: the run uses each of the {count:,} images {epochs:,.0f} times (epochs). "
+                f"Fix: {fix}, or more images"
+            )
 
 
 def _source_warnings(run: RunConfig, access: Access | None) -> Iterator[str]:

@@ -52,6 +52,7 @@ class ResolvedRun(RunWithData):
     """Number of training images per category, if categories.json has it (LVIS)."""
     scored: Sequence[str] = ()
     """Names of the targets whose scores evaluations compute; see `Target.check_scores`."""
+    trainable_parameters: int = 0
 
     def in_stage(self, number: int) -> ResolvedRun:
         """Return the run with the image size, micro-batch size and accumulation of a stage. Without stages, return the
@@ -114,7 +115,9 @@ def resolve_engine(run: RunConfig, world_size: int | None, hidden_size: int) -> 
     )
     if not (optim.momentum_correction or resolved.config["optimizer"]["params"].get("bias_correction", True)):
         what, why = "bias correction must not be disabled twice", "the learning rate would undo a missing correction"
-        raise ConfigError(what, where="optim.momentum_correction: false", why=why, fix="optim.momentum_correction=true")
+        raise ConfigError(
+            what, where="optim.momentum_correction: false", why=why, fix="set optim.momentum_correction=true"
+        )
     return resolved
 
 

@@ -83,7 +83,7 @@ def digest(answer: Mapping[str, Any]) -> str:
 def _python(host: HostReport) -> Results:
     version, expected = host.answer["python"]["version"], host.master["python"]["version"]
     why = f"the master node has {expected}: pickled messages between ranks, and compiled extensions, may not fit"
-    fix = f"install Python {expected}, or give --python"
+    fix = f"install Python {expected}, or set --python"
     yield f"{version} at {host.answer['python']['path']}", {"error": why if version != expected else None, "fix": fix}
 
 
@@ -120,7 +120,7 @@ def _config(host: HostReport) -> Results:
     master = next(other["config"] for other in host.answers.values() if "config" in other)
     if "error" in answer:
         where = f" ({answer['where']})" if answer["where"] else ""
-        fix = answer["fix"] or "the same run file at the same path on all hosts"
+        fix = answer["fix"] or "put the same config file at the same path on all hosts"
         yield f"{answer['error']}{where}", {"error": "ranks there would not start", "fix": fix}
     elif "error" in master or answer["sha256"] == master["sha256"]:
         yield f"sha256 {answer['sha256'][:12]}", {}
@@ -133,7 +133,7 @@ def _config(host: HostReport) -> Results:
             f"sha256 {answer['sha256'][:12]}, the master node has {master['sha256'][:12]}",
             {
                 "error": f"it differs in {listed(apart, _MAX_LISTED, '; ')}",
-                "fix": "the same run file, and the same files that it extends, on all hosts",
+                "fix": "put the same config file, and the files that it extends, on all hosts",
             },
         )
 

@@ -117,16 +117,16 @@ def check_guard(run: RunConfig) -> None:
     first = max(spike.min_history, saves.every_steps + 1) + spike.patience
     if first > steps:
         raise ConfigError(
-            f"guard.spike has no effect: it can confirm a spike from step {first} on, and the run has {steps}",
+            f"guard.spike has no effect: it can detect a spike from step {first} on, but the run has {steps} steps",
             where=f"guard.spike.min_history: {spike.min_history}, checkpoint.every_steps: {saves.every_steps}",
-            fix="a smaller min_history, save more often, or no guard.spike",
+            fix="lower min_history, save more often, or leave out guard.spike",
         )
     if (saves.keep_latest - 1) * saves.every_steps < spike.patience:
         raise ConfigError(
-            "when a spike is confirmed, the checkpoints from before it may be gone",
+            "guard.spike needs a checkpoint from before the spike, which may be deleted when the spike is detected",
             where=f"checkpoint.keep_latest: {saves.keep_latest}, checkpoint.every_steps: {saves.every_steps}",
-            why=f"guard.spike.patience is {spike.patience} steps, and what is saved in these is no good",
-            fix="checkpoint.keep_latest so that (keep_latest − 1) × every_steps is at least patience",
+            why=f"guard.spike.patience is {spike.patience} steps, and checkpoints from these steps are not usable",
+            fix="raise checkpoint.keep_latest until (keep_latest − 1) × every_steps is at least patience",
         )
 
 
@@ -202,7 +202,7 @@ def read_rewinds(path: Path) -> list[dict[str, Any]]:
             f"cannot read the rollbacks of the run: {error}",
             where=str(path),
             why="the data would continue at the wrong position",
-            fix="restore the file; without it (remove it) a spike that was skipped may occur again",
+            fix="restore the file; if you remove it instead, a skipped spike may occur again",
         ) from None
 
 

@@ -34,14 +34,16 @@ def stop(run: str, overrides: list[str], *, wait: bool, tell: Callable[[str], No
         launch = launch_of(folder)
         if launch is not None:
             raise CheckpointError(
-                f"a launch of this run is under way whose ranks do not train: {launch}",
+                f"the run is starting, and its ranks do not train yet: {launch}",
                 where=str(folder),
-                fix="again when they do, or kill -USR2 of that process on that host",
+                fix="try again when they train, or run `kill -USR2` on that process of that host",
             )
         return _result("idle", folder, f"nothing runs in {folder}")
     if not holder.trains:
         raise CheckpointError(
-            f"the folder is held by {holder}, which is no training run of this version", where=str(folder)
+            f"the folder is locked by {holder}, not by a training run of this version",
+            where=str(folder),
+            fix="end that process, or wait for it",
         )
     request_stop(folder, holder)
     text = f"asked {holder}: it finishes its step, saves and leaves"
@@ -76,9 +78,9 @@ def _folder(run: str, overrides: list[str]) -> Path:
         raise ConfigError("overrides have no effect with a folder", where=" ".join(overrides), fix="leave them out")
     if not is_run_folder(folder) and launch_of(folder) is None:
         raise ConfigError(
-            "no run has begun in this folder",
+            "no run has started in this folder",
             where=str(folder.absolute()),
-            fix="the output_dir of a run, or its run file with the overrides that it was started with",
+            fix="use the output_dir of a run, or its config file with the overrides of its start",
         )
     return folder
 

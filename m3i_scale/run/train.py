@@ -9,18 +9,14 @@ from concurrent.futures import Future
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
 from m3i_scale.checkpoint.commit import explain, sweep
-from m3i_scale.checkpoint.layout import stopped_words
+from m3i_scale.checkpoint.layout import step_of, stopped_words
 from m3i_scale.config import RunConfig
 from m3i_scale.data.loader import TrainStream
 from m3i_scale.data.parts import PartWorkers, started_workers
-from m3i_scale.engine.activations import describe_activations
 from m3i_scale.engine.agree import from_rank_0, together
-from m3i_scale.engine.deepspeed.resolve import explain_table
-from m3i_scale.engine.deepspeed.rules import precision
 from m3i_scale.engine.device import compute_deterministically, nondeterminism_explained
 from m3i_scale.engine.engine import awaited_optimizer, set_micro_batch_size
 from m3i_scale.engine.process_group import check_shared, start_ranks, stop_ranks
@@ -34,7 +30,7 @@ from m3i_scale.output import wide_console
 from m3i_scale.rank_variables import ranks_on_host
 from m3i_scale.run.callbacks import Callback, CallbackList
 from m3i_scale.run.callbacks.loggers import MetricsWriter, trackers_of
-from m3i_scale.run.check import resolve_run, stage_lines
+from m3i_scale.run.check import resolve_run
 from m3i_scale.run.data_supply import check_sources_last
 from m3i_scale.run.flops import count_work
 from m3i_scale.run.hooks import Garbage, Hook, MakeHook, Preemption, Timeouts, TrainState
@@ -54,6 +50,7 @@ from m3i_scale.run.resume import check_resume, find_resume
 from m3i_scale.run.run_warnings import run_warnings
 from m3i_scale.run.setup import ResolvedRun, open_data, print_start, run_yaml, start_engine
 from m3i_scale.run.spike import Rewinds, finish_rewind
+from m3i_scale.run.summary import finished_text, summary_lines, time_line
 from m3i_scale.run.trainer import Status, Trainer
 
 _CONSOLE = wide_console(stderr=True, soft_wrap=True)
@@ -115,23 +112,6 @@ def check_first(run: RunConfig) -> Callable[[], ResolvedRun]:
     return outcome.result
 
 
-def announce(resolved: ResolvedRun, resume_from: Path | None, notes: list[str], warnings: Sequence[str]) -> None:
-    """Print the settings of the run before it starts."""
-    run, config = resolved.run, resolved.deepspeed.config
-    _CONSOLE.print(explain_table(resolved.deepspeed))
-    for line in stage_lines(run):
-        _CONSOLE.print(line, markup=False, highlight=False)
-    for note in (*notes, *(f"warning: {warning}" for warning in warnings)):
-        _CONSOLE.print(note, style="yellow", markup=False, highlight=False)
-    origin = f"from {resume_from}" if resume_from else "from step 0"
-    _CONSOLE.print(
-        f"[bold]{run.name}[/]: recipe {resolved.recipe.name}, ZeRO-{config['zero_optimization']['stage']} in "
-        f"{precision(config)}, {run.optim.steps} steps of {run.optim.batch_size} samples "
-        f"({run.optim.micro_batch_size} × {resolved.accumulation} × {dist.get_world_size()}), {origin}, "
-        f"into {run.output_dir}"
-    )
-
-
 def print_rank0(text: str) -> None:
     """Print one line for the user."""
     _CONSOLE.print(text, markup=False, highlight=False)
@@ -165,14 +145,20 @@ def train(
         # Open the data before printing the engine tables, so that data errors are not buried below them.
         stream, validation = open_data(resolved.in_stage(0), ranks, workers)
         if ranks.rank == 0:
-            announce(resolved, resume_from, notes, [*warnings, *run_warnings(run)])
+            for note in (*notes, *(f"warning: {warning}" for warning in (*warnings, *run_warnings(run)))):
+                _CONSOLE.print(note, style="yellow", markup=False, highlight=False)
+            for line in summary_lines(resolved, stream.sample_counts, ranks.world_size, resume_from):
+                print_rank0(line)
             if (awaited := awaited_optimizer(resolved.deepspeed.config)) is not None:
                 print_rank0(awaited)
         trainer = start_trainer(
             resolved, ranks, callbacks, resume_from, stream, validation, print_rank0, heartbeat, make_hooks
         )
         with nondeterminism_explained():
-            return trainer.fit()
+            status = trainer.fit()
+        if status == "finished" and ranks.rank == 0:
+            print_rank0(finished_text(run, trainer.state.step))
+        return status
 
 
 def start_trainer(
@@ -203,9 +189,10 @@ def start_trainer(
         resolved, ranks, lambda report: print_start(report, run), reads_source=resume_from is None
     )
     set_micro_batch_size(engine, stages[0].run.optim.micro_batch_size)
-    policy, compiled = run.backbone.activation_checkpointing, run.backbone.compiles
-    tell(describe_activations(engine.module, policy, compiled=compiled))
     meter = Meter(engine.module, run.optim.batch_size, count_work(stages[0]))
+    start = 0 if resume_from is None else step_of(resume_from) or 0
+    if ranks.rank == 0:
+        tell(time_line(stages, meter.work, start, ranks.world_size))
     engine.module.span = meter.step_times.span
     # The engine calls this name for the gradient reduction that remains after the backward pass.
     engine.allreduce_gradients = meter.step_times.span("reduce")(engine.allreduce_gradients)

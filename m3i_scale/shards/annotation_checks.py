@@ -20,8 +20,8 @@ CENTERS = "centers [center x, center y, width, height]"
 _FIXES = {
     NORMALIZED: "multiply x and width by the width of the image, and y and height by its height; if x and y are the "
     "center, as in YOLO's files, subtract half of the width and of the height first",
-    CORNERS: "bbox = [x1, y1, x2 - x1, y2 - y1]",
-    CENTERS: "bbox = [x - width / 2, y - height / 2, width, height]",
+    CORNERS: "write bbox = [x1, y1, x2 - x1, y2 - y1]",
+    CENTERS: "write bbox = [x - width / 2, y - height / 2, width, height]",
 }
 _NORMALIZED = 1.5
 """Upper limit for normalized coordinates, which may be rounded or slightly beyond the edge."""
@@ -129,7 +129,9 @@ class BoxForms:
 def check_mask_classes(names: Sequence[str], where: str, most: int = NO_CLASS) -> None:
     """Check that names are valid as mask classes: 2 to `most`, without duplicates; `where` names their file."""
     if not 2 <= len(names) <= most:
-        raise ConfigError(f"there are {len(names)} classes; masks must have 2 to {most}", where=where)
+        raise ConfigError(
+            f"masks must have 2 to {most} classes, got {len(names)}", where=where, fix="add names, or merge classes"
+        )
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ConfigError(

@@ -47,14 +47,14 @@ def find_columns(schema: Any, columns: Columns, where: str) -> tuple[Columns, li
     names = list(schema.names)
     for name in vars(columns).values():
         if name is not None and name != NONE and name not in names:
-            raise ConfigError(f"there is no column '{name}'", where=where, fix=did_you_mean(name, names))
+            raise ConfigError(f"unknown column '{name}'", where=where, fix=did_you_mean(name, names))
     features = _features(schema, where)
     images = [name for name in names if _is_image(features.get(name), schema.field(name).type)]
     labels = [name for name in names if _kind(features.get(name)) == "ClassLabel"]
     texts = [name for name in names if name in ("caption", "text", "captions", "texts")]
     image = _one("image", columns.image, images, where)
     if image is None:
-        raise ConfigError("there is no column of images", where=where, fix="name it with --image-column")
+        raise ConfigError("no column of images found", where=where, fix="name it with --image-column")
     label = _one("label", columns.label, labels, where)
     caption = _one("caption", columns.caption, texts, where)
     return replace(columns, image=image, caption=caption, label=label), _class_names(
@@ -146,7 +146,9 @@ def _features(schema: Any, where: str) -> Mapping[str, Any]:
     try:
         features = json.loads(text)["info"]["features"]
     except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"the description of the columns is damaged: {error!r}", where=where) from None
+        raise DataError(
+            f"the description of the columns is corrupt: {error!r}", where=where, fix="save the dataset again"
+        ) from None
     return features if isinstance(features, dict) else {}
 
 
@@ -230,7 +232,11 @@ class TableInput(Input):
         if label is None or label == -1:  # the value of `datasets` for "no label"
             return None
         if not (isinstance(label, int) and 0 <= label < len(self.labels)):
-            raise DataError(f"the label is out of range: {label!r:.40}", where=where)
+            raise DataError(
+                f"the label is out of range: {label!r:.40}",
+                where=where,
+                fix="correct the label, or leave out labels: --label-column none",
+            )
         return label
 
     def _rows(self, columns: list[str] | None) -> Iterator[tuple[Record, dict[str, Any]]]:
@@ -261,7 +267,11 @@ def huggingface_input(source: Path, columns: Columns) -> TableInput:
     schema = schema_of(first)
     for path, _ in others:
         if not schema_of(path).equals(schema, check_metadata=False):
-            raise DataError("its files have different columns", where=f"{first}, {path}")
+            raise DataError(
+                "all files of the dataset must have the same columns",
+                where=f"{first}, {path}",
+                fix="pack the files one by one",
+            )
     return TableInput(files, *find_columns(schema, columns, str(first)))
 
 
@@ -277,9 +287,9 @@ def find_files(source: Path) -> list[TableFile]:
     files = sorted(source.rglob("*.parquet")) if source.is_dir() else []
     if not files:
         raise DataError(
-            "no data set of Hugging Face",
+            "the source is not a Hugging Face dataset",
             where=str(source),
-            fix="give a folder that datasets.save_to_disk wrote, a .parquet file, or a folder of such files",
+            fix="use a folder that datasets.save_to_disk wrote, a .parquet file, or a folder of such files",
         )
     return [(path, _split_of(path)) for path in files]
 
@@ -287,14 +297,22 @@ def find_files(source: Path) -> list[TableFile]:
 def _saved(folder: Path, split: str | None) -> list[TableFile]:
     names = [entry.get("filename") for entry in _json(folder / "state.json").get("_data_files", [])]
     if not names:
-        raise DataError("the saved data set names no files", where=str(folder / "state.json"))
+        raise DataError(
+            "the saved dataset lists no files",
+            where=str(folder / "state.json"),
+            fix="save the dataset again with datasets.save_to_disk",
+        )
     return [(_inside(folder, name), split) for name in names]
 
 
 def _inside(folder: Path, name: Any) -> Path:
     """Return the path of a file named in JSON: a direct child, or a downloaded dataset could name any file."""
     if not isinstance(name, str) or Path(name).name != name or name in ("", ".", ".."):
-        raise DataError(f"not the name of a file in the folder: {name!r:.80}", where=str(folder))
+        raise DataError(
+            f"the dataset must list files of its folder only, got {name!r:.80}",
+            where=str(folder),
+            fix="save the dataset again with datasets.save_to_disk",
+        )
     return folder / name
 
 
@@ -308,7 +326,7 @@ def _image(value: Any, where: str) -> bytes:
     data = value.get("bytes") if isinstance(value, dict) else value
     if not isinstance(data, bytes):
         fix = "save it with its images embedded (save_to_disk and to_parquet do), or use `make manifest` for paths"
-        raise DataError("the row holds no image", where=where, fix=fix)
+        raise DataError("the row has no image", where=where, fix=fix)
     return data
 
 
@@ -323,7 +341,9 @@ def _key(value: Any, where: str) -> str:
     text = "" if value is None else str(value)
     if not text or "." in text or "/" in text or text.startswith("__") or not text.isprintable() or len(text) > 200:
         raise DataError(
-            f"no key: {text!r:.80}", where=where, fix="keys have no dots and no slashes; choose another column"
+            f"a key must not be empty or have dots or slashes, got {text!r:.80}",
+            where=where,
+            fix="choose another column with --key-column",
         )
     return text
 
@@ -332,5 +352,7 @@ def _json(path: Path) -> dict[str, Any]:
     with reading(path, ValueError):
         value = read_json(path)
     if not isinstance(value, dict):
-        raise DataError("not a JSON object", where=str(path))
+        raise DataError(
+            "the file must be a JSON object", where=str(path), fix="save the dataset again with datasets.save_to_disk"
+        )
     return value

@@ -359,4 +359,6 @@ def _lines(path: Path | None) -> Iterator[Callable[[dict[str, Any]], object]]:
         with replacing(path) as file:
             yield lambda line: file.write(json_line(line).encode())
     except OSError as error:
-        raise DataError(f"cannot write the list: {error.strerror}", where=str(path)) from None
+        raise DataError(
+            f"cannot write the list: {error.strerror}", where=str(path), fix="free space, or use another path"
+        ) from None

@@ -55,10 +55,10 @@ def coco_input(
         first = next(iter(sets.values()), annotated.categories)
         if _named(first) != _named(annotated.categories):
             raise DataError(
-                "the categories are not those of the other file",
+                "all annotation files must have the same categories",
                 where=f"{path}, {files[0]}",
-                why="the head of a detector is of one list",
-                fix="the same ids, names and frequencies in both; or pack them one by one",
+                why="a detector has one list of categories",
+                fix="give both files the same ids, names and frequencies, or pack them one by one",
             )
         sets[split] = annotated.categories
         records += _records(annotated, images, split, skip_bad=skip_bad)
@@ -79,9 +79,9 @@ def annotation_files(source: Path) -> list[Path]:
         ]
         if kinds[0] and kinds[1]:
             raise ConfigError(
-                "there are annotation files of COCO and of LVIS",
+                "the folder has annotation files of COCO and of LVIS",
                 where=f"{kinds[0][0]}, {kinds[1][0]}",
-                fix="name those that are meant, each with --input FILE",
+                fix="choose the files, each with --input FILE",
             )
         files = next((of_kind for of_kind in kinds if of_kind), [])
         if files:
@@ -89,9 +89,9 @@ def annotation_files(source: Path) -> list[Path]:
     files = sorted(source.glob(_ROBOFLOW))
     if not files:
         raise DataError(
-            "there are no annotation files",
+            "no annotation files found",
             where=str(source),
-            fix="DIR/annotations/instances_train2017.json and the like; DIR/train/_annotations.coco.json; or a file",
+            fix="name the file, or use DIR/annotations/instances_train2017.json or DIR/train/_annotations.coco.json",
         )
     return files
 
@@ -111,9 +111,9 @@ def _check_splits(files: Sequence[Path], splits: Sequence[str | None]) -> None:
         same = splits.index(split)
         if same < number or (split is None and len(files) > 1):
             raise ConfigError(
-                f"two files are of the split '{split}'" if split else "the name of a file says no split",
+                f"two files are for the split '{split}'" if split else "the name of a file must contain its split",
                 where=", ".join(map(str, dict.fromkeys((files[same], files[number])))),
-                fix="name those that are meant, one of each split, as in --input train.json --input val.json",
+                fix="choose one file per split, as in --input train.json --input val.json",
             )
 
 
@@ -137,9 +137,15 @@ def _records(file: AnnotationFile, images: Path | None, split: str | None, *, sk
         image = _find(candidates, folders)
         name = candidates[0] if candidates else f"image-{row['id']}"
         if problem is None and image is None:
-            problem = DataError("the image is missing", where=f"{where}: {name}")
+            problem = DataError(
+                "the image is missing",
+                where=f"{where}: {name}",
+                fix="restore the image, or skip such images with --skip-bad",
+            )
         if problem is None and name in names:
-            problem = DataError("two images have one file name", where=f"{where}: {name}")
+            problem = DataError(
+                "two images have one file name", where=f"{where}: {name}", fix="give every image its own file name"
+            )
         names.add(name)
         records.append(
             Record(
@@ -156,10 +162,10 @@ def _records(file: AnnotationFile, images: Path | None, split: str | None, *, sk
     file.forms.check(str(file.path))
     if records and not any(record.image for record in records):
         raise DataError(
-            "none of the images is there",
+            "none of the images exists",
             where=f"{file.path}: {records[0].meta['path']}",
-            why=f"looked for in {', '.join(map(str, folders))}",
-            fix="m3i-scale shards make coco --images DIR, the folder that holds them",
+            why=f"searched in {', '.join(map(str, folders))}",
+            fix="set `--images DIR` to the folder of the images",
         )
     problems = [record.problem for record in records if record.problem is not None]
     if problems and not skip_bad:
@@ -176,10 +182,18 @@ def _image_names(row: dict[str, Any], where: str) -> list[str]:
     if not candidates or not all(
         isinstance(candidate, str) and PurePosixPath(candidate).name for candidate in candidates
     ):
-        raise DataError("the image has no file_name", where=where)
+        raise DataError(
+            "the image has no file_name",
+            where=where,
+            fix="correct the annotation file, or skip such images with --skip-bad",
+        )
     for candidate in map(PurePosixPath, candidates):
         if candidate.is_absolute() or ".." in candidate.parts or "\0" in str(candidate):
-            raise DataError("the name of the image leads out of the folder", where=f"{where}: {str(candidate)!r:.200}")
+            raise DataError(
+                f"the file name of an image must not lead out of the folder, got {str(candidate)!r:.200}",
+                where=where,
+                fix="correct the file name",
+            )
     return candidates
 
 
@@ -338,10 +352,10 @@ def read_annotation_file(path: Path, *, skip_bad: bool) -> AnnotationFile:
     missing = [name for name in _LISTS if not isinstance(lists.get(name), list)]
     if missing:
         raise DataError(
-            f"it is no annotation file of boxes, as COCO and LVIS have them: no list of {', '.join(missing)}",
+            f"the annotation file must have boxes, as in COCO and LVIS, but has no list of {', '.join(missing)}",
             where=str(path),
-            why="files of captions and of images to test have none",
-            fix="give instances_*.json or lvis_*.json",
+            why="files of captions and of test images have no boxes",
+            fix="use instances_*.json or lvis_*.json",
         )
     rows, annotations, sorted_in = lists["images"], lists["annotations"], defaultdict[int, list[dict[str, Any]]](list)
     lvis = any(isinstance(row, dict) and _LVIS[0] in row for row in rows)
@@ -349,12 +363,17 @@ def read_annotation_file(path: Path, *, skip_bad: bool) -> AnnotationFile:
     known: set[int] = set()
     for number, row in enumerate(rows):
         if not isinstance(row, dict) or not is_index(row.get("id")):
-            raise DataError("the image id is missing or negative", where=f"{path}: image {number} in the list")
+            raise DataError(
+                "the image id must be a number ≥ 0",
+                where=f"{path}: image {number} in the list",
+                fix="correct the id in the annotation file",
+            )
         if row["id"] in known:
             raise DataError(
                 "duplicate image id",
                 where=f"{path}: image {row['id']}",
-                why="annotations name images by it",
+                why="annotations refer to images by their id",
+                fix="give every image its own id",
             )
         known.add(row["id"])
     ids, repeated, lost = set[int](), set[int](), list[str]()
@@ -368,8 +387,8 @@ def read_annotation_file(path: Path, *, skip_bad: bool) -> AnnotationFile:
             (repeated if annotation["id"] in ids else ids).add(annotation["id"])
     if lost and not skip_bad:
         raise DataError(
-            f"{len(lost)} annotations are of images that the file does not have",
+            f"{len(lost)} annotations refer to images that the file does not have",
             where=f"{path}: {lost[0]}",
-            fix="--skip-bad leaves them out",
+            fix="correct the file, or leave these annotations out with --skip-bad",
         )
     return AnnotationFile(path, categories, rows, dict(sorted_in), repeated, Counts(of_unknown_images=len(lost)))

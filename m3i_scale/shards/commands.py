@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from m3i_scale.options import AsJson, Command, Parts, expanded
+from m3i_scale.options import AsJson, Command, Parts, choices, expanded
 from m3i_scale.shards import tool_commands as tools
 from m3i_scale.shards.options import (
     DEFAULTS,
@@ -31,18 +31,23 @@ from m3i_scale.shards.options import (
 if TYPE_CHECKING:  # this import takes seconds, too long for --help
     from m3i_scale.shards.records import Input
 
-CaptionField = Annotated[str | None, typer.Option(help="JSON field of the caption; default: the txt file.")]
-Group = Annotated[str | None, typer.Option(help="JSON field; samples with the same value share a split.")]
+CaptionField = Annotated[str | None, typer.Option(help="JSON field of the caption. Default: the .txt file.")]
+Group = Annotated[str | None, typer.Option(help="JSON field; samples with the same value stay in one split.")]
 _MAKE: Parts = {
     "output": (Output, inspect.Parameter.empty),
     "name": (Name, "images"),
     "split": (
-        Annotated[str | None, typer.Option(help="Fractions of samples by split, drawn by hash: train=0.95,val=0.05")],
+        Annotated[str | None, typer.Option(metavar="SPLITS", help="Fractions by split, e.g. train=0.95,val=0.05.")],
         None,
     ),
     **SIZE_OPTIONS,
     "vocabulary": (
-        Annotated[int, typer.Option(help="Size of the tokenizer trained on the captions; 0 trains none.")],
+        Annotated[
+            int,
+            typer.Option(
+                metavar="N", help="Vocabulary size of the tokenizer trained on the captions. 0: no tokenizer."
+            ),
+        ],
         DEFAULTS.vocabulary,
     ),
     "skip_bad": (
@@ -52,7 +57,7 @@ _MAKE: Parts = {
     "value_range": (
         Annotated[
             str | None,
-            typer.Option(help="LOW,HIGH: intensity window of images with more than 8 bits."),
+            typer.Option(metavar="LOW,HIGH", help="Intensity window of images with more than 8 bits."),
         ],
         None,
     ),
@@ -72,7 +77,7 @@ class MakeOptions:
 
     def make(self, source: Input) -> None:
         """Make the shards and print a summary."""
-        from m3i_scale.shards.make import make_shards, summary_lines
+        from m3i_scale.shards.make import make_shards, next_command, summary_lines
 
         with sample_bar(quiet=self.as_json) as progress:
             summary = make_shards(
@@ -83,7 +88,8 @@ class MakeOptions:
                 shares=None if self.split is None else parse_splits(self.split),
                 progress=progress,
             )
-        print_summary(summary, self.as_json, summary_lines(summary, self.output))
+        lines = [*summary_lines(summary, self.output), next_command(summary["splits"], self.output)]
+        print_summary(summary, self.as_json, lines)
 
 
 def takes_making(command: Command) -> Command:
@@ -104,7 +110,7 @@ def _making(
 
 
 shards_app = typer.Typer(no_args_is_help=True, help="Create, inspect, repair and reshard WebDataset datasets.")
-make_app = typer.Typer(no_args_is_help=True, help="Make shards out of images.")
+make_app = typer.Typer(no_args_is_help=True, help="Create shards from images.")
 shards_app.add_typer(make_app, name="make")
 shards_app.command(epilog="Example: m3i-scale shards check '/data/cc12m/{00000..01242}.tar'")(tools.check)
 shards_app.command(epilog="Example: m3i-scale shards stats /data/shards/train --json")(tools.stats)
@@ -116,10 +122,10 @@ shards_app.command(epilog="Example: m3i-scale shards merge /data/a /data/b --out
 
 @shards_app.command(epilog="Example: m3i-scale shards index '/data/cc12m/{00000..01242}.tar'")
 def index(
-    shards: Annotated[list[str], typer.Argument(help="Folders, brace patterns or single shards.")],
+    shards: Annotated[list[str], typer.Argument(help="Folders of shards, brace patterns, or .tar files.")],
     as_json: AsJson = False,
 ) -> None:
-    """Scan shards and write `index/` next to them. Otherwise training scans them and writes to its cache."""
+    """Index shards: scan them and write `index/` next to them. Training scans shards without an index itself."""
     from m3i_scale.shards.existing_shards import local_shards
     from m3i_scale.shards.folder import index_folder
 
@@ -136,14 +142,22 @@ def index(
 @takes_making
 def imagefolder(
     input_folder: Annotated[
-        Path, typer.Option("--input", help="One folder per class, images below; or such folders in train, val …")
+        Path, typer.Option("--input", help="Folder with one folder of images per class, optionally in train, val, …")
     ],
     making: MakeOptions,
     captions: Annotated[
-        str, typer.Option(help="NAME.txt next to an image: auto (all or none), none, optional, required")
+        str,
+        typer.Option(
+            **choices("auto", "none", "optional", "required"),
+            help="Captions in NAME.txt next to the images. auto: for all images or none.",
+        ),
     ] = "auto",
     layout: Annotated[
-        str, typer.Option(help="classes: INPUT/CLASS/…, splits: INPUT/SPLIT/CLASS/…, auto: by the folders' names")
+        str,
+        typer.Option(
+            **choices("auto", "classes", "splits"),
+            help="classes: INPUT/CLASS/…, splits: INPUT/SPLIT/CLASS/…, auto: by the names of the folders.",
+        ),
     ] = "auto",
 ) -> None:
     """Convert a folder of images: one folder per class, optional caption files."""
@@ -156,17 +170,15 @@ def imagefolder(
 @make_app.command(epilog="Example: m3i-scale shards make manifest --input /data/photos.csv --output /data/p")
 @takes_making
 def manifest(
-    table: Annotated[Path, typer.Option("--input", help="A .csv, .tsv, .parquet or .jsonl file.")],
+    table: Annotated[Path, typer.Option("--input", help="Table: .csv, .tsv, .parquet or .jsonl file.")],
     making: MakeOptions,
-    root: Annotated[
-        Path | None, typer.Option(help="Root of relative paths; default: the folder of the manifest.")
-    ] = None,
+    root: Annotated[Path | None, typer.Option(help="Root of relative paths. Default: the folder of the table.")] = None,
     path_column: Annotated[str, typer.Option(help="Column of image paths.")] = "path",
     caption_column: Annotated[str, typer.Option(help="Column of captions.")] = "caption",
-    label_column: Annotated[str, typer.Option(help="Column of labels, names or numbers.")] = "label",
+    label_column: Annotated[str, typer.Option(help="Column of class names or numbers.")] = "label",
     split_column: Annotated[str, typer.Option(help="Column of splits.")] = "split",
     mask_column: Annotated[
-        str | None, typer.Option(help="Column of paths of masks: PNGs, the class of every pixel.")
+        str | None, typer.Option(help="Column of mask paths: PNGs with the class of every pixel.")
     ] = None,
     labels_file: LabelsFile = None,
 ) -> None:
@@ -186,18 +198,18 @@ def manifest(
 )
 @takes_making
 def masks(
-    images: Annotated[Path, typer.Option(help="Folder of images; top-level folders train, val … are splits.")],
+    images: Annotated[Path, typer.Option(help="Folder of images. Top-level folders train, val, … are splits.")],
     masks_folder: Annotated[
         Path,
-        typer.Option("--masks", help="Folder of PNG masks with the same relative names: the class of every pixel."),
+        typer.Option("--masks", help="Folder of PNG masks with the same relative names."),
     ],
     labels_file: Annotated[
         Path,
-        typer.Option("--labels", help="Class names: a JSON list, one per line, or ADE20k's objectInfo150.txt."),
+        typer.Option("--labels", help="Class names: JSON list, one per line, or ADE20k's objectInfo150.txt."),
     ],
     making: MakeOptions,
     reduce_zero_label: Annotated[
-        bool, typer.Option("--reduce-zero-label", help="0 means no class, and classes start at 1, as in ADE20k.")
+        bool, typer.Option("--reduce-zero-label", help="0 is no class, and classes start at 1, as in ADE20k.")
     ] = False,
 ) -> None:
     """Convert images and segmentation masks, paired by name."""
@@ -213,11 +225,13 @@ def masks(
 def coco(
     inputs: Annotated[
         list[Path],
-        typer.Option("--input", help="Folder in COCO's layout, or an annotation file of COCO or LVIS; repeatable."),
+        typer.Option(
+            "--input", help="Folder in COCO's layout, or annotation file of COCO or LVIS; repeat for several."
+        ),
     ],
     making: MakeOptions,
     images: Annotated[
-        Path | None, typer.Option(help="Root of image names; default: the folder of the annotation file.")
+        Path | None, typer.Option(help="Root of the images. Default: the folder of the annotation file.")
     ] = None,
 ) -> None:
     """Convert images with boxes and masks from COCO or LVIS annotation files."""
@@ -230,15 +244,21 @@ def coco(
 @make_app.command(epilog="Example: m3i-scale shards make huggingface --input /data/food101 --output /data/f")
 @takes_making
 def huggingface(
-    source: Annotated[Path, typer.Option("--input", help="A folder of save_to_disk, or Parquet: a file or a folder.")],
+    source: Annotated[Path, typer.Option("--input", help="Folder written by save_to_disk, or Parquet file or folder.")],
     making: MakeOptions,
-    image_column: Annotated[str | None, typer.Option(help="Default: the one of type Image.")] = None,
-    caption_column: Annotated[str | None, typer.Option(help="Default: caption or text; none: no captions.")] = None,
-    label_column: Annotated[str | None, typer.Option(help="Default: the one ClassLabel; none: no labels.")] = None,
-    key_column: Annotated[str | None, typer.Option(help="Column of keys; default: row numbers.")] = None,
-    group_column: Annotated[str | None, typer.Option(help="Rows with the same value share a split.")] = None,
+    image_column: Annotated[str | None, typer.Option(help="Column of images. Default: the one of type Image.")] = None,
+    caption_column: Annotated[
+        str | None, typer.Option(help="Column of captions, or none. Default: caption or text.")
+    ] = None,
+    label_column: Annotated[
+        str | None, typer.Option(help="Column of labels, or none. Default: the one of type ClassLabel.")
+    ] = None,
+    key_column: Annotated[str | None, typer.Option(help="Column of keys. Default: row numbers.")] = None,
+    group_column: Annotated[
+        str | None, typer.Option(help="Column; rows with the same value stay in one split.")
+    ] = None,
 ) -> None:
-    """Convert a Hugging Face dataset, saved or as Parquet; keeps its splits."""
+    """Convert a Hugging Face dataset, saved to disk or as Parquet. Its splits are kept."""
     from m3i_scale.shards.arrow import Columns, huggingface_input
 
     columns = Columns(image_column, caption_column, label_column, key_column, group_column)
@@ -248,13 +268,13 @@ def huggingface(
 @make_app.command(epilog="Example: m3i-scale shards make webdataset --input /data/wds --output /data/w")
 @takes_making
 def webdataset(
-    shards: Annotated[str, typer.Option("--input", help="A folder, a brace pattern or one tar.")],
+    shards: Annotated[str, typer.Option("--input", help="Folder of shards, brace pattern, or one .tar file.")],
     making: MakeOptions,
     caption_field: CaptionField = None,
     labels_file: LabelsFile = None,
     group: Group = None,
 ) -> None:
-    """Convert existing shards: validates samples, converts other formats to PNG, trains a tokenizer on captions."""
+    """Convert existing shards: validate samples, convert other image formats to PNG, and train a tokenizer."""
     from m3i_scale.shards.existing_shards import webdataset_input
     from m3i_scale.shards.records import read_class_names
 

@@ -1,10 +1,11 @@
-"""Search for equal digests among any number of samples in bounded memory: spilled to disk by their first bits."""
+"""Digests of samples and of input files, and a search for equal digests in bounded memory: they are spilled to disk by
+their first bits."""
 
 from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,22 @@ from numpy.typing import NDArray
 DIGEST_BYTES = 16
 """128 bits: a random collision is negligible for any dataset."""
 _BUCKETS = 64
+INPUT_DIGEST = "input_sha256"
+"""Key of the digest of the packed files in manifest.json."""
 ROW = np.dtype([("high", ">u8"), ("low", ">u8"), ("shard", ">u4"), ("offset", ">u8")])
 
 
 def digest_of(data: bytes) -> bytes:
     """Return a 128-bit digest of the data."""
     return hashlib.blake2b(data, digest_size=DIGEST_BYTES).digest()
+
+
+def digest_of_files(files: Iterable[tuple[str, int]]) -> str:
+    """Return a digest of names and sizes."""
+    digest = hashlib.sha256()
+    for name, size in sorted(files):
+        digest.update(f"{name}\0{size}\n".encode(errors="surrogateescape"))
+    return digest.hexdigest()
 
 
 def rows_of(digests: Sequence[bytes], shard: int, offsets: Sequence[int]) -> NDArray[Any]:

@@ -114,7 +114,7 @@ def _check_header(image: Image.Image, value_range: ValueRange | None, where: str
     channels = tiff_tag(image, _SAMPLES_PER_PIXEL, 1)
     if channels > len(image.getbands()):
         raise DataError(
-            f"the image has {channels} channels, which are not RGB",
+            f"an image of {channels} channels must be RGB",
             where=where,
             why=f"Pillow reads {len(image.getbands())} of them",
             fix="save three channels as red, green and blue",
@@ -130,9 +130,9 @@ def _check_header(image: Image.Image, value_range: ValueRange | None, where: str
         return
     if image.format == "TIFF" and tiff_tag(image, _WHITE_IS, 0) == 0:
         raise DataError(
-            "the image has gray values with more than 8 bits and zero as white",
+            "gray images with more than 8 bits must have zero as black, but this one has zero as white",
             where=where,
-            fix="save it with black as zero (PhotometricInterpretation 1)",
+            fix="save it with zero as black (PhotometricInterpretation 1)",
         )
     if value_range is None and not is_16_bit(image):
         raise DataError(
@@ -140,11 +140,11 @@ def _check_header(image: Image.Image, value_range: ValueRange | None, where: str
             "range",
             where=where,
             why="the values of black and white are unknown",
-            fix="--value-range LOW,HIGH",
+            fix="set --value-range LOW,HIGH",
         )
     if value_range is not None and _is_stretched(image):
         raise DataError(
-            "--value-range has no meaning for a PGM of fewer than 16 bits",
+            "--value-range has no effect on a PGM of fewer than 16 bits",
             where=where,
             why="Pillow stretches its values to 0 … 65,535",
             fix="save it as a PNG or TIFF of 16 bits, or leave out --value-range",
@@ -154,11 +154,11 @@ def _check_header(image: Image.Image, value_range: ValueRange | None, where: str
 def _check_values(image: Image.Image, where: str) -> None:
     """Check the values of a decoded image after `_check_header`."""
     if image.mode == "F" and not np.isfinite(np.asarray(image)).all():
-        raise DataError("the image has values that are not finite", where=where, fix="replace them")
+        raise DataError("the image has non-finite values", where=where, fix="replace these values")
     unsigned = image.format == "TIFF" and tiff_tag(image, _SAMPLE_FORMAT, _UNSIGNED) == _UNSIGNED
     if image.mode == "I" and unsigned and np.asarray(image).min() < 0:
         raise DataError(
-            "the image has values of 2,147,483,648 and more",
+            "the values of a 32-bit image must be below 2,147,483,648",
             where=where,
             why="Pillow reads 32 bits as signed",
             fix="save it as floating-point numbers, or in 16 bits",

@@ -112,14 +112,18 @@ def record_of(
     image, caption, label, meta, problem = b"", None, None, dict[str, Any](), None
     try:
         if extension is None:
-            raise DataError("the sample has no image", where=where, fix=f"known: {', '.join(FILE_EXTENSIONS)}")
+            raise DataError(
+                "the sample has no image",
+                where=where,
+                fix=f"add an image file; known extensions: {', '.join(FILE_EXTENSIONS)}",
+            )
         image = members[extension]
         meta = _json_object(members.get("json"), where)
         caption = _caption(members, where, caption_field)
         label = _label(members, where, labels)
         if INSTANCES in members and categories is None:
             raise DataError(
-                f"the sample has instances, and there is no {CATEGORIES}",
+                f"the sample has instances, but there is no {CATEGORIES}",
                 where=where,
                 fix=f"put the {CATEGORIES} of `shards make coco` next to the shards",
             )
@@ -144,7 +148,7 @@ def _caption(members: Mapping[str, bytes], where: str, caption_field: str | None
     if caption_field is not None:
         value = _field(members.get("json"), caption_field, where)
         if not isinstance(value, str):
-            raise DataError(f"the field '{caption_field}' is no text", where=where)
+            raise DataError(f"the field '{caption_field}' must be text", where=where, fix="use another --caption-field")
         return value.strip() or None
     with annotations_of(where):
         return read_caption(members)
@@ -155,9 +159,9 @@ def _label(members: Mapping[str, bytes], where: str, labels: Sequence[str] | Non
         return None
     if labels is None:
         raise DataError(
-            "the sample has a label, and there is no labels.json",
+            "the sample has a label, but there is no labels.json",
             where=where,
-            fix="name the classes with --labels FILE (a JSON list, or one name a line)",
+            fix="name the classes with --labels FILE (a JSON list, or one name per line)",
         )
     with annotations_of(where):
         return read_label(members, len(labels))
@@ -202,7 +206,9 @@ def contents(
                     if keys is None or key in keys:
                         yield origin, key, read_members(stream, sample)
         except OSError as error:
-            raise DataError(f"cannot read the shard: {error}", where=str(origin.path)) from None
+            raise DataError(
+                f"cannot read the shard: {error}", where=str(origin.path), fix="copy or create the shard again"
+            ) from None
         if advance is not None:
             advance(shard.size)
 
@@ -234,7 +240,9 @@ def common_categories(source: str) -> Categories | None:
 def _common(source: str, file: str, read: Callable[[Path], ResultT]) -> ResultT:
     first, *others = [read(folder) for folder in sorted({path.parent for path in local_shards(source)})]
     if any(names != first for names in others):
-        raise DataError(f"its folders have different {file}", where=source, fix="name them as several sources")
+        raise DataError(
+            f"all folders of a source must have the same {file}", where=source, fix="pass them as several sources"
+        )
     return first
 
 
@@ -248,9 +256,17 @@ def _json_object(data: bytes | None, where: str) -> dict[str, Any]:
     try:
         value = json.loads(data) if data is not None else {}
     except (ValueError, RecursionError) as error:
-        raise DataError(f"the json member does not parse: {str(error)[:200]}", where=where) from None
+        raise DataError(
+            f"the json member does not parse: {str(error)[:200]}",
+            where=where,
+            fix="correct the sample, or leave it out with `m3i-scale shards check --repair FOLDER`",
+        ) from None
     if not isinstance(value, dict):
-        raise DataError("the json member is no object", where=where)
+        raise DataError(
+            "the json member must be an object",
+            where=where,
+            fix="correct the sample, or leave it out with `m3i-scale shards check --repair FOLDER`",
+        )
     return value
 
 
@@ -274,8 +290,8 @@ def _group(stream: BinaryIO, sample: RawSample, origin: Origin) -> str | None:
     only = RawSample(sample.key, [member for member in sample.members if member.extension == "json"])
     value = _field(read_members(stream, only).get("json"), origin.group, origin.where(sample.key))
     if not isinstance(value, str | int):
-        what = f"the field '{origin.group}' is no text and no integer: {value!r:.80}"
-        raise DataError(what, where=origin.where(sample.key))
+        what = f"the field '{origin.group}' must be text or an integer, got {value!r:.80}"
+        raise DataError(what, where=origin.where(sample.key), fix="name a field with text or an integer")
     return str(value)
 
 

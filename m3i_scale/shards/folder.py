@@ -59,7 +59,7 @@ def atomic_folder(output: Path) -> Iterator[Path]:
         probe.rmdir()
     except OSError as error:
         raise DataError(
-            f"cannot write there: {error.strerror}", where=str(output.parent), fix="give another --output"
+            f"cannot write the output: {error.strerror}", where=str(output.parent), fix="use another --output"
         ) from None
     folder = output
     try:
@@ -69,12 +69,18 @@ def atomic_folder(output: Path) -> Iterator[Path]:
         ):
             yield folder
     except Timeout:
-        raise DataError("another process is making this output", where=str(output), fix="wait for it") from None
+        raise DataError(
+            "another process writes this output", where=str(output), fix="wait for it, or use another --output"
+        ) from None
     except OSError as error:
         # An error of write(2) has no file name.
         if error.filename is not None and not _is_ours(Path(error.filename), output, folder):
-            raise DataError(f"cannot read: {error.strerror}", where=str(error.filename)) from None
-        raise DataError(f"cannot write: {error}", where=str(output), fix="check permissions and free space") from None
+            raise DataError(
+                f"cannot read: {error.strerror}", where=str(error.filename), fix="make the file readable, or remove it"
+            ) from None
+        raise DataError(
+            f"cannot write the output: {error}", where=str(output), fix="check permissions and free space"
+        ) from None
 
 
 def _is_ours(path: Path, output: Path, folder: Path) -> bool:
@@ -85,13 +91,15 @@ def _is_ours(path: Path, output: Path, folder: Path) -> bool:
 def check_output_is_new(output: Path) -> None:
     """Raise an error if the output exists, so that nothing is overwritten."""
     if output.exists():
-        raise DataError("the output exists", where=str(output), fix="remove it, or give another --output")
+        raise DataError("the output folder already exists", where=str(output), fix="remove it, or use another --output")
 
 
 def check_output(output: Path, name: str) -> None:
     """Check, before any data is read, that the output and the shard name are valid."""
     if not name or not name.replace("-", "").replace("_", "").isalnum():
-        raise ConfigError(f"'{name}' is no name for shards", fix="letters, digits, - and _ only")
+        raise ConfigError(
+            f"a name for shards must have letters, digits, - and _ only, got '{name}'", fix="use e.g. --name images"
+        )
     check_output_is_new(output)
 
 
@@ -125,7 +133,9 @@ def write_samples(
                 members[path].update(["samples", *files])
             written += 1
     if written != len(layout):
-        raise DataError("the input changed while it was read", fix="start again when nobody writes to it")
+        raise DataError(
+            "the input changed while it was read", fix="wait until nothing writes to it, and run the command again"
+        )
     counts = {}
     for split in sorted(layout.splits):
         shards = {}
@@ -134,7 +144,9 @@ def write_samples(
                 close_tar(stream)
             shards[path.name] = shard_facts(path, members[path])
         if not shards:
-            raise DataError(f"no sample of split '{split}' can be used", fix="see the reasons without --skip-bad")
+            raise DataError(
+                f"split '{split}' has no usable sample", fix="run the command without --skip-bad to see the reasons"
+            )
         head = {"name": name, **({} if split == WHOLE else {"split": split}), **info()}
         counts[split] = finish_folder(folder / split, shards, names, head)
     return counts
@@ -215,7 +227,11 @@ def index_folder(folder: Path, shards: Sequence[Path]) -> list[ShardIndex]:
         for index in indices if (folder / CATEGORIES).is_file() else []:
             _save_categories(folder / index.path.name, index.digest)
     except OSError as error:
-        raise DataError(f"cannot write the index: {error}", where=str(folder / "index")) from None
+        raise DataError(
+            f"cannot write the index: {error}",
+            where=str(folder / "index"),
+            fix="free space and make the folder writable",
+        ) from None
     return indices
 
 

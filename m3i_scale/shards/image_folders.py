@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -14,10 +15,12 @@ from PIL import Image
 
 from m3i_scale.data.images import DECODE_ERRORS, mask_error
 from m3i_scale.defaults import NO_CLASS
-from m3i_scale.errors import ConfigError, DataError
+from m3i_scale.errors import ConfigError, DataError, did_you_mean
 from m3i_scale.shards.annotation_checks import check_mask_classes
+from m3i_scale.shards.digests import digest_of_files
 from m3i_scale.shards.encode_image import FILE_EXTENSIONS
 from m3i_scale.shards.records import ListedInput, Record, read_class_names, reading, split_name
+from m3i_scale.text import listed, printable
 
 Captions = Literal["auto", "none", "optional", "required"]
 """auto: either all images of a folder have a caption file, or none."""
@@ -59,12 +62,66 @@ def imagefolder_input(folder: Path, captions: Captions = "auto", layout: FolderL
 
 def list_images(folder: Path) -> list[Path]:
     """Return the files below a folder that have an image extension and are not hidden, sorted."""
-    if not folder.is_dir():
-        raise DataError("there is no such folder", where=str(folder))
-    images = sorted(path for path in folder.rglob("*") if _is_shown_image(path, folder))
+    _check_exists(folder)
+    images = sorted(_images_below(folder))
     if not images:
         raise DataError("the folder holds no images", where=str(folder), fix=f"known: {', '.join(FILE_EXTENSIONS)}")
     return images
+
+
+def _check_exists(folder: Path) -> None:
+    if not folder.is_dir():
+        near = [path.name for path in folder.parent.iterdir() if path.is_dir()] if folder.parent.is_dir() else []
+        fix = did_you_mean(folder.name, near, otherwise="check the path: a folder of images")
+        raise DataError("there is no such folder", where=str(folder), fix=fix)
+
+
+def split_folder(folder: Path) -> Path | None:
+    """Return the folder of the training split if the folders of a folder are splits, otherwise None. One name of a
+    split among others is a class: "train" may be a vehicle."""
+    _check_exists(folder)
+    names = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    splits = [name for name in names if name.lower() in SPLIT_NAMES]
+    if not splits or (len(splits) == 1 and splits != names):
+        return None
+    return folder / next((name for name in splits if name.lower().startswith("train")), splits[0])
+
+
+def has_images(folder: Path) -> bool:
+    """Return whether there is an image below a folder."""
+    return any(True for _ in _images_below(folder))
+
+
+def folder_digest(folder: Path) -> str:
+    """Return a digest of the names and sizes of the images below a folder, and of their caption files."""
+    files: list[tuple[str, int]] = []
+    for image in _images_below(folder):
+        for path in (image, image.with_suffix(".txt")):
+            with suppress(FileNotFoundError):  # no caption, or a broken link
+                files.append((path.relative_to(folder).as_posix(), path.stat().st_size))
+    return digest_of_files(files)
+
+
+def check_class_folders(folder: Path, names: Sequence[str], where: str) -> None:
+    """Check that class folders are not links, and that their names are UTF-8."""
+    links = [name for name in names if (folder / name).is_symlink()]
+    if links:
+        raise ConfigError(
+            f"folders of classes are links, which are not followed: {printable(listed(links, 4))}",
+            where=where,
+            fix="give the folders themselves",
+        )
+    unreadable = [name for name in names if name != name.encode(errors="replace").decode()]
+    if unreadable:
+        raise ConfigError(
+            f"class names must be UTF-8, got {unreadable[0].encode(errors='backslashreplace').decode()}",
+            where=where,
+            fix="rename the folder",
+        )
+
+
+def _images_below(folder: Path) -> Iterator[Path]:
+    return (path for path in folder.rglob("*") if _is_shown_image(path, folder))
 
 
 def _is_shown_image(path: Path, folder: Path) -> bool:

@@ -73,16 +73,16 @@ def plan_layout(
         orders.append(int.from_bytes(hash_of("order", outline.key)[:8], "big"))
         sizes[split] += outline.size
     if not splits:
-        raise DataError("there are no samples", fix="check the input")
+        raise DataError("the input has no samples", fix="check the path and the names of its files")
     if shares and not drawn:
         raise ConfigError(
-            "--split has no effect: every sample is of a split already",
+            "--split has no effect: the input already has splits",
             why=f"the input has {', '.join(sorted(names))}",
-            fix="leave it out; or, where the folders of `make imagefolder` are classes: --layout classes",
+            fix="leave it out; or, if the folders of `make imagefolder` are classes, add --layout classes",
         )
     absent = sorted(name for name, share in (shares or {}).items() if share > 0 and name not in names)
     if absent:
-        raise DataError(f"split '{absent[0]}' gets no samples", fix="give it a larger share, or take more samples")
+        raise DataError(f"split '{absent[0]}' gets no samples", fix="raise its share, or add samples")
     split_N, order_N = np.asarray(splits, dtype=np.int16), np.asarray(orders, dtype=np.uint64)
     shard_N = np.zeros(len(splits), dtype=np.int32)
     for split in names.values():
@@ -125,9 +125,9 @@ def _unique(outlines: Callable[[], Iterator[Record]]) -> Iterator[Record]:
         return
     duplicate = next(islice(outlines(), min(repeated), None))
     raise DataError(
-        f"{len(repeated)} keys stand for several samples",
+        f"{len(repeated)} keys occur more than once",
         where=f"{duplicate.location(duplicate.image)}: key '{printable(duplicate.key)}'",
         why="a key must be unique in the output",
-        fix="rename the files; of shards, `shards check --repair` leaves out the later ones, `shards merge --keys "
-        "prefix` renames all",
+        fix="rename the files; with shards, use `shards check --repair` to leave out later samples, or `shards merge "
+        "--keys prefix` to rename all",
     )

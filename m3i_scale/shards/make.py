@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import heapq
+import shlex
 from collections import Counter, defaultdict, deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from m3i_scale.errors import DataError
 from m3i_scale.files import json_line
 from m3i_scale.shards.annotation_checks import check_class_pixels, least_to_evaluate, pixel_lines, pixel_report
 from m3i_scale.shards.folder import atomic_folder, check_output, write_samples
-from m3i_scale.shards.layout import Layout, plan_layout, training_splits
+from m3i_scale.shards.layout import WHOLE, Layout, plan_layout, training_splits
 from m3i_scale.shards.options import ProgressCallback, ShardOptions
 from m3i_scale.shards.process_pool import map_in_processes
 from m3i_scale.shards.records import Encoded, Input, Record, encode_all, hash_of
@@ -30,6 +31,14 @@ SKIPPED = "skipped.jsonl"
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 """In the order of their ids: padding is 0."""
 MAX_ALPHABET = 1_000
+_REPORT_EVERY = 50_000
+FITTING_RECIPES = {
+    (True, True): "m3i_mini",
+    (True, False): "m3i_no_text",
+    (False, True): "m3i_no_category",
+    (False, False): "sim",
+}
+"""Built-in recipes by whether images have labels and captions."""
 
 
 def make_shards(
@@ -80,6 +89,21 @@ def make_shards(
     return summary
 
 
+def pack_images(
+    source: Input, folder: Path, tell: Callable[[str], None], *, options: ShardOptions, every_class: bool = False
+) -> None:
+    """Make shards that later starts of a run reuse, and report the progress in lines."""
+
+    def progress(done: int, total: int) -> None:
+        if done % _REPORT_EVERY == 0:
+            tell(f"packed {done} of {total} images")
+
+    summary = make_shards(source, folder, options=options, progress=progress, every_class=every_class)
+    counted = {name: value for name, value in summary.items() if name not in ("annotations", "mask_pixels")}
+    for line in summary_lines(counted, folder):  # the others are printed together with counts of existing shards
+        tell(line)
+
+
 def summary_lines(summary: dict[str, Any], output: Path) -> list[str]:
     """Format the result as lines: the shards of every split, and skipped samples."""
     lines = [
@@ -94,6 +118,17 @@ def summary_lines(summary: dict[str, Any], output: Path) -> list[str]:
         lines += pixel_lines(report, str(output / split))
     lines += [f"left out: {count} × {reason}" for reason, count in summary.get("skipped", {}).items()]
     return lines + ([f"each of them: {summary['skipped_list']}"] if "skipped_list" in summary else [])
+
+
+def next_command(splits: Mapping[str, Mapping[str, Any]], output: Path) -> str:
+    """Return the command that trains on new shards, by their annotations."""
+    split = next((name for name in sorted(splits) if name in training_splits(sorted(splits))), WHOLE)
+    facts, place = splits.get(split, {}), shlex.quote(str(output / split))
+    for annotation, task in (("with_instances", "detection"), ("with_mask", "segmentation")):
+        if facts.get(annotation):
+            return f"next: m3i-scale finetune {task} EXPORT --data {shlex.quote(str(output))} output_dir=RUN"
+    recipe = FITTING_RECIPES[bool(facts.get("with_label")), bool(facts.get("with_caption"))]
+    return f"next: m3i-scale train {recipe} data.datasets.main.path={place} output_dir=RUN"
 
 
 def annotation_line(file: str, counts: Mapping[str, int]) -> str:
@@ -130,6 +165,7 @@ class _SampleEncoder:
         self._layout, self._options, self._progress = layout, options, progress
         self._skipped_list, self._training = skipped_list, training_splits(layout.splits)
         self.skipped: Counter[str] = Counter()
+        self._first: DataError | None = None
         self.captions = CaptionSample(MAX_CAPTIONS)
         self.pixels: defaultdict[str, Counter[int]] = defaultdict(Counter)
         """Number of mask pixels by split and value."""
@@ -150,6 +186,13 @@ class _SampleEncoder:
                 yield record.key, record.files(files)
             if self._progress is not None:
                 self._progress(number + 1, len(self._layout))
+        if self._first is not None and sum(self.skipped.values()) == len(self._layout):
+            raise DataError(
+                f"none of the {len(self._layout)} images can be used",
+                where=self._first.where,
+                why=f"the first one: {self._first.what}",
+                fix=self._first.fix,
+            )
 
     def check_masks(self, source: Input, *, every_class: bool) -> None:
         """Check that the masks of each split have enough classes to train or evaluate on; see `check_class_pixels`."""
@@ -177,6 +220,7 @@ class _SampleEncoder:
     def _skip(self, record: Record, problem: DataError) -> None:
         if not self._options.skip_bad:
             raise problem
+        self._first = self._first or problem
         self.skipped[problem.what.partition(":")[0]] += 1
         line = {"key": record.key, "where": problem.where, "reason": problem.what}
         with self._skipped_list.open("a", encoding="utf-8") as stream:
@@ -198,10 +242,12 @@ def _chunks(records: Iterator[Record]) -> Iterator[list[Record]]:
 
 
 def train_tokenizer(captions: Iterable[str], folder: Path, vocabulary: int) -> None:
-    """Train a lowercase WordPiece tokenizer and save it in `folder` in the layout of `AutoTokenizer`.
+    """Train a tokenizer by `learn_tokenizer`, and save it in `folder` in the layout of `AutoTokenizer`."""
+    learn_tokenizer(captions, vocabulary).save_pretrained(folder)
 
-    `vocabulary` is the maximum number of tokens, special tokens included.
-    """
+
+def learn_tokenizer(captions: Iterable[str], vocabulary: int) -> PreTrainedTokenizerFast:
+    """Train a lowercase WordPiece tokenizer; `vocabulary` is the maximum number of tokens, special tokens included."""
     captions = sorted(captions)
     learner = _pieces(models.WordPiece(unk_token="[UNK]"))
     # The trainer numbers inner characters in the order of a hash map, and breaks ties between merges by number.
@@ -212,7 +258,7 @@ def train_tokenizer(captions: Iterable[str], folder: Path, vocabulary: int) -> N
     tokenizer = _pieces(models.WordPiece(vocab=learner.get_vocab(), unk_token="[UNK]"))
     ends = [(token, tokenizer.token_to_id(token)) for token in ("[CLS]", "[SEP]")]
     tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=ends)
-    fast = PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="[PAD]",
         unk_token="[UNK]",
@@ -220,7 +266,6 @@ def train_tokenizer(captions: Iterable[str], folder: Path, vocabulary: int) -> N
         sep_token="[SEP]",
         mask_token="[MASK]",
     )
-    fast.save_pretrained(folder)
 
 
 def _pieces(model: models.WordPiece) -> Tokenizer:

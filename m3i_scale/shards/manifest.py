@@ -56,7 +56,12 @@ def _row_record(
     where = f"{manifest}, row {number + 1}"
     split, name = split_name(row.get(columns.split), where), row.get(columns.path)
     if not name:
-        return Record(f"{number:09d}", b"", split=split, problem=DataError("the path is missing", where=where))
+        return Record(
+            f"{number:09d}",
+            b"",
+            split=split,
+            problem=DataError("the row has no path", where=where, fix="add the path of the image"),
+        )
     path, label, problem = root / str(name), None, None
     try:
         label = _label_number(row.get(columns.label), numbers, where)
@@ -97,8 +102,12 @@ def _label_number(value: Any, numbers: dict[str, int], where: str) -> int | None
     if _is_integer(text):
         if 0 <= int(text) < len(numbers):
             return int(text)
-        raise DataError(f"the label is out of range: {text}, there are {len(numbers)} labels", where=where)
-    raise DataError(f"the label is unknown: '{text}'", where=where, fix=did_you_mean(text, numbers))
+        raise DataError(
+            f"the label must be from 0 to {len(numbers) - 1}, got {text}",
+            where=where,
+            fix="correct the row, or add the missing class names",
+        )
+    raise DataError(f"unknown label '{text}'", where=where, fix=did_you_mean(text, numbers))
 
 
 def _labels_of(values: Iterable[Any]) -> list[str]:
@@ -117,11 +126,15 @@ def read_table(path: Path) -> list[dict[str, Any]]:
     readers = {".csv": _read_csv, ".tsv": _read_csv, ".parquet": read_rows, ".jsonl": _read_jsonl}
     reader = readers.get(path.suffix.lower())
     if reader is None:
-        raise DataError(f"a manifest ends on one of {', '.join(readers)}", where=str(path))
+        raise DataError(
+            f"the name of a manifest must end in one of {', '.join(readers)}, got '{path.name}'",
+            where=str(path),
+            fix="convert or rename the file",
+        )
     with reading(path, UnicodeDecodeError, csv.Error):
         rows = list(reader(path))
     if not rows:
-        raise DataError("the manifest has no rows", where=str(path))
+        raise DataError("the manifest has no rows", where=str(path), fix="add one row per image")
     return rows
 
 
@@ -131,7 +144,11 @@ def _read_csv(path: Path) -> Iterator[dict[str, Any]]:
         for row in csv.DictReader(stream, delimiter=delimiter, restkey=""):
             if "" in row:
                 first = next(iter(row.values()))
-                raise DataError("a row has more cells than the header", where=f"{path}, line {first!r}")
+                raise DataError(
+                    "a row has more cells than the header",
+                    where=f"{path}, line {first!r}",
+                    fix="quote values that contain the separator",
+                )
             yield {name: value or None for name, value in row.items()}
 
 
@@ -143,9 +160,13 @@ def _read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
             try:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
-                raise DataError(f"not JSON: {error}", where=f"{path}, line {number}") from None
+                raise DataError(
+                    f"the line must be JSON: {error}", where=f"{path}, line {number}", fix="correct the line"
+                ) from None
             if not isinstance(row, dict):
-                raise DataError("every line must be a JSON object", where=f"{path}, line {number}")
+                raise DataError(
+                    "every line must be a JSON object", where=f"{path}, line {number}", fix="correct the line"
+                )
             yield row
 
 

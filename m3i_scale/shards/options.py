@@ -13,21 +13,21 @@ import typer
 from rich.console import Console
 from rich.progress import DownloadColumn, MofNCompleteColumn, Progress, ProgressColumn, TimeRemainingColumn
 
-from m3i_scale.errors import ConfigError, DataError
+from m3i_scale.errors import ConfigError, DataError, did_you_mean
 from m3i_scale.options import Command, Parts, expanded, writes_to
 from m3i_scale.output import print_json, print_line
 from m3i_scale.shards.process_pool import DEFAULT_WORKERS
 
 ProgressCallback = Callable[[int, int], None]
 """Called with (completed samples, total samples)."""
-Shards = Annotated[str, typer.Argument(help="A folder, a brace pattern or one tar.")]
-Output = Annotated[Path, typer.Option(callback=writes_to, help="Folder to write; it must not exist.")]
-Name = Annotated[str, typer.Option(help="Prefix of the shards' file names.")]
-PerShard = Annotated[int, typer.Option(help="Maximum number of samples per shard.")]
-Workers = Annotated[int, typer.Option(min=1, help="Processes that read shards, or read and encode images.")]
+Shards = Annotated[str, typer.Argument(help="Folder of shards, brace pattern, or one .tar file.")]
+Output = Annotated[Path, typer.Option(callback=writes_to, help="New folder for the shards.")]
+Name = Annotated[str, typer.Option(help="Prefix of the shard files.")]
+PerShard = Annotated[int, typer.Option(metavar="N", help="Maximum number of samples per shard.")]
+Workers = Annotated[int, typer.Option(min=1, metavar="N", help="Number of processes.")]
 LabelsFile = Annotated[
     Path | None,
-    typer.Option("--labels", help="Class names: a JSON list, or one per line; default: from the input."),
+    typer.Option("--labels", help="Class names: JSON list, or one per line. Default: from the input."),
 ]
 
 _LIMITS = ("samples_per_shard", "max_mb", "multiple_of")
@@ -60,16 +60,19 @@ class ShardOptions:
     def check(self) -> None:
         """Validate the values and their combination."""
         if min(self.samples_per_shard, self.multiple_of, self.workers) < 1 or self.max_mb <= 0:
-            raise ConfigError("samples_per_shard, max_mb, multiple_of and workers must be positive")
+            raise ConfigError(
+                "--samples-per-shard, --max-mb, --multiple-of and --workers must be > 0",
+                fix="leave them out to use the defaults",
+            )
         if self.shards is None:
             return
         if self.shards < 1:
-            raise ConfigError("--shards must be positive")
+            raise ConfigError(f"--shards must be > 0, got {self.shards}", fix="use --shards 1 or more")
         default = ShardOptions()
         if any(getattr(self, name) != getattr(default, name) for name in _LIMITS):
             raise ConfigError(
                 "--shards cannot be combined with --samples-per-shard, --max-mb or --multiple-of",
-                fix="give one or the other",
+                fix="use one or the other",
             )
 
     def count(self, samples: int, size: int) -> int:
@@ -78,7 +81,10 @@ class ShardOptions:
             count = max(math.ceil(samples / self.samples_per_shard), math.ceil(size / 1e6 / self.max_mb))
             return min(samples, math.ceil(count / self.multiple_of) * self.multiple_of)
         if self.shards > samples:
-            raise DataError(f"{samples} samples cannot fill {self.shards} shards", fix="ask for fewer --shards")
+            raise DataError(
+                f"--shards must be at most the number of samples, {samples}, got {self.shards}",
+                fix=f"use --shards {samples} or less",
+            )
         return self.shards
 
 
@@ -90,7 +96,9 @@ def parse_range(text: str) -> tuple[float, float]:
     except ValueError:
         value_range = (math.nan, math.nan)
     if not comma or not -math.inf < value_range[0] < value_range[1] < math.inf:
-        raise ConfigError(f"'{text}' is no range of values", fix="two numbers, the smaller first: --value-range 0,4095")
+        raise ConfigError(
+            f"--value-range must be two numbers, the smaller first, got '{text}'", fix="use e.g. --value-range 0,4095"
+        )
     return value_range
 
 
@@ -104,9 +112,14 @@ def parse_splits(text: str) -> dict[str, float]:
         except ValueError:
             equals = ""
         if not equals or not split.strip().replace("_", "").replace("-", "").isalnum():
-            raise ConfigError(f"'{part}' is no split", fix="write e.g. --split train=0.95,val=0.05")
+            raise ConfigError(
+                f"a split must be NAME=FRACTION, got '{part}'", fix="use e.g. --split train=0.95,val=0.05"
+            )
     if min(shares.values()) < 0 or not math.isclose(sum(shares.values()), 1.0, abs_tol=1e-6):
-        raise ConfigError(f"the shares of the splits add up to {sum(shares.values()):g}", fix="make them add up to 1")
+        raise ConfigError(
+            f"the fractions of the splits must add up to 1, got {sum(shares.values()):g}",
+            fix="use e.g. --split train=0.95,val=0.05",
+        )
     return shares
 
 
@@ -114,24 +127,24 @@ DEFAULTS = ShardOptions()
 SIZE_OPTIONS: Parts = {
     "samples_per_shard": (PerShard, DEFAULTS.samples_per_shard),
     "max_mb": (
-        Annotated[float, typer.Option(help="Approximate maximum size of a shard in megabytes.")],
+        Annotated[float, typer.Option(metavar="MB", help="Approximate maximum size of a shard.")],
         DEFAULTS.max_mb,
     ),
     "multiple_of": (
-        Annotated[int, typer.Option(help="Round the number of shards up to a multiple of this.")],
+        Annotated[int, typer.Option(metavar="N", help="Round the number of shards up to a multiple of N.")],
         DEFAULTS.multiple_of,
     ),
     "workers": (Workers, DEFAULT_WORKERS),
 }
 _CUT: Parts = {
     "shard_count": (
-        Annotated[int | None, typer.Option("--shards", min=1, help="Exact number of shards per split.")],
+        Annotated[int | None, typer.Option("--shards", min=1, metavar="N", help="Exact number of shards per split.")],
         None,
     ),
     **SIZE_OPTIONS,
     "keep_order": (
         Annotated[
-            bool, typer.Option("--keep-order", help="Fill shards in input order instead of by a hash of the key.")
+            bool, typer.Option("--keep-order", help="Keep the input order. Default: order by a hash of the key.")
         ],
         False,
     ),
@@ -185,5 +198,5 @@ def print_summary(summary: dict[str, Any], as_json: bool, lines: Iterable[str]) 
 def choice(option: str, value: str, kind: Any) -> Any:
     """Return the value of an option; raise an error if the `Literal` does not contain it."""
     if value not in get_args(kind):
-        raise ConfigError(f"{option} {value}", fix=f"one of {', '.join(get_args(kind))}")
+        raise ConfigError(f"no such value: {option} {value}", fix=did_you_mean(value, get_args(kind)))
     return value

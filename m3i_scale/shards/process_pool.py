@@ -49,7 +49,9 @@ def map_in_processes(function: Callable[[Task], Result], tasks: Iterable[Task], 
             while waiting:
                 yield waiting.popleft().result()
         except BrokenProcessPool:
-            raise DataError("a worker process died", fix="the machine may be out of memory: try --workers 1") from None
+            raise DataError(
+                "a worker process died", why="the machine may be out of memory", fix="use --workers 1"
+            ) from None
         finally:
             for future in waiting:
                 future.cancel()

@@ -76,7 +76,7 @@ def split_shards(
     keeps samples in the same split. `advance` is called with bytes read; every shard is read twice.
     """
     if group is not None and not shares:
-        raise ConfigError("--group keeps samples together in a split, and there are no splits", fix="add --shares")
+        raise ConfigError("--group has no effect without splits", fix="add --shares, or leave out --group")
     origins = [Origin(path, group=group) for path in local_shards(source)]
     labels = Labels(common_labels(source), [None])
     return _rewrite(origins, [source], output, options, name, shares, labels, {"source": "split"}, advance)
@@ -96,7 +96,7 @@ def merge_shards(
     `advance` is called with bytes read; every shard is read twice.
     """
     if len(sources) < 2:
-        raise ConfigError("there is nothing to merge: one source", fix="name several, or use `m3i-scale shards split`")
+        raise ConfigError("`merge` needs several sources, got one", fix="add a source, or use `m3i-scale shards split`")
     origins = [
         Origin(path, number, prefix=f"{number}-{_plain(path.stem)}-" if keys == "prefix" else "")
         for number, source in enumerate(sources)
@@ -116,7 +116,11 @@ def join_labels(sets: Sequence[list[str] | None]) -> Labels:
     for names in sets:
         if names is not None and len(set(names)) < len(names):
             repeated = next(name for name in names if names.count(name) > 1)
-            raise DataError(f"duplicate label '{repeated}' in labels.json", fix="labels are joined by their names")
+            raise DataError(
+                f"duplicate label '{repeated}' in labels.json",
+                why="labels are merged by name",
+                fix="rename one of them",
+            )
         numbers.append([joined.index(name) for name in names or ()])
     return Labels(joined, numbers)
 
@@ -158,7 +162,7 @@ def _relabelled(
                 raise DataError(
                     f"the sample has the member {member}, but its source has no {file}",
                     where=origin.where(key),
-                    why="its classes would get the names that another source has",
+                    why="its classes would get the names of another source",
                     fix=f"put a {file} next to its shards",
                 )
         yield key, members
@@ -169,7 +173,7 @@ def _new_label(data: bytes, numbers: list[int], where: str) -> bytes:
         raise DataError(
             "the sample has a label, but its source has no labels.json",
             where=where,
-            why="labels of several sources are joined by name",
+            why="labels of several sources are merged by name",
             fix="put a labels.json next to its shards",
         )
     with annotations_of(where, "m3i-scale shards check SHARDS --repair FOLDER --link leaves out what is bad"):
@@ -183,10 +187,10 @@ def _same(sets: Sequence[_Names | None], sources: Sequence[str], file: str) -> t
     for source, names in zip(sources, sets, strict=True):
         if names not in (None, first):
             raise DataError(
-                "the source has other classes than one before",
+                "all sources must have the same classes of masks or boxes",
                 where=f"{source}: {file}",
-                why="masks and boxes keep the numbers that they have",
-                fix="leave it out, or recreate its shards with the same names",
+                why="masks and boxes keep their class indices",
+                fix="leave the source out, or make its shards again with the same names",
             )
     return first, set() if first is None else {number for number, names in enumerate(sets) if names is None}
 

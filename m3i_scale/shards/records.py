@@ -117,8 +117,8 @@ class ListedInput(Input):
         super().__init__(labels, **about)
         for record in records:
             if record.label is not None and not 0 <= record.label < len(labels):
-                what = f"label {record.label} is out of range: there are {len(labels)} labels"
-                raise DataError(what, where=record.key)
+                what = f"the label must be from 0 to {len(labels) - 1}, got {record.label}"
+                raise DataError(what, where=record.key, fix="correct the label, or add the missing class names")
         self._records = sorted(records, key=lambda record: hash_of("order", record.key))
 
     @override
@@ -159,7 +159,7 @@ def _check_instances(data: bytes, categories: int | None, image: bytes, where: s
         size, lies = picture.size, orientation(picture)
     fix = None
     if size != upright_size(size, lies):
-        fix = f"the EXIF orientation of the image, {lies}, turns it; boxes lie as its stored pixels do: save it upright"
+        fix = f"save the image upright: its EXIF orientation, {lies}, rotates it, but boxes refer to the stored pixels"
     with annotations_of(where, fix):
         read_instances({INSTANCES: data}, categories, size)
     with annotations_of(where, "save the image upright, and annotate it as it is then"):
@@ -183,6 +183,7 @@ def reading(path: Path, *kinds: type[Exception], fix: str | None = None) -> Iter
         yield
     except expected as error:
         why = getattr(error, "strerror", None) or error
+        fix = fix or ("check the path" if isinstance(error, FileNotFoundError) else None)
         raise DataError(f"cannot read the file: {why}", where=str(path), fix=fix) from None
 
 
@@ -200,7 +201,9 @@ def split_name(value: Any, where: str) -> str | None:
     if not value:
         return None
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", str(value)):
-        raise DataError(f"'{value}' is no name for a split", where=where, fix="letters, digits, - and _ only")
+        raise DataError(
+            f"a split name must have letters, digits, - and _ only, got '{value}'", where=where, fix="rename the split"
+        )
     return str(value)
 
 
@@ -210,11 +213,17 @@ def read_class_names(path: Path) -> list[str]:
         text = path.read_text(encoding="utf-8")
         labels = json.loads(text) if path.suffix == ".json" else [line for line in text.splitlines() if line.strip()]
     except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot read the labels: {error}", where=str(path)) from None
+        raise ConfigError(
+            f"cannot read the labels: {error}",
+            where=str(path),
+            fix="check the path: it must be a UTF-8 file with a JSON list, or one name per line",
+        ) from None
     if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
-        raise ConfigError("the labels are no list of names", where=str(path))
+        raise ConfigError(
+            "the labels must be a list of names", where=str(path), fix="write a JSON list, or one name per line"
+        )
     if len(set(labels)) < len(labels):
-        raise ConfigError("duplicate label", where=str(path))
+        raise ConfigError("duplicate label", where=str(path), fix="remove one of the two")
     return labels
 
 

@@ -188,7 +188,10 @@ def stats_of(
         tokenization = Tokenization(str(name), max_tokens or MAX_TOKENS)
         _tokenizer(tokenization.tokenizer)  # raises an error before shards are read
     elif max_tokens is not None:
-        raise ConfigError("--max-tokens has no effect: there is no tokenizer next to the shards", fix="add --tokenizer")
+        raise ConfigError(
+            "--max-tokens has no effect: there is no tokenizer next to the shards",
+            fix="add --tokenizer, or leave out --max-tokens",
+        )
     total = ShardStats(max_pixels, tokenization)
     read = functools.partial(shard_stats, max_pixels=max_pixels, tokenization=tokenization)
     with Digests() as images, Digests() as captions:

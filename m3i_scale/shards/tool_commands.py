@@ -10,7 +10,7 @@ import typer
 
 from m3i_scale.defaults import MAX_CAPTION_BYTES, MAX_IMAGE_PIXELS, MAX_SAMPLE_BYTES
 from m3i_scale.errors import EXIT_USER_ERROR, ConfigError
-from m3i_scale.options import AsJson, writes_to
+from m3i_scale.options import AsJson, choices, writes_to
 from m3i_scale.shards.options import (
     Name,
     Output,
@@ -26,7 +26,9 @@ from m3i_scale.shards.options import (
 from m3i_scale.shards.process_pool import DEFAULT_WORKERS
 from m3i_scale.text import table_lines
 
-MaxPixels = Annotated[int, typer.Option(min=1, help="Larger images are errors, as in data.max_image_pixels.")]
+MaxPixels = Annotated[
+    int, typer.Option(min=1, metavar="N", help="Larger images are errors, as in data.max_image_pixels.")
+]
 
 
 def check(
@@ -40,33 +42,36 @@ def check(
         Path | None, typer.Option(callback=writes_to, help="Write one JSON line per error to this file.")
     ] = None,
     require: Annotated[
-        list[str] | None, typer.Option(help="Extension of a file that every sample must have: txt, cls …")
+        list[str] | None,
+        typer.Option(metavar="EXT", help="Extension that every sample must have: txt, cls, …; repeat for several."),
     ] = None,
-    classes: Annotated[int | None, typer.Option(min=1, help="Number of classes; default: from labels.json.")] = None,
+    classes: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Number of classes. Default: from labels.json.")
+    ] = None,
     keys_per_shard: Annotated[
         bool, typer.Option("--keys-per-shard", help="Keys are unique only within a shard.")
     ] = False,
     headers_only: Annotated[bool, typer.Option("--headers-only", help="Do not decode images: much faster.")] = False,
     max_image_pixels: MaxPixels = MAX_IMAGE_PIXELS,
     max_caption_bytes: Annotated[
-        int, typer.Option(min=1, help="Larger captions are errors, as in data.max_caption_bytes.")
+        int, typer.Option(min=1, metavar="N", help="Larger captions are errors, as in data.max_caption_bytes.")
     ] = MAX_CAPTION_BYTES,
     max_sample_bytes: Annotated[
-        int, typer.Option(min=1, help="Larger samples are errors, as in data.max_sample_bytes.")
+        int, typer.Option(min=1, metavar="N", help="Larger samples are errors, as in data.max_sample_bytes.")
     ] = MAX_SAMPLE_BYTES,
     workers: Workers = DEFAULT_WORKERS,
     as_json: AsJson = False,
 ) -> None:
-    """Validate every file of every sample.
+    """Validate every file of every sample. Nothing is changed.
 
-    Exits with code 2 if there are errors; changes nothing.
+    Exit with code 2 if there are errors.
     """
     from m3i_scale.shards.check import Rules, check_shards
     from m3i_scale.shards.folder import atomic_folder, check_output_is_new
     from m3i_scale.shards.rearrange import repair
 
     if link and repair_to is None:
-        raise ConfigError("--link does nothing without --repair", fix="add --repair FOLDER")
+        raise ConfigError("--link has no effect without --repair", fix="add --repair FOLDER, or leave out --link")
     if repair_to is not None:
         check_output_is_new(repair_to)
     rules = Rules(
@@ -129,10 +134,10 @@ def split(
     options: ShardOptions,
     name: Name = "images",
     shares: Annotated[
-        str | None, typer.Option(help="Fractions of samples by split, drawn by a hash of the key: train=0.95,val=0.05")
+        str | None, typer.Option(metavar="SPLITS", help="Fractions by split, e.g. train=0.95,val=0.05.")
     ] = None,
     group: Annotated[
-        str | None, typer.Option(help="JSON field; samples with the same value stay in one split.")
+        str | None, typer.Option(metavar="FIELD", help="JSON field; samples with the same value stay in one split.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -154,12 +159,15 @@ def split(
 
 @takes_sizes
 def merge(
-    sources: Annotated[list[str], typer.Argument(help="Folders, brace patterns or single tars.")],
+    sources: Annotated[list[str], typer.Argument(help="Folders of shards, brace patterns, or .tar files.")],
     output: Output,
     options: ShardOptions,
     name: Name = "images",
     keys: Annotated[
-        str, typer.Option(help="refuse duplicate keys, or prefix all with dataset index and shard name")
+        str,
+        typer.Option(
+            **choices("refuse", "prefix"), help="Duplicate keys are errors, or all keys get the dataset as prefix."
+        ),
     ] = "refuse",
     as_json: AsJson = False,
 ) -> None:

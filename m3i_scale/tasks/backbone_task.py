@@ -39,7 +39,7 @@ class BackboneTask(Task):
             raise ConfigError(
                 f"dcn_lr has no effect: a {model.model_type} has no deformable convolutions",
                 where=f"task.dcn_lr: {self.dcn_lr:g}",
-                fix="leave it out, or take an InternImage",
+                fix="leave it out, or use an InternImage",
             )
 
     def check_classes(self, label_sets: dict[str, list[str]]) -> None:
@@ -47,10 +47,10 @@ class BackboneTask(Task):
         if len(label_sets) > 1:
             several = ", ".join(f"{name} ({len(names)} classes)" for name, names in label_sets.items())
             raise ConfigError(
-                f"a {self.model} has one list of classes, and the datasets have {several}",
+                f"a {self.model} has one class list, but the datasets have {several}",
                 where="data.datasets",
-                fix=f"equal {self.labels_file} become one by data.datasets.NAME.label_set"
-                + ("" if self.dense else "; data.datasets.NAME.labels=false leaves a list out"),
+                fix=f"set one data.datasets.NAME.label_set for datasets with equal {self.labels_file}"
+                + ("" if self.dense else ", or data.datasets.NAME.labels=false to leave a list out"),
             )
 
     def prepare(self, objective: Objective, classes: int, erasing: float = 0.0) -> None:
@@ -82,10 +82,10 @@ def _check_family(run: RunConfig, config: VisionConfig) -> None:
     family = "internimage" if _is_internimage(config) else "transformer"
     if family != protocol.family:
         raise ConfigError(
-            f"the protocol is for {_FAMILIES[protocol.family]}, and the backbone is {_FAMILIES[family]}",
+            f"the protocol is for {_FAMILIES[protocol.family]}, but the backbone is {_FAMILIES[family]}",
             where=f"backbone: {backbone.from_pretrained or backbone.preset or DEFAULT_PRESET}",
-            why="learning rates by layer and their decay are those of another model",
-            fix="take a protocol for it, or the default one of `finetune`, which is for any",
+            why="its learning rates per layer fit only that family",
+            fix="use a protocol for this backbone, or the default of `finetune`, which fits all",
         )
 
 
@@ -115,24 +115,25 @@ def check_last_layer(out_layers: tuple[int, ...] | None, model: VisionConfig) ->
     last, depth = out_layers[-1], model.num_hidden_layers
     if last < depth:
         raise ConfigError(
-            f"the backbone has {depth} layers, and the last layer that the head reads is {last}",
+            f"the head must read the last layer of the backbone, {depth}, but the last in task.head.out_layers is "
+            f"{last}",
             where=f"task.head.out_layers: {list(out_layers)}",
             why=f"layers {last + 1} to {depth} would be computed and exported without effect",
-            fix="task.head.out_layers=null reads layers from the whole depth, the last one among them",
+            fix="set task.head.out_layers=null, which selects layers over the full depth, including the last",
         )
 
 
 def _check_frozen(run: RunConfig) -> None:
     if run.backbone.from_pretrained is None:
         raise ConfigError(
-            "the backbone is frozen at random weights",
+            "a frozen backbone needs pretrained weights, but backbone.from_pretrained is not set",
             where="task.freeze",
-            why="a head on features that nothing was trained for measures nothing",
-            fix="backbone.from_pretrained=/data/first-export, or task.freeze=false",
+            why="features of random weights measure nothing",
+            fix="set backbone.from_pretrained=/data/first-export, or task.freeze=false",
         )
     if run.backbone.activation_checkpointing != "none":
         raise ConfigError(
-            "`activation_checkpointing` has no effect: it is for layers that are trained, and the backbone is frozen",
+            "`activation_checkpointing` has no effect on a frozen backbone",
             where="backbone.activation_checkpointing",
             fix="leave it out",
         )

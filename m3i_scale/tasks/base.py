@@ -46,7 +46,7 @@ class Task(Kind):
     """Freeze the backbone in evaluation mode and train only the heads."""
     layer_decay: float = Field(default=1.0, gt=0, le=1)
     """Layer-wise learning-rate decay: each backbone layer's rate is this factor times the next layer's
-    (docs/downstream.md)."""
+    (docs/guides/fine-tune-classification.md)."""
     dcn_lr: float = Field(default=1.0, gt=0)
     """InternImage: additional LR multiplier for the offsets of deformable convolutions (`DCN_LR_MUL`)."""
     drop_path: float = Field(default=0.0, ge=0, lt=1)

@@ -139,7 +139,7 @@ def _check_labels(labels: Counter[int], data: Labelled, tell: Callable[[str], No
     present = [index for index in range(len(data.classes)) if labels[index]]
     if len(present) == 1:
         raise ConfigError(
-            f"all labels for training are of one class, '{data.classes[present[0]]}'",
+            f"training data must have two classes or more, but all labels are '{data.classes[present[0]]}'",
             where=f"--data {data.train}",
             why="any model predicts a single class perfectly",
             fix="add images of other classes",
@@ -180,8 +180,8 @@ def _check_overlap(
         tell(f"warning: {what}: {listed(examples, _EXAMPLES)}; the result is too high")
         return
     raise ConfigError(
-        f"{what}, and at most {LARGEST_OVERLAP:.0%} may be",
+        f"{what}; the maximum is {LARGEST_OVERLAP:.0%}",
         where=f"--data {data.validation}: {listed(examples, _EXAMPLES)}",
-        why="the result would say how well the model remembers",
+        why="the result would measure memorization",
         fix="remove them from one split",
     )

@@ -19,11 +19,11 @@ from m3i_scale.checkpoint.layout import MANIFEST
 from m3i_scale.config import BackboneConfig, OptimConfig, RunConfig, load_run
 from m3i_scale.data.mixing import check_shares
 from m3i_scale.errors import ConfigError, ExportError
-from m3i_scale.export.export import export
-from m3i_scale.export.push import PROVENANCE
-from m3i_scale.export.source import Source, find_source
-from m3i_scale.export.write import ExportContents, plan_parts
-from m3i_scale.export.write import Task as ExportTask
+from m3i_scale.exports.export import export
+from m3i_scale.exports.push import PROVENANCE
+from m3i_scale.exports.source import Source, find_source
+from m3i_scale.exports.write import ExportContents, plan_parts
+from m3i_scale.exports.write import Task as ExportTask
 from m3i_scale.files import atomic_dir, read_json, sha256_of, sha256_of_json
 from m3i_scale.host.output_dir import check_output_dir, is_run_folder, lock_directory
 from m3i_scale.objective.build import initialize_module
@@ -90,14 +90,16 @@ def prepare(
     task = run.task
     if task is None or task.kind != kind:
         raise ConfigError(
-            f"the protocol is not for {kind}", where=f"--protocol {protocol}", fix=f"one with task: {{kind: {kind}}}"
+            f"the protocol is not for {kind}",
+            where=f"--protocol {protocol}",
+            fix=f"use a protocol with task: {{kind: {kind}}}",
         )
     packed, index = shards or run.output_dir / "shards", run.output_dir / "index"
     data = find_labelled(folder, packed, index, task.labels_file, subset=subset, skip_bad=skip_bad)
     for option, given in (("--shards", shards is not None), ("--skip-bad", skip_bad)):
         if given and not data.train.is_relative_to(packed):
             raise ConfigError(
-                f"{option} has no effect: the data are in shards", where=f"--data {folder}", fix="leave it out"
+                f"{option} has no effect: the data are shards", where=f"--data {folder}", fix="leave it out"
             )
     _check_boxes(task, data)
     first_weights = _exported(start, run.output_dir)
@@ -120,7 +122,8 @@ def resolve_finetuning(run: RunConfig, data: Labelled, *, here: bool) -> Resolve
     """Validate the complete config, even if the shards do not exist yet."""
     if data.source is None:
         return resolve_run(run, 1, here=here)
-    facts = DataFacts(run, {TRAIN: data.classes})
+    datasets = (*run.data.datasets.values(), *run.data.validation.values())
+    facts = DataFacts(run, {TRAIN: data.classes}, unpacked=frozenset(dataset.path for dataset in datasets))
     if data.categories is not None and data.categories.format == "lvis":
         facts.image_counts = [category.image_count or 0 for category in data.categories.categories]
     return resolve_run(run, 1, here=here, unpacked=facts)
@@ -148,11 +151,11 @@ def _export_task(run: RunConfig, task: Task, classes: list[str]) -> ExportTask:
         return cast(ExportTask, task.kind)
     for field, value in ((field, value) for field, values in task.exportable.items() for value in values):
         if _refusal(run, task.model_copy(update={field: value}), classes) is None:
-            install = "" if find_spec("timm") is not None else "pip install 'm3i-scale[timm]', or "
+            install = "" if find_spec("timm") is not None else "run `pip install 'm3i-scale[timm]'`, or "
             raise ConfigError(
-                f"the result could not be exported as a {task.model}: {refusal.what}",
+                f"the result cannot be exported as a {task.model}: {refusal.what}",
                 where=f"task.{field}: {getattr(task, field)}",
-                fix=f"{install}task.{field}={value}",
+                fix=f"{install}set task.{field}={value}",
             )
     return "features"
 
@@ -169,13 +172,18 @@ def _refusal(run: RunConfig, task: Task, classes: list[str]) -> ExportError | No
 
 def _check_image_count(run: RunConfig, data: Labelled) -> None:
     check_shares(run.data, micro_batch_size=run.optim.micro_batch_size, world_size=1)
+    check_streams(run, data.read)
+
+
+def check_streams(run: RunConfig, images: int) -> None:
+    """Check that each stream has an image."""
     streams, batch = run.data.streams, run.optim.micro_batch_size
-    if data.read < streams:
-        most = max(number for number in range(1, max(data.read, 1) + 1) if batch % number == 0)
+    if images < streams:
+        most = max(number for number in range(1, max(images, 1) + 1) if batch % number == 0)
         raise ConfigError(
-            f"{data.read} images for training cannot be dealt to {streams} streams",
+            f"data.streams must be at most {most} for {images} training images, got {streams}",
             where=f"data.streams: {streams}",
-            fix=f"data.streams={most}",
+            fix=f"set data.streams={most}",
         )
 
 
@@ -187,9 +195,9 @@ def _check_boxes(task: Task, data: Labelled) -> None:
     if parse_recipe(task.recipe()).reads == "boxes_and_masks" and data.without_mask != "none":
         without = "no object has" if data.without_mask == "all" else "some objects do not have"
         raise ConfigError(
-            f"the head learns masks, and {without} one",
+            f"the head predicts masks, but {without} one",
             where="task.head.masks",
-            fix="task.head.masks=false",
+            fix="set task.head.masks=false",
         )
 
 
@@ -197,10 +205,10 @@ def _check_one_rank(protocol: str) -> None:
     adopt_rank_variables(os.environ)
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise ConfigError(
-            "`finetune` packs, trains and measures in one process, and a launcher has started several",
+            "`finetune` runs in one process, but a launcher started several",
             where=f"WORLD_SIZE={os.environ['WORLD_SIZE']}",
-            fix=f"m3i-scale launch {protocol} --with deepspeed backbone.from_pretrained=EXPORT "
-            "data.datasets.train.path=DIR/train",
+            fix=f"run `m3i-scale launch {protocol} --with deepspeed backbone.from_pretrained=EXPORT "
+            "data.datasets.train.path=DIR/train`",
         )
 
 
@@ -230,7 +238,7 @@ def _check_not_computed(overrides: list[str]) -> None:
             raise ConfigError(
                 f"{key} has no effect: `finetune` takes it from {_COMPUTED[taken]}",
                 where=override,
-                fix="leave it out, or train a run file with a task by `m3i-scale train`",
+                fix="leave it out, or train a config file with a task by `m3i-scale train`",
             )
 
 
@@ -255,7 +263,9 @@ def _length(
     with contextlib.suppress(ValueError):  # invalid numbers are reported with the complete config
         steps = int(given.get("optim.steps", steps))
     if epochs is not None and "optim.steps" in given:
-        raise ConfigError("--epochs has no effect beside optim.steps", where="optim.steps", fix="leave one of them out")
+        raise ConfigError(
+            "--epochs cannot be combined with optim.steps", where="optim.steps", fix="leave out one of them"
+        )
     computed = []
     if "optim.steps" not in given:
         if epochs is not None:

@@ -11,47 +11,57 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 import typer
 
 from m3i_scale.errors import EXIT_PREEMPTED, ConfigError
-from m3i_scale.options import AsJson, Command, Overrides, expanded, writes_to
+from m3i_scale.options import AsJson, Command, Overrides, choices, expanded, writes_to
 from m3i_scale.output import leave_out_accelerator_warning, print_json, wide_console
 
 if TYPE_CHECKING:
     from m3i_scale.tasks.finetune_result import FineTuning
     from m3i_scale.tasks.subset import Subset
 
-finetune_app = typer.Typer(no_args_is_help=True, help="Fine-tune an export with a published protocol, and evaluate it.")
+finetune_app = typer.Typer(no_args_is_help=True, help="Fine-tune a model with a published protocol, and evaluate it.")
 
 
 @dataclass(frozen=True)
 class FineTuneOptions:
     """Options of the commands of all tasks."""
 
-    start: Annotated[str, typer.Argument(metavar="EXPORT", help="A folder, or any of backbone.from_pretrained.")]
-    data: Annotated[Path, typer.Option(help="Images with labels, masks or boxes; see above.")]
+    start: Annotated[
+        str,
+        typer.Argument(metavar="EXPORT", help="Exported folder, or pretrained weights as in backbone.from_pretrained."),
+    ]
+    data: Annotated[Path, typer.Option(help="Images with annotations; see above.")]
     overrides: Overrides = None
-    protocol: Annotated[str | None, typer.Option(help="A built-in protocol, or a config file with a task.")] = None
+    protocol: Annotated[
+        str | None, typer.Option(metavar="RUN", help="Built-in protocol, or config file with a task.")
+    ] = None
     epochs: Annotated[
-        int | None, typer.Option(min=1, help="Epochs over the training images; default: the protocol's length.")
+        int | None, typer.Option(min=1, metavar="N", help="Training epochs; default: those of the protocol.")
     ] = None
     shards: Annotated[
         Path | None,
-        typer.Option(callback=writes_to, help="Folder for the packed images; default: output_dir/shards."),
+        typer.Option(callback=writes_to, help="Folder for the packed images. Default: output_dir/shards."),
     ] = None
-    per_class: Annotated[int | None, typer.Option(min=1, help="Number of training images per class (few-shot).")] = None
+    per_class: Annotated[int | None, typer.Option(min=1, metavar="N", help="Train on N images per class.")] = None
     share: Annotated[
         float | None,
-        typer.Option(help="Fraction of the training images per class, at least one; for masks and boxes, of all."),
+        typer.Option(
+            metavar="X", help="Train on this fraction of the images, of each class if there are class labels."
+        ),
     ] = None
-    subset_seed: Annotated[int | None, typer.Option(min=0, help="Seed of the subset; default: 0.")] = None
+    subset_seed: Annotated[int | None, typer.Option(min=0, metavar="N", help="Seed of the subset; default: 0.")] = None
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Skip and count images that cannot be packed.")] = False
     random_weights: Annotated[
         bool,
-        typer.Option("--random-weights", help="Start from random weights of EXPORT's architecture, to compare."),
+        typer.Option("--random-weights", help="Baseline: start from random weights of the same architecture."),
     ] = False
     dry_run: Annotated[
         bool,
-        typer.Option("--dry-run", help="Only print protocol, deviations, steps, and memory and hours on one device."),
+        typer.Option("--dry-run", help="Only print protocol, deviations, and the estimated memory and time."),
     ] = False
-    hardware: Annotated[str | None, typer.Option(help="Device for --dry-run: h100, a100 or cpu; default: h100.")] = None
+    hardware: Annotated[
+        str | None,
+        typer.Option(**choices("h100", "a100", "cpu"), help="Device for --dry-run; default: the one of this machine."),
+    ] = None
     as_json: AsJson = False
 
     def subset(self) -> Subset | None:
@@ -61,18 +71,18 @@ class FineTuneOptions:
         if self.per_class is None and self.share is None:
             if self.subset_seed is not None:
                 raise ConfigError(
-                    "--subset-seed has no effect: all images are taken",
+                    "--subset-seed has no effect without --share or --per-class",
                     where=f"--subset-seed {self.subset_seed}",
-                    fix="leave it out, or give --share",
+                    fix="leave it out, or add --share",
                 )
             return None
         if self.per_class is not None and self.share is not None:
             raise ConfigError(
-                "--per-class and --share both say how many images are taken", where="--share", fix="leave one out"
+                "--per-class cannot be combined with --share", where="--share", fix="leave out one of them"
             )
         if self.share is not None and not 0 < self.share < 1:
             raise ConfigError(
-                f"{self.share:g} is no share of the images: above 0, below 1", where="--share", fix="--share 0.1"
+                f"--share must be > 0 and < 1, got {self.share:g}", where="--share", fix="use e.g. --share 0.1"
             )
         return Subset(self.per_class, self.share, self.subset_seed or 0)
 
@@ -82,10 +92,12 @@ class FineTuneOptions:
             leave_out_accelerator_warning()
         elif self.hardware is not None:
             raise ConfigError(
-                "--hardware has no effect without --dry-run", where=f"--hardware {self.hardware}", fix="leave it out"
+                "--hardware has no effect without --dry-run",
+                where=f"--hardware {self.hardware}",
+                fix="leave it out, or add --dry-run",
             )
         from m3i_scale.tasks.finetune import prepare
-        from m3i_scale.tasks.finetune_result import planned, result_lines
+        from m3i_scale.tasks.finetune_result import hardware_here, planned, result_lines
 
         prepared = prepare(
             task,
@@ -100,7 +112,7 @@ class FineTuneOptions:
             skip_bad=self.skip_bad,
             random_weights=self.random_weights,
         )
-        document = planned(prepared, self.hardware or "h100") if self.dry_run else self._measured(prepared)
+        document = planned(prepared, self.hardware or hardware_here()) if self.dry_run else self._measured(prepared)
         if self.as_json:
             print_json(document)
         else:
@@ -108,7 +120,7 @@ class FineTuneOptions:
 
     def _measured(self, prepared: FineTuning) -> dict[str, Any]:
         """Train unless training is finished, then evaluate."""
-        from m3i_scale.evaluate.pictures.hook import make_pictures
+        from m3i_scale.evaluation.pictures.hook import make_pictures
         from m3i_scale.run.preflight import check_before_joining
         from m3i_scale.run.train import print_rank0
         from m3i_scale.run.train import start as train_run
@@ -149,12 +161,12 @@ def _with_options(*without: str) -> Callable[[Command], Command]:
 )
 @_with_options()
 def classification(asked: FineTuneOptions) -> None:
-    """Train a classifier on one device, export it to output_dir/classifier, and evaluate it.
+    """Fine-tune a classifier on one device, export it to output_dir/classifier, and evaluate it.
 
-    Rerun the same command to resume a stopped run. DIR of --data contains train/CLASS/… and val/CLASS/…, or shards
+    Rerun the same command to resume a stopped run. The folder --data contains train/CLASS/… and val/CLASS/…, or shards
     in train and val. Default protocol: finetune.
 
-    Several GPUs or nodes: m3i-scale launch PROTOCOL --with deepspeed … backbone.from_pretrained=EXPORT
+    For several GPUs or nodes: m3i-scale launch PROTOCOL --with deepspeed … backbone.from_pretrained=EXPORT
     data.datasets.train.path=/data/shards/train
     """
     asked.run("classification", "finetune")
@@ -165,12 +177,13 @@ def classification(asked: FineTuneOptions) -> None:
 )
 @_with_options("per_class")
 def segmentation(asked: FineTuneOptions) -> None:
-    """Train a segmenter on one device, export it to output_dir/segmenter, and evaluate it.
+    """Fine-tune a segmenter on one device, export it to output_dir/segmenter, and evaluate it.
 
-    Rerun the same command to resume a stopped run. DIR of --data contains shards with masks in train and val, each with
-    mask_labels.json; train/images, train/masks and the same in val; or ADE20k as published. Default protocol: segment.
+    Rerun the same command to resume a stopped run. The folder --data contains one of:
+    shards with masks in train and val, each with mask_labels.json; images and masks in train/images, train/masks,
+    val/images and val/masks; or ADE20k as published. Default protocol: segment.
 
-    Several GPUs or nodes: m3i-scale launch PROTOCOL --with deepspeed … backbone.from_pretrained=EXPORT
+    For several GPUs or nodes: m3i-scale launch PROTOCOL --with deepspeed … backbone.from_pretrained=EXPORT
     data.datasets.train.path=/data/shards/train
     """
     asked.run("segmentation", "segment")
@@ -181,13 +194,13 @@ def segmentation(asked: FineTuneOptions) -> None:
 )
 @_with_options("per_class")
 def detection(asked: FineTuneOptions) -> None:
-    """Train a detector on one device, export it to output_dir/detector, and evaluate it.
+    """Fine-tune a detector on one device, export it to output_dir/detector, and evaluate it.
 
-    Rerun the same command to resume a stopped run. DIR of --data contains shards with boxes in train and val, each with
-    categories.json; or COCO or LVIS as published, with images in DIR and files in DIR/annotations. --data FILE names
-    the annotation file for training. Default protocol: detect.
+    Rerun the same command to resume a stopped run. The folder --data contains one of:
+    shards with boxes in train and val, each with categories.json; or COCO or LVIS as published, with images and
+    annotations/. --data can also be the annotation file for training. Default protocol: detect.
 
-    Several GPUs or nodes: m3i-scale launch PROTOCOL --with deepspeed … backbone.from_pretrained=EXPORT
+    For several GPUs or nodes: m3i-scale launch PROTOCOL --with deepspeed … backbone.from_pretrained=EXPORT
     data.datasets.train.path=/data/shards/train
     """
     asked.run("detection", "detect")

@@ -12,14 +12,14 @@ from m3i_scale.backbones.internimage import InternImageConfig
 from m3i_scale.config import OptimConfig, RunConfig
 from m3i_scale.engine.deepspeed.resolve import load_ds_config
 from m3i_scale.engine.device import compute_dtype
-from m3i_scale.engine.peak import named_peak
-from m3i_scale.evaluate.commands import evaluate
-from m3i_scale.export.card import render_card
-from m3i_scale.export.export import Weights, export
-from m3i_scale.export.push import PROVENANCE
-from m3i_scale.export.source import find_source
-from m3i_scale.export.write import ExportContents
-from m3i_scale.export.write import Task as ExportTask
+from m3i_scale.engine.peak import device_name, named_peak
+from m3i_scale.evaluation.commands import evaluate
+from m3i_scale.exports.card import render_card
+from m3i_scale.exports.export import Weights, export
+from m3i_scale.exports.push import PROVENANCE
+from m3i_scale.exports.source import find_source
+from m3i_scale.exports.write import ExportContents
+from m3i_scale.exports.write import Task as ExportTask
 from m3i_scale.files import read_json, sha256_of, write_json
 from m3i_scale.options import reading_bar
 from m3i_scale.plan.planning import machine_of
@@ -29,7 +29,7 @@ from m3i_scale.tasks.base import Task
 from m3i_scale.tasks.labelled import Labelled
 from m3i_scale.tasks.subset import Subset
 from m3i_scale.tasks.unpacked import TRAIN
-from m3i_scale.text import GIB, format_differences, listed, redact
+from m3i_scale.text import GIB, duration_text, format_differences, listed, redact
 
 _LISTED_CLASSES = 12
 RESULT, CARD = "finetune.json", "README.md"
@@ -149,6 +149,12 @@ def repeat_threshold(run: RunConfig) -> float | None:
     return run.data.datasets[TRAIN].repeat_threshold if TRAIN in run.data.datasets else None
 
 
+def hardware_here() -> str:
+    """Return the hardware preset of `plan` for this machine's device; GPUs other than an A100 count as an H100."""
+    name = device_name().lower()
+    return "cpu" if name == "cpu" else "a100" if "a100" in name else "h100"
+
+
 def planned(prepared: FineTuning, device: str) -> dict[str, Any]:
     """Estimate the cost of the run on one device (h100, a100 or cpu). `hardware.peak_tflops` overrides its peak."""
     run = prepared.run
@@ -213,6 +219,10 @@ def result_lines(document: dict[str, Any]) -> list[str]:
             lines.append("published: nothing by this protocol")
         elif key == "deviations":
             lines += [f"deviation: {text}" for text in value]
+        elif key == "memory_gib":
+            lines.append(f"memory: {value:.2f} GiB")
+        elif key == "gpu_hours":
+            lines.append(f"time: {duration_text(3600 * value)} on one {document['hardware']}")
         elif key == "class_names":
             lines += data_lines(document)
         elif key == "datasets":

@@ -15,7 +15,8 @@ from m3i_scale.data.shards import CATEGORIES, LABELS, MASK_LABELS, expand_shards
 from m3i_scale.errors import ConfigError
 from m3i_scale.files import read_json
 from m3i_scale.shards.annotation_checks import check_mask_classes
-from m3i_scale.shards.make import SKIPPED, make_shards, summary_lines
+from m3i_scale.shards.digests import INPUT_DIGEST
+from m3i_scale.shards.make import SKIPPED, pack_images
 from m3i_scale.shards.options import ShardOptions
 from m3i_scale.shards.process_pool import DEFAULT_WORKERS
 from m3i_scale.shards.records import Input
@@ -23,7 +24,6 @@ from m3i_scale.tasks.subset import Subset, subset_of_shards
 from m3i_scale.tasks.unpacked import (
     ADE_NAMES,
     BOXES_FIX,
-    DIGEST,
     EVALUATED,
     FIX,
     TRAIN,
@@ -36,13 +36,12 @@ from m3i_scale.tasks.unpacked import (
 )
 
 MASKS_FIX = (
-    "shards with masks, and mask_labels.json beside them, in DIR/train and DIR/val, or in DIR; DIR/train/images and "
-    "DIR/train/masks, and such in DIR/val; or DIR/images/training and DIR/annotations/training, and validation beside"
+    "use shards with masks and mask_labels.json in DIR/train and DIR/val, or in DIR; or DIR/train/images and "
+    "DIR/train/masks, and the same in DIR/val; or DIR/images/training and DIR/annotations/training, and `validation`"
 )
 _FIXES = {LABELS: FIX, MASK_LABELS: MASKS_FIX, CATEGORIES: BOXES_FIX}
 _COUNTED = {LABELS: "with_label", MASK_LABELS: "with_mask", CATEGORIES: "with_instances"}
 """Manifest key for the number of samples with labels, by the file with the class names."""
-_TOLD_EVERY = 50_000
 
 
 @dataclass(frozen=True)
@@ -94,16 +93,8 @@ class Labelled:
             return
         folder = self.train.parent
         tell(f"packing {self.samples} images for training into {folder}, which later starts use again")
-
-        def progress(done: int, total: int) -> None:
-            if done % _TOLD_EVERY == 0:
-                tell(f"packed {done} of {total} images")
-
         options = ShardOptions(workers=DEFAULT_WORKERS, vocabulary=0, skip_bad=skip_bad)
-        summary = make_shards(self.source, folder, options=options, progress=progress, every_class=self.every_class)
-        counted = {name: value for name, value in summary.items() if name not in ("annotations", "mask_pixels")}
-        for line in summary_lines(counted, folder):  # the others are printed together with counts of existing shards
-            tell(line)
+        pack_images(self.source, folder, tell, options=options, every_class=self.every_class)
 
 
 def find_labelled(
@@ -140,7 +131,7 @@ def _find(folder: Path, packed: Path, cache: Path, file: str, *, subset: Subset 
         annotated = annotated_images(folder, skip_bad=skip_bad)
         return _to_pack(packed, annotated if subset is None else subset.of(annotated))
     if not folder.is_dir():
-        raise ConfigError("there is no such folder", where=f"--data {folder}", fix=_FIXES[file])
+        raise ConfigError("no such folder", where=f"--data {folder}", fix=_FIXES[file])
     train, evaluated = _split(folder, TRAINED), _split(folder, EVALUATED)
     if train is None and any(folder.glob("*.tar")):
         train, evaluated = folder, None
@@ -162,7 +153,7 @@ def _find(folder: Path, packed: Path, cache: Path, file: str, *, subset: Subset 
 
 
 def _without_train(evaluated: Path, fix: str) -> ConfigError:
-    return ConfigError(f"'{evaluated.name}' has no '{TRAIN}' beside it", where=f"--data {evaluated.parent}", fix=fix)
+    return ConfigError(f"'{evaluated.name}' has no '{TRAIN}' next to it", where=f"--data {evaluated.parent}", fix=fix)
 
 
 def _places(train: Path, evaluated: Path | None) -> dict[str, Path]:
@@ -179,9 +170,7 @@ def _mask_places(folder: Path, train: Path | None, evaluated: Path | None) -> di
     if train is None and evaluated is not None:
         raise _without_train(evaluated, MASKS_FIX)
     if train is None:
-        raise ConfigError(
-            "there are neither shards nor folders of images and masks", where=f"--data {folder}", fix=MASKS_FIX
-        )
+        raise ConfigError("no shards and no folders of images and masks", where=f"--data {folder}", fix=MASKS_FIX)
     return {
         split: (place, masks / place.name) if together else (place / "images", place / "masks")
         for split, place in _places(train, evaluated).items()
@@ -193,10 +182,10 @@ def _mask_names(folder: Path) -> Path:
         if (folder / name).is_file():
             return folder / name
     raise ConfigError(
-        "nothing names the classes of the masks",
+        "no class names for the masks",
         where=f"--data {folder}",
-        fix=f"put {MASK_LABELS} there, a list of class names in the order of the masks' numbers, from 0 on; or, where "
-        f"0 is no class, the {ADE_NAMES} of ADE20k",
+        fix=f"put {MASK_LABELS} there, a list of class names in the order of the mask values, from 0 on; or, if 0 is "
+        f"not a class, the {ADE_NAMES} of ADE20k",
     )
 
 
@@ -216,9 +205,7 @@ def _shards(train: Path, validation: Path | None, cache: Path, file: str) -> Lab
     index = load_index(expand_shards(str(train), "--data"), cache)
     read, labelled = sum(map(len, index)), _labelled(train, {one.path.name for one in index}, file)
     if labelled == 0:
-        raise ConfigError(
-            "no sample for training has a class", where=f"--data {train}: manifest.json", fix=_FIXES[file]
-        )
+        raise ConfigError("no training sample has a class", where=f"--data {train}: manifest.json", fix=_FIXES[file])
     samples, unlabelled = (read, None) if labelled is None else (labelled, read - labelled)
     given = Labelled(train, validation, classes, samples, unlabelled, evaluated=evaluated)
     if file != CATEGORIES:
@@ -234,15 +221,13 @@ def _find_classes(folder: Path, file: str) -> list[str]:
             MASK_LABELS: f"put {file} there, a list of class names in the order of the masks' numbers",
             CATEGORIES: "m3i-scale shards make coco",
         }
-        raise ConfigError(
-            f"the shards have no classes: {file} beside them names them", where=f"--data {folder}", fix=makes[file]
-        )
+        raise ConfigError(f"the shards have no {file} with the classes", where=f"--data {folder}", fix=makes[file])
     if file == MASK_LABELS:
         check_mask_classes(classes, str(folder / file))
     return classes
 
 
-def _manifest(train: Path) -> dict[str, Any]:
+def read_manifest(train: Path) -> dict[str, Any]:
     """Return the manifest of shards. Shards of other tools have none."""
     try:
         found = read_json(train / "manifest.json")
@@ -254,7 +239,7 @@ def _manifest(train: Path) -> dict[str, Any]:
 def _labelled(train: Path, shards: set[str], file: str) -> int | None:
     """Return the number of labeled samples from the manifest; None if it is missing or covers other shards."""
     try:
-        counts = _manifest(train)["shards"]
+        counts = read_manifest(train)["shards"]
         if {*counts} != shards:
             return None
         return sum(int(counts[name][_COUNTED[file]]) for name in shards)
@@ -264,7 +249,7 @@ def _labelled(train: Path, shards: set[str], file: str) -> int | None:
 
 def _annotations(train: Path) -> dict[str, dict[str, int]] | None:
     try:
-        counts = _manifest(train)["annotations"]
+        counts = read_manifest(train)["annotations"]
         return {str(file): {str(name): int(count) for name, count in of.items()} for file, of in counts.items()}
     except (ValueError, KeyError, TypeError, AttributeError):
         return None
@@ -274,12 +259,12 @@ def _to_pack(packed: Path, found: Unpacked) -> Labelled:
     validation = packed / found.splits[1] if len(found.splits) > 1 else None
     source: Input | None = found.source
     if packed.is_file() or (packed.is_dir() and any(packed.iterdir())):
-        if _manifest(packed / TRAIN).get(DIGEST) != found.digest:
+        if read_manifest(packed / TRAIN).get(INPUT_DIGEST) != found.digest:
             raise ConfigError(
-                "the shards there are of other data",
+                "the existing shards are of other data",
                 where=str(packed),
-                why="files of --data have changed since, by name or size; or they are of another subset",
-                fix="remove them, or give another folder with --shards or output_dir",
+                why="files of --data changed since, by name or size; or the subset is different",
+                fix="remove them, or use another folder with --shards or output_dir",
             )
         source = None
     categories, train = found.source.categories, packed / TRAIN

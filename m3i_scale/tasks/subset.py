@@ -17,6 +17,7 @@ from m3i_scale.data.samples import read_label
 from m3i_scale.data.shards import CATEGORIES, LABELS, MASK_LABELS
 from m3i_scale.data.tar import RawSample
 from m3i_scale.errors import ConfigError
+from m3i_scale.shards.digests import INPUT_DIGEST, digest_of_files
 from m3i_scale.shards.existing_shards import (
     Origin,
     ShardInput,
@@ -27,7 +28,7 @@ from m3i_scale.shards.existing_shards import (
     valid_shard,
 )
 from m3i_scale.shards.records import ListedInput, Record, annotations_of, hash_of
-from m3i_scale.tasks.unpacked import DIGEST, TRAIN, Unpacked, digest_of
+from m3i_scale.tasks.unpacked import TRAIN, Unpacked
 from m3i_scale.text import listed
 
 MEMBERS = {LABELS: "cls", MASK_LABELS: MASK, CATEGORIES: INSTANCES}
@@ -61,7 +62,7 @@ class Subset:
                 f"{len(short)} classes have fewer images for training: {listed(short, 4)}",
                 where=f"--per-class {self.per_class}",
                 why=f"the smallest has {min(map(len, keys.values()))}",
-                fix=f"--per-class {min(map(len, keys.values()))} or less, or --share",
+                fix=f"use --per-class {min(map(len, keys.values()))} or less, or --share",
             )
         purpose = f"subset/{self.seed}"
         return {
@@ -77,9 +78,13 @@ class Subset:
         """Return the input restricted to the subset; all evaluation images remain."""
         keys = self.choose(found.classes)
         classes = {key: name for key, name in found.classes.items() if key in keys}
-        digest, source = digest_of([(found.digest, 0), *((key, 0) for key in keys)]), found.source
+        digest, source = digest_of_files([(found.digest, 0), *((key, 0) for key in keys)]), found.source
         records = [record for record in source.records() if record.split not in (None, TRAIN) or record.key in keys]
-        about = source.info() | {"mask_labels": source.mask_labels, "categories": source.categories, DIGEST: digest}
+        about = source.info() | {
+            "mask_labels": source.mask_labels,
+            "categories": source.categories,
+            INPUT_DIGEST: digest,
+        }
         return replace(found, source=ListedInput(records, source.labels, **about), classes=classes, is_subset=True)
 
 
@@ -107,7 +112,7 @@ def subset_of_shards(subset: Subset, train: Path, classes: list[str], file: str)
     if file == CATEGORIES:
         categories = shard_categories(train)
     files = [(origin.path.name, origin.path.stat().st_size) for origin in origins]
-    about = {"categories": categories, DIGEST: digest_of([*files, *((key, 0) for key in keys)])}
+    about = {"categories": categories, INPUT_DIGEST: digest_of_files([*files, *((key, 0) for key in keys)])}
     source = _ShardSubset(origins, keys, labels, mask_labels=mask_labels, **about)
     chosen = {key: name for key, name in found.items() if key in keys}
     return Unpacked(source, [TRAIN], chosen, is_subset=True)

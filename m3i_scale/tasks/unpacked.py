@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from m3i_scale.errors import ConfigError, DataError
 from m3i_scale.shards.coco import annotation_files, coco_input, split_of
+from m3i_scale.shards.digests import INPUT_DIGEST, digest_of_files
 from m3i_scale.shards.encode_image import FILE_EXTENSIONS
-from m3i_scale.shards.image_folders import imagefolder_input, masks_input, read_mask_labels
+from m3i_scale.shards.image_folders import check_class_folders, imagefolder_input, masks_input, read_mask_labels
 from m3i_scale.shards.records import Input, ListedInput, Record
 from m3i_scale.text import listed
 
-DIGEST = "input_sha256"
-"""Key of the input's digest in manifest.json."""
 TRAIN = "train"
 TRAINED = (TRAIN, "training")
 EVALUATED = ("val", "validation", "valid", "dev", "test", "testing", "eval")
@@ -54,7 +52,7 @@ class Unpacked:
     @property
     def digest(self) -> str:
         """Return the digest of everything that goes into the shards."""
-        return str(self.source.info()[DIGEST])
+        return str(self.source.info()[INPUT_DIGEST])
 
 
 def image_folders(places: dict[str, Path]) -> Unpacked:
@@ -68,7 +66,7 @@ def image_folders(places: dict[str, Path]) -> Unpacked:
         if not names or loose is not None:
             what = "there are no folders of classes" if loose is None else "an image lies in no folder of a class"
             raise ConfigError(what, where=f"--data {loose or place}", fix=FIX)
-        _check_names(place, names)
+        check_class_folders(place, names, f"--data {place}")
         _check_layout(place, names)
         of_split = imagefolder_input(place, "none", "classes")
         if split == TRAIN:
@@ -84,7 +82,7 @@ def image_folders(places: dict[str, Path]) -> Unpacked:
     trained = {
         record.key: names[record.label] for record in records if record.split == TRAIN and record.label is not None
     }
-    images = ListedInput(records, names, source="imagefolder", **{DIGEST: digest_of(files)})
+    images = ListedInput(records, names, source="imagefolder", **{INPUT_DIGEST: digest_of_files(files)})
     return Unpacked(images, list(places), trained, len(records) - len(trained))
 
 
@@ -106,7 +104,11 @@ def mask_folders(places: dict[str, tuple[Path, Path]], names: Path, *, skip_bad:
     numbered = [(f"{number} {name}", int(reduce_zero_label)) for number, name in enumerate(labels)]
     usable = [record for record in records if record.problem is None]
     trained = {record.key: "" for record in usable if record.split == TRAIN}
-    about = {"source": "masks", "reduce_zero_label": reduce_zero_label, DIGEST: digest_of([*files, *numbered])}
+    about = {
+        "source": "masks",
+        "reduce_zero_label": reduce_zero_label,
+        INPUT_DIGEST: digest_of_files([*files, *numbered]),
+    }
     source = ListedInput(records, [], mask_labels=labels, **about)
     return Unpacked(source, list(places), trained, len(usable) - len(trained))
 
@@ -131,7 +133,9 @@ def annotated_images(given: Path, *, skip_bad: bool) -> Unpacked:
         if of_file["annotations"] <= of_file["crowds"]:
             purpose = "training" if file == train else "evaluation"
             raise ConfigError(f"no object is annotated for {purpose}", where=f"--data {file}", fix=BOXES_FIX)
-    source = ListedInput(records, [], categories=found.categories, **found.info() | {DIGEST: digest_of(sizes)})
+    source = ListedInput(
+        records, [], categories=found.categories, **found.info() | {INPUT_DIGEST: digest_of_files(sizes)}
+    )
     return Unpacked(source, list(files), trained, len(usable) - len(trained))
 
 
@@ -177,23 +181,6 @@ def _without_split(file: Path) -> tuple[str, str]:
     return before, after
 
 
-def _check_names(place: Path, names: list[str]) -> None:
-    links = [name for name in names if (place / name).is_symlink()]
-    if links:
-        raise ConfigError(
-            f"folders of classes are links, which are not followed: {listed(links, 4)}",
-            where=f"--data {place}",
-            fix="give the folders themselves",
-        )
-    unreadable = [name for name in names if name != name.encode(errors="replace").decode()]
-    if unreadable:
-        raise ConfigError(
-            f"class names must be UTF-8, got {unreadable[0].encode(errors='backslashreplace').decode()}",
-            where=f"--data {place}",
-            fix="rename the folder",
-        )
-
-
 def _check_layout(place: Path, names: list[str]) -> None:
     """Raise an error for folder layouts of segmentation or detection data, and for unknown split names."""
     folded = [name.casefold() for name in names]
@@ -209,14 +196,6 @@ def _check_layout(place: Path, names: list[str]) -> None:
         fix="m3i-scale finetune segmentation for masks, or finetune detection for boxes; for classes: "
         f"{FIX.partition('; shards')[0]}",
     )
-
-
-def digest_of(files: Iterable[tuple[str, int]]) -> str:
-    """Return a digest of names and sizes."""
-    digest = hashlib.sha256()
-    for name, size in sorted(files):
-        digest.update(f"{name}\0{size}\n".encode(errors="surrogateescape"))
-    return digest.hexdigest()
 
 
 def _check_not_empty(names: list[str], where: str) -> None:

@@ -251,7 +251,7 @@ FAULTS = {
     "unknown preset": (BackboneConfig(preset="vit-x/16"), "backbone.preset"),
     "unknown field": (small(hiden_size=8), "backbone.config"),
     "patch": (small(patch_size=7), "backbone.config"),
-    "heads": (small(num_attention_heads=3), "backbone.config"),
+    "heads": (small(num_attention_heads=3), "backbone.config.hidden_size"),
     "no registers": (
         BackboneConfig(preset="dinov3-s/16", config=SMALL | {"num_register_tokens": 0}),
         "backbone.config.num_register_tokens",
@@ -270,7 +270,7 @@ FAULTS = {
     ),
     "drawn coordinates": (
         BackboneConfig(preset="dinov3-s/16", config={"pos_embed_rescale": 2.0}),
-        "backbone.config.pos_embed_rescale: 2.0",
+        "backbone.config.pos_embed_rescale",
     ),
     "siglip's head": (
         BackboneConfig(preset="siglip-b/16", config={"vision_use_head": True}),

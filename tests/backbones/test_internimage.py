@@ -385,9 +385,9 @@ FAULTS = {
     "no kernel": ({"dw_kernel_size": 0}, "dw_kernel_size must be odd"),
     "no depth": ({"depths": [1, 0, 1, 1]}, "must be at least 1"),
     "idle norm": ({"level2_post_norm": True}, "level2_post_norm has no effect without"),
-    "size": ({"image_size": 48}, "the stride of the last stage, 32, does not divide image size 48"),
-    "fusion": ({"fusion_width": None}, "dense targets need the map of stride 16"),
-    "field": ({"hidden_size": 8}, "InternImage has no field 'hidden_size'"),
+    "size": ({"image_size": 48}, "must be a multiple of the stride of the last stage, 32, got 48"),
+    "fusion": ({"fusion_width": None}, "'fusion_width' must be a multiple of 4"),
+    "field": ({"hidden_size": 8}, "'hidden_size' of InternImage"),
 }
 
 

@@ -148,7 +148,7 @@ def test_positions_of_another_grid_than_the_configuration_says(tmp_path: Path) -
     with pytest.raises(ConfigError) as caught:
         planned(folder)
     assert caught.value.where == "backbone.from_pretrained"
-    assert "24 places" in caught.value.what
+    assert "24 positions" in caught.value.what
 
 
 def test_a_bare_file_says_that_its_norms_are_assumed_to_come_first(tmp_path: Path) -> None:
@@ -283,7 +283,7 @@ REFUSED = {
         r"are missing, e.g. .*_proj.bias",
     ),
     "norm behind the pooling": (refused_timm(global_pool="avg"), "its tokens pass no norm after the last layer"),
-    "norms of queries": (refused_timm(qk_norm=True), "it normalises queries and keys"),
+    "norms of queries": (refused_timm(qk_norm=True), "it normalizes queries and keys"),
     "rotary": (refused_timm(architecture="eva02_tiny_patch14_224", img_size=32), "rotates queries and keys"),
     "no transformer": (lambda folder: timm_folder(folder, shaken(_resnet())), "is a ResNet"),
     "odd MLP with LayerScale": (

@@ -119,7 +119,7 @@ def paused(ranks: list[psutil.Process]) -> Iterator[None]:
             rank.resume()
 
 
-def signalled(process: psutil.Process, number: int) -> bool:
+def signaled(process: psutil.Process, number: int) -> bool:
     """Whether the signal waits for a process, or has ended it: Slurm also lets it go on."""
     try:
         lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
@@ -150,7 +150,7 @@ def test_near_its_limit_requeued_by_hand_and_off_a_lost_node_it_stays_one_run(
     job.wait_for_step(1)
     with paused(ranks):  # it would be done before Slurm looks at limits, which it does twice a minute
         cluster.command("scontrol", "update", f"jobid={job.number}", "timelimit=2")
-        cluster.wait(lambda: all(signalled(rank, signal.SIGUSR2) for rank in ranks), job.told, WAIT_S)
+        cluster.wait(lambda: all(signaled(rank, signal.SIGUSR2) for rank in ranks), job.told, WAIT_S)
     job.wait_for_state("PENDING")
     assert job.log().count("Exited with exit code 75") == 2
     assert "has saved: back into the queue" in job.log()

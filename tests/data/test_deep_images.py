@@ -31,14 +31,14 @@ def file_of(pixels, kind):
     return buffer.getvalue()
 
 
-def png(pixels, colour):
+def png(pixels, color):
     """A PNG of sixteen bits a channel, which Pillow does not write."""
 
     def chunk(name, data):
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
-    header = struct.pack(">IIBBBBB", pixels.shape[1], pixels.shape[0], 16, colour, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", pixels.shape[1], pixels.shape[0], 16, color, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 
 
@@ -66,7 +66,7 @@ def tiff(pixels_HWC, photometric=2, extra=0):
 
 
 def grey_tiff(data, bits, white_is=1, sample_format=1):
-    """A TIFF of 32 × 32 grey values, whatever their bits, which side is black, and what they stand for."""
+    """A TIFF of 32 × 32 gray values, whatever their bits, which side is black, and what they stand for."""
     tags = [(256, 32), (257, 32), (258, bits), (259, 1), (262, white_is), (273, 8), (277, 1), (278, 32)]
     tags += [(279, len(data)), (339, sample_format)]
     entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
@@ -90,7 +90,7 @@ def pixels_of(data):
 
 
 PGM = b"P5 32 32 65535\n" + LEVELS.astype(">u2").tobytes()
-GREY = {
+GRAY = {
     "PNG": file_of(LEVELS, "PNG"),
     "TIFF": file_of(LEVELS, "TIFF"),
     "big-endian TIFF": file_of(LEVELS.astype(">u2"), "TIFF"),
@@ -98,19 +98,19 @@ GREY = {
 }
 
 
-@pytest.mark.parametrize("name", GREY)
+@pytest.mark.parametrize("name", GRAY)
 def test_the_upper_eight_of_sixteen_bits_of_grey_are_taken(name):
-    made, extension = encoded_image(GREY[name], name)
+    made, extension = encoded_image(GRAY[name], name)
     assert extension == "png"
     assert np.array_equal(pixels_of(made)[..., 0], EIGHT)
-    with Image.open(io.BytesIO(GREY[name])) as image:  # what Pillow alone would give: nearly all is white
+    with Image.open(io.BytesIO(GRAY[name])) as image:  # what Pillow alone would give: nearly all is white
         assert np.asarray(image.convert("RGB")).mean() > 200 > EIGHT.mean()
 
 
-@pytest.mark.parametrize(("colour", "channels"), [(2, 3), (6, 4)])
-def test_sixteen_bits_of_a_colour_are_its_upper_eight_too(colour, channels):
+@pytest.mark.parametrize(("color", "channels"), [(2, 3), (6, 4)])
+def test_sixteen_bits_of_a_colour_are_its_upper_eight_too(color, channels):
     opaque = np.dstack([LEVELS] * 3 + [np.full_like(LEVELS, 65535)] * (channels - 3))
-    made, _ = encoded_image(png(opaque, colour), "x")
+    made, _ = encoded_image(png(opaque, color), "x")
     assert np.array_equal(pixels_of(made), np.dstack([EIGHT] * 3))
 
 
@@ -164,7 +164,7 @@ NO_RULE = {
     "no number": (file_of(np.where(FLOAT > 9, np.nan, FLOAT), "TIFF"), (0, 9)),
     "infinite": (file_of(np.where(FLOAT > 9, np.inf, FLOAT), "TIFF"), (0, 9)),
     "eight bits and a range": (file_of(EIGHT, "PNG"), (0, 4095)),
-    "sixteen bits of colour and a range": (png(np.dstack([LEVELS] * 3), 2), (0, 4095)),
+    "sixteen bits of color and a range": (png(np.dstack([LEVELS] * 3), 2), (0, 4095)),
     "a fourth channel": (tiff(FOUR), None),
     "five channels": (tiff(FIVE), None),
     "12 bits": (grey_tiff(packed(LEVELS >> 4), 12), None),
@@ -197,8 +197,8 @@ def test_a_fourth_channel_that_is_alpha_has_a_meaning():
 
 
 def test_training_and_check_read_the_same(tmp_path):
-    path = foreign.write_tar(tmp_path / "0.tar", foreign.sample("a", 1, jpg=None, png=GREY["PNG"], cls=None))
-    with open_image({"png": GREY["PNG"]}, 10**6) as image:
+    path = foreign.write_tar(tmp_path / "0.tar", foreign.sample("a", 1, jpg=None, png=GRAY["PNG"], cls=None))
+    with open_image({"png": GRAY["PNG"]}, 10**6) as image:
         view = ViewMaker(AugmentConfig(), views=1, image_size=32, augment=False)(image, 0)
     assert np.array_equal(view.pixels_VCHW[0], np.stack([EIGHT] * 3))
     assert CliRunner().invoke(shards_app, ["check", str(path), "--workers", "1"]).exit_code == 0
@@ -209,14 +209,14 @@ def test_shards_of_a_scanner_are_made_with_a_range(tmp_path):
     folder.mkdir(parents=True)
     for number in range(3):
         (folder / f"{number}.tif").write_bytes(file_of(LEVELS >> 4, "TIFF"))
-    (folder / "colour.png").write_bytes(foreign.image_bytes(1, kind="PNG"))
+    (folder / "color.png").write_bytes(foreign.image_bytes(1, kind="PNG"))
     command = ["make", "imagefolder", "--input", str(tmp_path / "scans"), "--workers", "1", "--json"]
     command += ["--value-range", "0,4095"]
     refused = CliRunner().invoke(shards_app, [*command, "--output", str(tmp_path / "no")])
     assert isinstance(refused.exception, DataError)
     made = CliRunner().invoke(shards_app, [*command, "--output", str(tmp_path / "out"), "--skip-bad"])
     assert json.loads(made.stdout)["splits"]["train"]["samples"] == 3
-    with tarfile.open(next((tmp_path / "out" / "train").glob("*0.tar"))) as tar:
+    with tarfile.open(next((tmp_path / "out" / "train").glob("*.tar"))) as tar:
         image = next(tar.extractfile(member).read() for member in tar if member.name.endswith(".png"))
     assert pixels_of(image).max() == 255
 

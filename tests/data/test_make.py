@@ -103,7 +103,7 @@ def test_the_same_input_gives_the_same_bytes(photos, tmp_path):
 @pytest.mark.parametrize("kind", ["csv", "tsv", "parquet", "jsonl"])
 def test_manifests_come_back_out(photos, tmp_path, kind):
     rows = [
-        {"file": "cats/p0.jpg", "text": "a cat, grey", "kind": "cat"},
+        {"file": "cats/p0.jpg", "text": "a cat, gray", "kind": "cat"},
         {"file": "dogs/p1.png", "text": None, "kind": "dog"},
         {"file": "dogs/p1.png", "text": "the same dog", "kind": None},
     ]
@@ -121,7 +121,7 @@ def test_manifests_come_back_out(photos, tmp_path, kind):
     make_shards(source, tmp_path / "out", name="m")
     samples = read(tmp_path / "out" / "train")
     assert source.labels == ["cat", "dog"]
-    assert [samples[f"{number:09d}"].get("txt") for number in range(3)] == [b"a cat, grey", None, b"the same dog"]
+    assert [samples[f"{number:09d}"].get("txt") for number in range(3)] == [b"a cat, gray", None, b"the same dog"]
     assert [samples[f"{number:09d}"].get("cls") for number in range(3)] == [b"0", b"1", None]
 
 
@@ -357,9 +357,9 @@ def test_what_cannot_be_made(photos, tmp_path):
     assert caught.value.where == f"{picture}: key 'k'"
     with pytest.raises(DataError, match="no samples"):
         make_shards(ListedInput([], []), tmp_path / "out")
-    with pytest.raises(ConfigError, match="no name for shards"):
+    with pytest.raises(ConfigError, match="letters, digits"):
         make_shards(source, tmp_path / "out", name="../p")
-    with pytest.raises(ConfigError, match="must be positive"):
+    with pytest.raises(ConfigError, match="must be > 0"):
         make_shards(source, tmp_path / "out", options=ShardOptions(multiple_of=0))
     with pytest.raises(DataError, match="gets no samples"):
         make_shards(ListedInput([Record("k", picture)], []), tmp_path / "out", shares={"a": 0.5, "b": 0.5})
@@ -371,7 +371,7 @@ def test_what_cannot_be_made(photos, tmp_path):
         imagefolder_input(photos / "none")
     assert str(caught.value.where).endswith("/photos/none")
     bad = ListedInput([Record("k", b"", problem=DataError("broken"))], [])
-    with pytest.raises(DataError, match="can be used"):
+    with pytest.raises(DataError, match="no usable sample"):
         make_shards(bad, tmp_path / "out", options=ShardOptions(skip_bad=True))
 
 

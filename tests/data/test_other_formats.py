@@ -120,7 +120,7 @@ def test_rows_that_cannot_be_used(tmp_path):
         make_hf(path, tmp_path / "out")
     assert str(caught.value.where).endswith("/a.parquet, row 2")
     made = make_hf(path, tmp_path / "out", options=SKIP)
-    assert made["skipped"] == {"the image does not decode": 2, "the row holds no image": 1}
+    assert made["skipped"] == {"the image does not decode": 2, "the row has no image": 1}
     lines = [json.loads(line) for line in (tmp_path / "out" / "skipped.jsonl").read_text().splitlines()]
     assert [line["where"] for line in lines] == [f"{path}, row {number}" for number in (2, 3, 4)]
 
@@ -131,10 +131,10 @@ def test_rows_that_cannot_be_used(tmp_path):
         ([{"a": 1}], {}, "no column of images"),
         ([{"x": {"bytes": b"", "path": ""}, "y": {"bytes": b"", "path": ""}}], {}, "several columns"),
         ([{"image": {"bytes": b"", "path": ""}, "label": 1}], {"label": "label"}, "no class names"),
-        ([{"image": {"bytes": b"", "path": ""}}], {"caption": "txt"}, "no column 'txt'"),
-        ([{"image": {"bytes": b"", "path": ""}, "id": "a.b"}], {"key": "id"}, "no key"),
-        ([{"image": {"bytes": b"", "path": ""}, "id": "../b"}], {"key": "id"}, "no key"),
-        ([{"image": {"bytes": b"", "path": ""}, "id": "a"}] * 2, {"key": "id"}, "several samples"),
+        ([{"image": {"bytes": b"", "path": ""}}], {"caption": "txt"}, "unknown column 'txt'"),
+        ([{"image": {"bytes": b"", "path": ""}, "id": "a.b"}], {"key": "id"}, "a key must"),
+        ([{"image": {"bytes": b"", "path": ""}, "id": "../b"}], {"key": "id"}, "a key must"),
+        ([{"image": {"bytes": b"", "path": ""}, "id": "a"}] * 2, {"key": "id"}, "more than once"),
     ],
 )
 def test_columns_that_cannot_be_used(tmp_path, rows, columns, match):
@@ -144,7 +144,7 @@ def test_columns_that_cannot_be_used(tmp_path, rows, columns, match):
 
 
 def test_folders_that_are_no_data_set(tmp_path):
-    with pytest.raises(DataError, match="no data set"):
+    with pytest.raises(DataError, match="not a Hugging Face dataset"):
         huggingface_input(tmp_path, Columns())
     (tmp_path / "a.parquet").write_bytes(b"junk")
     with pytest.raises(DataError) as caught:
@@ -183,7 +183,7 @@ def test_existing_shards_are_verified_and_made_anew(tmp_path):
         "the image does not decode": 1,
         "caption is not UTF-8": 1,
         "label out of range": 1,
-        "the json member is no object": 1,
+        "the json member must be an object": 1,
         "the sample has no image": 1,
     }
     found = read(tmp_path / "out" / "train")

@@ -252,9 +252,9 @@ def test_mistakes(odd, tmp_path):
         check_shards(str(odd), RULES, quarantine=tmp_path / "no" / "q.jsonl")
     assert str(caught.value.where).endswith("/no/q.jsonl")
     for arguments, match in (
-        (["check", str(odd), "--link"], "does nothing without --repair"),
-        (["check", str(odd), "--repair", str(odd)], "the output exists"),
-        (["check", str(odd), "--repair", str(tmp_path)], "the output exists"),
+        (["check", str(odd), "--link"], "has no effect without --repair"),
+        (["check", str(odd), "--repair", str(odd)], "already exists"),
+        (["check", str(odd), "--repair", str(tmp_path)], "already exists"),
         (["check", str(tmp_path)], r"no \.tar shards"),
     ):
         result = CliRunner().invoke(shards_app, [*arguments, "--workers", "1"])

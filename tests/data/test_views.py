@@ -115,8 +115,8 @@ def test_colours_are_those_of_the_role():
     made = ViewMaker(PLAIN, views=views, image_size=24, augment=True)(orange, 1)
     plain, solarized = (pixels.max() > 128 for pixels in made.pixels_VCHW)
     assert (plain, solarized) == (True, False)
-    grey = made.small_VCHW[0]
-    assert np.array_equal(grey[0], grey[2])
+    gray = made.small_VCHW[0]
+    assert np.array_equal(gray[0], gray[2])
     assert not np.array_equal(made.pixels_VCHW[0, 0], made.pixels_VCHW[0, 2])
 
 

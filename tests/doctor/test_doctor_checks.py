@@ -59,7 +59,12 @@ PLANTED: dict[str, tuple[str, tuple[str, ...], Any, str]] = {
     "no package": ("packages", ("python", "packages", "deepspeed"), None, "deepspeed"),
     "other files": ("commit", ("code",), OTHER_CODE, "ranks would differ: a.py, b.py; the master node has abc"),
     "another run file": ("config", ("config",), {"sha256": "0", "values": {"run": {"seed": 7}}}, "run.seed: 7, not 0"),
-    "no run file": ("config", ("config",), {"error": "no run file 'x'", "where": "/x", "fix": None}, "no run file"),
+    "no config file": (
+        "config",
+        ("config",),
+        {"error": "no config file 'x'", "where": "/x", "fix": None},
+        "no config file",
+    ),
     "no devices": ("accelerator", ("devices", "kind"), "cpu", "the master node has cuda"),
     "a device gone": ("accelerator", ("devices", "count"), 7, "8 ranks"),
     "no shards": ("shards", ("shards", "photos"), {"shard": "/s/a.tar", "error": "No such file"}, "No such file"),
@@ -94,7 +99,7 @@ def test_run_files_are_compared_without_their_secrets(shards: str, answers: dict
 COMPARED = [name for name, (check, *_) in PLANTED.items() if check in ("python", "packages", "commit", "config")]
 
 
-@pytest.mark.parametrize("name", [name for name in COMPARED if name != "no run file"])
+@pytest.mark.parametrize("name", [name for name in COMPARED if name != "no config file"])
 def test_what_ranks_compare_first_differs_where_a_fault_would_be_found(name: str):
     _, (*above, last), value, _ = PLANTED[name]
     own, head = answer(1), answer(0)

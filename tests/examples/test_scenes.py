@@ -39,9 +39,9 @@ def draw_art(folder: Path, *, backwards: bool = False) -> None:
     held_out = emoji.held_out_families(concepts)
     for number, concept in sorted(enumerate(concepts), reverse=backwards):
         picture = Image.new("RGBA", (48, 40))
-        colour = (0, 60, 255, 255) if concept.family in held_out else (255, 60, 0, 255)
+        color = (0, 60, 255, 255) if concept.family in held_out else (255, 60, 0, 255)
         draw = ImageDraw.Draw(picture)
-        (draw.ellipse, draw.rectangle)[number % 2]((2, 4, 40, 36), fill=colour)
+        (draw.ellipse, draw.rectangle)[number % 2]((2, 4, 40, 36), fill=color)
         draw.line((number % 40, 0, 20, 39), fill=(90, 90, 90, 255), width=3)
         (folder / concept.code).parent.mkdir(parents=True, exist_ok=True)
         picture.save(folder / concept.code)
@@ -232,8 +232,8 @@ def test_art_of_held_out_families_is_in_scenes_for_validation_only(made, lists, 
         image = np.asarray(Image.open(made[0] / split / f"{annotations[0]['image_id']:012d}.jpg")).astype(float)
         for one in annotations:
             if one["area"] > 100:
-                colour = image[decode(one)].mean(axis=0)
-                assert colour[more] > colour[less] + 50
+                color = image[decode(one)].mean(axis=0)
+                assert color[more] > color[less] + 50
 
 
 def test_the_layout_of_ade20k_is_packed_as_it_is(made, lists, tmp_path):
@@ -330,7 +330,7 @@ def test_bad_options_end_with_code_2_and_leave_nothing(made, tmp_path):
     assert not [*tmp_path.iterdir()]
 
 
-@pytest.mark.parametrize("fault", ["missing", "loose", "damaged", "one of each"])
+@pytest.mark.parametrize("fault", ["missing", "loose", "damaged", "one file per split"])
 def test_art_that_cannot_be_used_is_refused(tmp_path, fault):
     art = tmp_path / "art"
     if fault in ("loose", "damaged"):
@@ -343,7 +343,7 @@ def test_art_that_cannot_be_used_is_refused(tmp_path, fault):
             (art / "a.png").write_bytes(picture)
         else:
             one.write_bytes(one.read_bytes()[:60])
-    elif fault == "one of each":
+    elif fault == "one file per split":
         for group in GROUPS:
             (art / group).mkdir(parents=True)
             Image.new("RGBA", (8, 8)).save(art / group / "a.png")

@@ -14,7 +14,7 @@ from saved_tensors import write_as_ranks
 from m3i_scale.checkpoint.commit import begin, commit
 from m3i_scale.checkpoint.stream import Range, buffers_of
 from m3i_scale.config import RunConfig, parse_section, read_yaml, resource_folder
-from m3i_scale.exports import fresh
+from m3i_scale.exports import fresh, verify
 from m3i_scale.objective.build import build_objective, ema_pairs, initialize_module
 from m3i_scale.run.setup import run_yaml
 from m3i_scale.shards.make import make_shards
@@ -26,7 +26,7 @@ _COLOURS = [(220, 60, 40), (40, 80, 220), (40, 200, 60)]
 
 
 class Picture:
-    """A noisy patch of one colour."""
+    """A noisy patch of one color."""
 
     def __init__(self, label, seed):
         self.label, self.seed = label, seed
@@ -233,4 +233,4 @@ def same_process(monkeypatch):
         fresh.main(folder, work)
         return json.loads((work / "report.json").read_text()) | {"needed": []}
 
-    monkeypatch.setattr("m3i_scale.exports.verify._run", run)
+    monkeypatch.setattr(verify, "_run", run)

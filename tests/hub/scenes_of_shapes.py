@@ -1,4 +1,4 @@
-"""Scenes of coloured shapes with exact boxes and masks, as annotation files of COCO and LVIS, and as shards."""
+"""Scenes of colored shapes with exact boxes and masks, as annotation files of COCO and LVIS, and as shards."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from m3i_scale.shards.make import make_shards
 from m3i_scale.shards.options import ShardOptions
 
 NAMES = ["disc", "square", "crowd of discs"]
-COLOURS = ((240, 40, 30), (40, 60, 240))
+COLORS = ((240, 40, 30), (40, 60, 240))
 SIZES = ((96, 72), (72, 96), (60, 60), (96, 56))
 """Width and height of the images, in turn."""
 
@@ -39,7 +39,7 @@ def scene(number: int) -> tuple[Image.Image, list[dict[str, Any]]]:
         centre_x, centre_y = (quarter % 2 + 0.5) * width // 2, (quarter // 2 + 0.5) * height // 2
         across, down = np.abs(x - centre_x), np.abs(y - centre_y)
         mask = (across**2 + down**2 <= radius**2) if label == 0 else (np.maximum(across, down) <= radius)
-        pixels[mask] = COLOURS[label]
+        pixels[mask] = COLORS[label]
         rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
         left, top, right, bottom = (int(edge) for edge in (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1))
         polygon = [[left, top, right, top, right, bottom, left, bottom]]

@@ -239,7 +239,7 @@ def test_wrong_options(run_dir, tmp_path, wrong):
 def test_another_tokenizer_is_refused(make_run, shards, tmp_path):
     folder, _ = make_run(tmp_path / "run", vocab_size=500)
     tokens = len(PreTrainedTokenizerFast.from_pretrained(shards / "tokenizer"))
-    with pytest.raises(ExportError, match=f"has {tokens} tokens, the text tower was trained with 500"):
+    with pytest.raises(ExportError, match=f"has {tokens}the 500 tokens of the text tower"):
         export(folder, tmp_path / "out")
 
 

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from m3i_scale.errors import ExportError
+from m3i_scale.evaluation import towers
 from m3i_scale.evaluation.commands import evaluate
 from m3i_scale.evaluation.compare import compare
 from m3i_scale.evaluation.samples import open_table, read_samples
@@ -92,6 +93,6 @@ def test_without_a_category_target_no_head_is_built(exported, shards, tmp_path, 
     for target in values["run"]["recipe"]["targets"]:
         target["kind"] = "dense"
     path.write_text(json.dumps(values))
-    monkeypatch.setattr("m3i_scale.evaluation.towers.build_objective", None)
+    monkeypatch.setattr(towers, "build_objective", None)
     found = evaluate(folder, str(shards / "val"), train_data=str(shards / "train"), measures=("classifier", "knn"))
     assert found["not_measured"]["classifier"] == "the model folder has no trained classifier"

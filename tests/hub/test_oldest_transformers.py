@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from test_export_backbones import BACKBONES
 
-from m3i_scale.exports import fresh
+from m3i_scale.exports import fresh, verify
 from m3i_scale.exports.card import OLDEST_TRANSFORMERS
 from m3i_scale.exports.export import export
 from m3i_scale.exports.write import FORMATS, TASKS, ExportContents
@@ -100,7 +100,7 @@ def proven_there(oldest, tmp_path, monkeypatch):
             assert process.stdout.readline() == "ok\n"
             return json.loads((work / "report.json").read_text())
 
-        monkeypatch.setattr("m3i_scale.exports.verify._run", run)
+        monkeypatch.setattr(verify, "_run", run)
         yield run
         process.stdin.close()
 

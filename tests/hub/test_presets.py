@@ -62,7 +62,7 @@ def test_forms_that_have_registers_and_those_that_have_not(preset, tmp_path):
 
 @pytest.mark.parametrize("preset", SIGLIP)
 def test_forms_without_a_class_token(preset, tmp_path):
-    """No other class pools by the mean of the patches and normalises it."""
+    """No other class pools by the mean of the patches and normalizes it."""
     source = source_of(preset, "mean_pool", tmp_path)
     for part in plan_parts(source, ExportContents(), None):
         check_complete(part)

@@ -10,6 +10,8 @@ import pytest
 from safetensors import SafetensorError
 
 from m3i_scale.errors import ExportError
+from m3i_scale.exports import export as export_module
+from m3i_scale.exports import source
 from m3i_scale.exports import tensors as tensors_module
 from m3i_scale.exports.export import export
 from m3i_scale.run.callbacks import RunInfo, StepRecord
@@ -42,7 +44,7 @@ def test_interrupted(run_dir, tmp_path, monkeypatch):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("m3i_scale.exports.export.verify", interrupted)
+    monkeypatch.setattr(export_module, "verify", interrupted)
     with pytest.raises(KeyboardInterrupt):
         export(run_dir[0], tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
@@ -77,7 +79,7 @@ def test_secrets_stay_behind(make_run, shards, tmp_path, same_process, monkeypat
     manifest = json.loads((shards / "train" / "manifest.json").read_text())
     secret = "https://user:passw0rd@host/data.tar?X-Amz-Signature=deadbeef"
     manifest |= {"source": secret, "licenses": {f"see {secret} with {TOKEN}": 3}}
-    monkeypatch.setattr("m3i_scale.exports.source.read_file", lambda path: json.dumps(manifest).encode())
+    monkeypatch.setattr(source, "read_file", lambda path: json.dumps(manifest).encode())
     export(folder, tmp_path / "out")
     for path in (tmp_path / "out").rglob("*"):
         content = b"" if path.is_dir() else path.read_bytes()

@@ -24,6 +24,7 @@ from m3i_scale.errors import ExportError
 from m3i_scale.evaluation.commands import evaluate
 from m3i_scale.evaluation.features import load_vision
 from m3i_scale.evaluation.samples import open_table, read_samples
+from m3i_scale.exports import export as export_module
 from m3i_scale.exports.export import export
 from m3i_scale.exports.reference import real_pictures
 from m3i_scale.exports.write import ExportContents, plan_parts
@@ -178,17 +179,17 @@ def test_timm_classifier(runs, tmp_path, same_process):
     ("kind", "wanted", "message"),
     [
         ("clip", ExportContents("classification"), "norms have ε = 1e-05"),
-        ("clip", ExportContents("backbone"), "a clip_vision_model is not exported for AutoBackbone"),
-        ("internimage", ExportContents("zero_shot"), "no stock class for a dual encoder"),
+        ("clip", ExportContents("backbone"), "a clip_vision_model cannot be exported for AutoBackbone"),
+        ("internimage", ExportContents("zero_shot"), "no Transformers class computes a dual encoder"),
         ("internimage", ExportContents("features", "timm"), "internimage is not written in timm"),
         ("vit", ExportContents("zero_shot", "timm"), "features or a classifier"),
         ("vit", ExportContents("features", "timm", max_shard_size="1MB"), "reads one file"),
         ("vit", ExportContents("features", label_set="things"), "has no effect"),
-        ("vit", ExportContents("classification", label_set="thing"), "no label set 'thing'"),
-        ("vit", ExportContents("classify"), "no task 'classify'"),
-        ("vit", ExportContents("features", "tim"), "no format 'tim'"),
-        ("vit", ExportContents("zero_shot", "open_clip"), "no format 'open_clip'"),
-        ("vit", ExportContents(max_shard_size="big"), "no size 'big'"),
+        ("vit", ExportContents("classification", label_set="thing"), "unknown label set 'thing'"),
+        ("vit", ExportContents("classify"), "unknown task 'classify'"),
+        ("vit", ExportContents("features", "tim"), "unknown format 'tim'"),
+        ("vit", ExportContents("zero_shot", "open_clip"), "unknown format 'open_clip'"),
+        ("vit", ExportContents(max_shard_size="big"), "got 'big'"),
     ],
 )
 def test_what_cannot_be_is_refused(runs, tmp_path, kind, wanted, message):
@@ -205,13 +206,13 @@ def test_a_custom_target_without_an_export_is_an_error():
 
 
 def test_several_label_sets_are_named(make_run, tmp_path, same_process):
-    sets = {"things": ["a", "b", "c"], "colours": ["red", "blue"]}
+    sets = {"things": ["a", "b", "c"], "colors": ["red", "blue"]}
     folder, objective = make_run(tmp_path / "run", label_sets=sets)
     with pytest.raises(ExportError) as caught:
         export(folder, tmp_path / "out", wanted=ExportContents("classification"))
     assert caught.value.where == "--label-set"
-    assert "things, colours" in caught.value.fix
-    export(folder, tmp_path / "out", wanted=ExportContents("classification", label_set="colours"))
+    assert "things, colors" in caught.value.fix
+    export(folder, tmp_path / "out", wanted=ExportContents("classification", label_set="colors"))
     images, pixels = pixels_of(objective)
     model = AutoModelForImageClassification.from_pretrained(tmp_path / "out").eval()
     with torch.no_grad():
@@ -257,7 +258,7 @@ def test_weights_are_read_one_at_a_time(runs, tmp_path, monkeypatch, same_proces
     [
         (lambda tensor: tensor.new_zeros(0), "has no elements"),
         (lambda tensor: torch.full_like(tensor, torch.nan), "not finite"),
-        (lambda tensor: tensor.half(), "is float16, and not float32"),
+        (lambda tensor: tensor.half(), "must be float32, got float16"),
         (lambda tensor: tensor[:1], "does not fill a ViTModel"),
         (torch.zeros_like, "all values"),
         (None, "same values"),
@@ -295,7 +296,7 @@ def test_onnx(runs, tmp_path):
 
 def test_formats_whose_extra_is_not_installed(runs, tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    monkeypatch.setattr("m3i_scale.exports.export.find_spec", lambda name: None)
+    monkeypatch.setattr(export_module, "find_spec", lambda name: None)
     for extra in ("onnx", "timm"):
         with pytest.raises(ExportError) as caught:
             export(tmp_path / "no run", tmp_path / "out", wanted=ExportContents("features", extra))

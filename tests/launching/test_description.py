@@ -1,4 +1,4 @@
-"""One description for all launchers; what one of them cannot honour is an error, never left out."""
+"""One description for all launchers; what one of them cannot honor is an error, never left out."""
 
 import dataclasses
 from pathlib import Path
@@ -112,7 +112,7 @@ def test_every_field_is_tried_here():
 def test_a_field_that_is_honoured_changes_something(launcher, tmp_path, monkeypatch):
     an_allocation(tmp_path, monkeypatch)
     idle = []
-    for field in find_launcher(launcher).HONOURS:
+    for field in find_launcher(launcher).HONORS:
         before, after = fields_with(launcher, field, tmp_path / "hostfile")
         if rendered(launcher, before) == rendered(launcher, after):
             idle.append(field)
@@ -122,7 +122,7 @@ def test_a_field_that_is_honoured_changes_something(launcher, tmp_path, monkeypa
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_a_field_without_effect_is_an_error(launcher):
     job = a_job()
-    for field in set(OTHER_VALUES) - set(find_launcher(launcher).HONOURS):
+    for field in set(OTHER_VALUES) - set(find_launcher(launcher).HONORS):
         fields = {field: OTHER_VALUES[field] or Path("/data/hostfile")}
         strange = Cluster.model_construct(_fields_set=set(fields), **fields)  # whatever it would need beside it
         with pytest.raises(ConfigError) as caught:

@@ -64,7 +64,7 @@ def test_pods_without_the_shards_are_refused(tmp_path):
     words = ["launch", "clip", "--with", "kubeflow", "--ranks-per-node", "1", "--container-image", "a:1", "--dry-run"]
     words += [DATA, "output_dir=/output/x"]
     refused = CliRunner().invoke(app, words)
-    assert "nothing is mounted at /data" in str(refused.exception)
+    assert "nothing is mounted" in str(refused.exception)
     assert CliRunner().invoke(app, [*words, "--data-claim", "shards"]).exit_code == 0
 
 
@@ -83,7 +83,7 @@ def test_every_launcher_shows_a_plan_of_a_built_in_run_alone(launcher):
 def test_a_launch_into_pods_wants_an_image(tmp_path):
     words = ["launch", "clip", "--with", "kubeflow", "--ranks-per-node", "1", "output_dir=/output/x"]
     done = CliRunner().invoke(app, [*words, "data.datasets.main.path=s3://bucket/train"])
-    assert "which image do the ranks run in?" in str(done.exception)
+    assert "container image" in str(done.exception)
 
 
 @pytest.mark.parametrize(("name", "count", "ranks"), [("cpu", 2, 1), ("cuda", 4, 4), ("cuda", 0, 1)])

@@ -56,11 +56,11 @@ def gram_by_pairs(shown_BLD: Tensor, wanted_BLD: Tensor) -> Tensor:
 
 
 def anchor_by_channels(shown_BLD: Tensor, wanted_BLD: Tensor) -> Tensor:
-    def standardised(rows: Tensor) -> Tensor:
-        centred = rows - rows.sum(-1, keepdim=True) / rows.shape[-1]
-        return centred / ((centred**2).sum(-1, keepdim=True) / rows.shape[-1] + 1e-5).sqrt()
+    def standardized(rows: Tensor) -> Tensor:
+        centered = rows - rows.sum(-1, keepdim=True) / rows.shape[-1]
+        return centered / ((centered**2).sum(-1, keepdim=True) / rows.shape[-1] + 1e-5).sqrt()
 
-    return ((standardised(shown_BLD) - standardised(wanted_BLD)) ** 2).mean()
+    return ((standardized(shown_BLD) - standardized(wanted_BLD)) ** 2).mean()
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,7 @@ def test_an_anchor_pulls_nowhere_at_the_start_and_back_from_elsewhere() -> None:
 
 
 def test_the_start_is_what_the_files_hold_whatever_the_student_becomes() -> None:
-    """Patches of a stock model on images that are normalised as the student's."""
+    """Patches of a stock model on images that are normalized as the student's."""
     run = kept("data.augment.mean=[0.4, 0.5, 0.6]", "data.augment.std=[0.2, 0.3, 0.25]")
     objective, batch = started(run), random_batch(4)
     stock = ViTModel.from_pretrained(tiny_start(), add_pooling_layer=False).eval()

@@ -74,7 +74,7 @@ FAULTS = {
     ),
     "no labels": (("supervised",), {"labels": False}, "shards make"),
     "no tokenizer": (("clip",), {"vocabulary": None}, "text.tokenizer"),
-    "micro-batch below the mix": (("m3i", "optim.micro_batch_size=1"), {}, "optim.micro_batch_size: 1"),
+    "micro-batch below the mix": (("m3i", "optim.micro_batch_size=1"), {}, "optim.micro_batch_size"),
     "one patch for two": (("m3i", "backbone.config.patch_size=32"), {}, "backbone.config"),
     "decoder heads": (("mae", "recipe.decoders.pixels.heads=3"), {}, "recipe.decoders.pixels"),
     "pool heads": (("siglip", "recipe.decoders.pool.heads=5"), {}, "recipe.decoders.pool"),

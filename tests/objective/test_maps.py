@@ -10,7 +10,7 @@ from m3i_scale.config import load_run
 from m3i_scale.errors import ConfigError
 from m3i_scale.objective.build import build_objective
 
-LABELS = {"shapes": ["disc", "square", "cross"], "colours": ["red", "blue"]}
+LABELS = {"shapes": ["disc", "square", "cross"], "colors": ["red", "blue"]}
 
 
 def overrides(recipe: str) -> tuple[str, ...]:

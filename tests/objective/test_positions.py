@@ -75,7 +75,7 @@ BOX = st.tuples(st.floats(0, 30), st.floats(0, 30), st.floats(10, 60), st.floats
 def test_positions_follow_the_pixels_of_the_image(
     first: tuple[float, ...], second: tuple[float, ...], flip1: bool, flip2: bool, width: float
 ) -> None:
-    """Centre of a target patch → pixel of the unflipped image → units of the input's grid."""
+    """Center of a target patch → pixel of the unflipped image → units of the input's grid."""
     side = 3
     found = features(list(first), list(second), (flip1, flip2), width, side)
     for row in range(side):

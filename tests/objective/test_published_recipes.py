@@ -165,7 +165,7 @@ def dense_distillation(objective: Objective, batch: Batch) -> Tensor:
 
 
 def multi_teacher(objective: Objective, batch: Batch) -> Tensor:
-    """RADIO: a mean squared error of standardised patches, and a cosine of summaries; all teachers count alike."""
+    """RADIO: a mean squared error of standardized patches, and a cosine of summaries; all teachers count alike."""
     student, losses = tokens(objective, batch, 1), []
     for name, kind, side, before in (
         ("clip", CLIPVisionModel, 16, 1),

@@ -205,7 +205,7 @@ FAULTS: dict[str, tuple[str, Callable[[dict[str, Any]], Any], str]] = {
         lambda r: (r["inputs"][0].update(view=2), target(0, tokens="all")(r)),
         "a convolution knows its own view alone",
     ),
-    "kernel without centre": ("data2vec2", lambda r: r["decoders"]["dense"].update(kernel=4), "an odd number"),
+    "kernel without center": ("data2vec2", lambda r: r["decoders"]["dense"].update(kernel=4), "an odd number"),
     "layers of a teacher": ("dense_distillation", target(0, layers=4), "not with `encoder: teacher`"),
     "layers of pixels": ("mae", target(0, layers=4), "not with `encoder: patchify`"),
     "absolute between views": ("sim", lambda r: r["decoders"]["dense"].update(position="absolute"), "relative"),
@@ -349,7 +349,7 @@ FAULTS: dict[str, tuple[str, Callable[[dict[str, Any]], Any], str]] = {
         target(0, regularizer={"kind": "mean_entropy", "target_temperature": 1.5}),
         "target_temperature.*less than 1",
     ),
-    "no teacher": ("dense_distillation", drop("teachers"), "no teacher 'teacher'; give it one, e.g. recipe.teachers"),
+    "no teacher": ("dense_distillation", drop("teachers"), "no teacher 'teacher'; set one, e.g. recipe.teachers"),
     "unknown teacher": ("multi_teacher", target(0, teacher="dino"), "no teacher 'dino'; did you mean 'dinov2'"),
     "idle teacher": (
         "mae",

@@ -1,4 +1,4 @@
-"""Dense UniGrad against its N × N definition, and the standardised target."""
+"""Dense UniGrad against its N × N definition, and the standardized target."""
 
 from __future__ import annotations
 

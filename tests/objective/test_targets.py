@@ -41,7 +41,7 @@ def test_patches_make_the_image_again() -> None:
 
 @pytest.mark.parametrize(("recipe", "standardized"), [("mae", True), ("mae", False), ("sim_pixels", True)])
 def test_what_predicts_the_true_pixels_reconstructs_the_view(recipe: str, standardized: bool) -> None:
-    """And what predicts nothing leaves the patches that are not asked for, and of the others their mean colour."""
+    """And what predicts nothing leaves the patches that are not asked for, and of the others their mean color."""
     objective = tiny_objective(recipe, f"recipe.targets.0.normalize_pixels={standardized}").eval()
     batch, (target,) = random_batch(4), objective.recipe.targets
     views = {view: objective.pixel_norm(batch.images_VBCHW[view - 1]) for view in (1, 2)}
@@ -63,7 +63,7 @@ def test_what_predicts_the_true_pixels_reconstructs_the_view(recipe: str, standa
     torch.testing.assert_close(shown["true"], original_BNP, atol=1, rtol=0)
     differs_BN = (shown["nothing"] - original_BNP).abs().amax(dim=-1) > 1
     assert torch.equal(differs_BN, torch.zeros(4, 16, dtype=torch.bool).scatter(1, asked_BQ, True))
-    if standardized:  # a patch of its mean; of normalised pixels, whose channels have deviations of their own
+    if standardized:  # a patch of its mean; of normalized pixels, whose channels have deviations of their own
         torch.testing.assert_close(shown["nothing"].mean(dim=-1), original_BNP.mean(dim=-1), atol=12, rtol=0)
 
 

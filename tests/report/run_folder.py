@@ -31,7 +31,7 @@ PHASES = {
 }
 PICTURES = {
     "views": ("The batch as the model sees it", "Four images, each with its two views and its mask"),
-    "dense_pca": ("Dense features, first three principal components", "Four images beside their features as colours"),
+    "dense_pca": ("Dense features, first three principal components", "Four images beside their features as colors"),
 }
 START = datetime(2030, 1, 1, 12, tzinfo=timezone.utc)
 

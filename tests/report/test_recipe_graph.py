@@ -23,7 +23,7 @@ from m3i_scale.config import known_recipes
 from m3i_scale.errors import ConfigError
 from m3i_scale.objective.recipe import Recipe, load_run_and_recipe, parse_recipe
 from m3i_scale.report.recipe_graph import render_mermaid, write_mermaid
-from m3i_scale.report.recipe_table import FAMILIES, RecipeTable, built_in_rows, described_rows
+from m3i_scale.report.recipe_table import FAMILIES, RecipeTable, built_in_rows, chooser_table, described_rows
 from m3i_scale.text import printable
 
 HOSTILE = ["<script>", "a & b", "\"q\" 'r'", "[bold]", "[/]", ":smile:", "]]>", "{{ 7*7 }}", "&amp;", "1. x", "- x"]
@@ -158,7 +158,7 @@ def test_the_table_breaks_no_word(width):
     words = set(text.split())
     assert "…" not in text
     assert words >= {row["name"] for row in rows}
-    assert words >= {"recipe", "x", "y", "z_y", "regularizer", "P̂", "f_φ", "f_ψ", "w"}
+    assert words >= {"recipe", "input", "target", "representation", "prevention", "loss", "head", "weight"}
     assert words >= {"embedding", "Boltzmann", "Bernoulli", "correlation", "covariance", "Transformer", "0.025"}
 
 
@@ -171,6 +171,28 @@ def test_recipes_stand_in_the_order_of_the_paper():
     assert names[:5] == ["supervised", "clip", "coca", "continue_siglip", "siglip"]
     assert names.index("mae") < names.index("masked_features") < names.index("masked_global") < names.index("densecl")
     assert names.index("novel_view") < names.index("densecl") < names.index("byol") < names.index("sim_pixels")
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_recipes_are_chosen_by_what_they_need(width):
+    rows = built_in_rows()
+    lines = printed(chooser_table(rows), width).splitlines()
+    assert max(map(len, lines)) <= width
+    place = {name: number for number, line in enumerate(lines) for name in line.split()[:1]}
+    order = ["NAME", "m3i", "supervised", "clip", "dense_distillation", "mae", "continue_siglip"]
+    assert [place[name] for name in order] == sorted(place[name] for name in order)
+    needs = {row["name"]: row["needs"] for row in rows}
+    assert needs["m3i"] == ["labels", "captions"]
+    assert needs["supervised"] == ["labels"]
+    assert needs["mae"] == []
+    assert needs["multi_teacher"] == ["teacher weights"]
+    assert needs["continue_siglip"] == ["captions", "pretrained weights"]
+
+
+def test_every_built_in_recipe_has_its_own_description():
+    descriptions = [row["description"] for row in built_in_rows()]
+    assert all(descriptions)
+    assert len(set(descriptions)) == len(descriptions)
 
 
 # -------------------------------------------------------------------- the command
@@ -187,7 +209,8 @@ def test_the_table_as_json_has_its_keys(call):
     rows = json.loads(done.stdout)
     assert done.returncode == 0
     assert rows == built_in_rows()
-    assert all(set(row) >= {"name", "family", "inputs", "targets", "balance"} for row in rows)
+    keys = {"name", "description", "needs", "family", "inputs", "targets", "balance"}
+    assert all(set(row) >= keys for row in rows)
     target = rows[0]["targets"][0]
     assert set(target) >= {"name", "inputs", "modality", "view", "tokens", "representation", "encoder", "decoder"}
     assert set(target) >= {"distribution", "regularizer", "weight"}

@@ -38,7 +38,7 @@ def lines(folder: Path, after: int, to: int) -> str:
 
 
 def frames(shown: str) -> list[str]:
-    """All that was drawn from beginning to end, without colours."""
+    """All that was drawn from beginning to end, without colors."""
     title = "photos-vit-l"
     plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown).replace("\r", "")
     return [title + frame for frame in plain.split(title)[1:-1]]
@@ -166,7 +166,7 @@ def test_a_run_is_followed_while_it_grows_and_is_cut_back(growing: Path, full: P
 )
 def test_the_terminal_is_as_before_however_it_ends(growing: Path, leave: Callable[[Terminal], None], code: int) -> None:
     with watched(growing, NO_COLOR="1") as terminal:
-        assert re.search(r"\x1b\[[0-9;]*3[0-9]", terminal.shows("390/2,000")) is None  # no colour
+        assert re.search(r"\x1b\[[0-9;]*3[0-9]", terminal.shows("390/2,000")) is None  # no color
         leave(terminal)
         assert terminal.end() == code
         assert LEFT in terminal.shown

@@ -1,4 +1,4 @@
-"""Shards of coloured shapes, run files over them, and runs of the command line."""
+"""Shards of colored shapes, run files over them, and runs of the command line."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from m3i_scale.shards.image_folders import imagefolder_input
 from m3i_scale.shards.make import make_shards
 from m3i_scale.shards.options import ShardOptions
 
-COLOURS = {"red": (220, 40, 40), "green": (40, 180, 60), "blue": (50, 70, 220), "white": (240, 240, 240)}
+COLORS = {"red": (220, 40, 40), "green": (40, 180, 60), "blue": (50, 70, 220), "white": (240, 240, 240)}
 SHAPES = ("disc", "square", "bar")
 
 
-def draw(shape: str, colour: str, number: int) -> Image.Image:
+def draw(shape: str, color: str, number: int) -> Image.Image:
     image = Image.new("RGB", (44, 40), (number * 9 % 90, 60, 90 - number * 7 % 80))
     left, top = 4 + number % 5, 3 + number % 7
     paint = ImageDraw.Draw(image)
     box = (left, top, left + 24, top + (8 if shape == "bar" else 24))
-    (paint.ellipse if shape == "disc" else paint.rectangle)(box, fill=COLOURS[colour])
+    (paint.ellipse if shape == "disc" else paint.rectangle)(box, fill=COLORS[color])
     return image
 
 
@@ -35,9 +35,9 @@ def make_shapes(root: Path) -> Path:
         folder = root / "images" / shape
         folder.mkdir(parents=True)
         for number in range(32):
-            colour = list(COLOURS)[number % 4]
-            draw(shape, colour, number).save(folder / f"{number:02d}.png")
-            (folder / f"{number:02d}.txt").write_text(f"a {colour} {shape} number {number}")
+            color = list(COLORS)[number % 4]
+            draw(shape, color, number).save(folder / f"{number:02d}.png")
+            (folder / f"{number:02d}.txt").write_text(f"a {color} {shape} number {number}")
     options = ShardOptions(samples_per_shard=6, multiple_of=8, vocabulary=80)
     shares = {"train": 0.75, "val": 0.25}
     make_shards(imagefolder_input(root / "images"), root / "shards", name="shapes", options=options, shares=shares)

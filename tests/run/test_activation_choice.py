@@ -53,6 +53,6 @@ def test_what_recomputes_is_told(done: dict[str, Any]) -> None:
 
 def test_what_has_no_effect_is_refused_before_step_1(done: dict[str, Any]) -> None:
     assert done["offload"]["code"] == 2, done["offload"]["text"]
-    assert "activation checkpointing 'offload' has no effect here" in done["offload"]["text"]
+    assert "activation checkpointing 'offload' has no effect" in done["offload"]["text"]
     assert done["offload"]["traceback"] is None
     assert not (done["root"] / "offload" / "out" / "metrics.jsonl").exists()

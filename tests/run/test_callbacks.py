@@ -78,14 +78,14 @@ def test_a_record_has_one_name_for_every_figure() -> None:
 
 
 def test_every_figure_is_documented() -> None:
-    page = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "reference" / "metrics.md").read_text()
     for name in record(10).figures:
-        documented = re.sub("/(text|intra)$", "/<group>", name)
+        documented = re.sub("/(text|intra)$", "/NAME", name)
         assert f"`{documented}`" in page, name
 
 
 def test_every_phase_is_documented() -> None:
-    page = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "reference" / "metrics.md").read_text()
     for name in PHASES:
         assert f"\n| `time/{name}` |" in page, name
 

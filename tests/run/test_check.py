@@ -17,12 +17,17 @@ from typer.testing import CliRunner
 
 from m3i_scale.cli import app
 from m3i_scale.config import load_run
+from m3i_scale.data.shards import read_sample_count
 from m3i_scale.data.tokenizer import find_tokenizer
 from m3i_scale.engine.deepspeed.resolve import load_ds_config
+from m3i_scale.engine.peak import Peak
 from m3i_scale.errors import AggregateError, ConfigError, UserError
 from m3i_scale.objective import build
 from m3i_scale.run.check import errors_of, resolve_run
+from m3i_scale.run.flops import Work, step_flop
 from m3i_scale.run.run_warnings import warnings_of
+from m3i_scale.run.summary import time_line
+from m3i_scale.text import duration_text
 
 
 def places(*arguments: str, ranks: int | None = None) -> list[str]:
@@ -245,3 +250,39 @@ def test_what_a_start_refuses_of_checkpoints_and_packages_is_told_too(
     assert "step-00000002" in "".join(places(run_file))  # none of its checkpoints is good
     assert places(run_file, "checkpoint.resume=never") == [str(torn.parent)]
     assert places(run_file, f"output_dir={tmp_path / 'new'}") == []
+
+
+def test_an_override_without_a_value_hides_no_other_error(shards: Path, tmp_path: Path) -> None:
+    run_file = str(write_run(tmp_path, shards, "mae"))
+    assert places(run_file, "optim.lr=", "optim.stepz=9") == ["override optim.lr=", "override optim.stepz=9"]
+
+
+@pytest.mark.parametrize(
+    ("more", "known", "batch"),
+    [
+        ([], "`m3i-scale plan`", "4 per device × 2 (accumulation × devices)"),
+        (["--ranks", "2", "hardware.peak_tflops=2"], "at least", "4 per device × 1 accumulation × 2 devices"),
+    ],
+)
+def test_a_check_ends_with_a_summary_of_what_is_known(
+    shards: Path, tmp_path: Path, more: list[str], known: str, batch: str
+) -> None:
+    run_file = str(write_run(tmp_path, shards, "mae"))
+    done = CliRunner().invoke(app, ["check", run_file, *more])
+    *summary, last = done.stdout.splitlines()
+    assert last.startswith("OK")
+    assert len(summary) <= 8
+    text = "\n".join(summary)
+    images = read_sample_count(str(shards / "train"), "samples")
+    for part in (known, batch, f"{images} images in 1 dataset", "recipe mae", "32 px", "ZeRO-3", str(tmp_path / "out")):
+        assert part in text
+
+
+def test_the_time_of_a_run_is_that_of_its_remaining_steps(shards: Path, tmp_path: Path) -> None:
+    stages = "stages=[{steps: 4}, {steps: 4, image_size: 64}]"
+    resolved = resolve_run(load_run(str(write_run(tmp_path, shards, "mae", stages))), 1)
+    work = Work({"model": 8e12, "text": 2e12}, 16, Peak(1.0, "given"))
+    second = step_flop(resolved.run.in_stage(1), {}, None)
+    both = [resolved.in_stage(0), resolved.in_stage(1)]
+    assert f"at least {duration_text((6e12 * 3 + 4 * second['model']) / 2e12)} " in time_line(both, work, 1, 2)
+    assert f"at least {duration_text(second['model'] / 1e12)} " in time_line(both, work, 7, 1)

@@ -203,7 +203,7 @@ def test_what_ends_one_rank_ends_the_process_while_its_thread_writes(done: dict[
 def damages(checkpoint: Path, older: Path) -> Iterator[tuple[str, str, Callable[[Path], object]]]:
     """What may have become of every file of a checkpoint: name, what is told, and how."""
     for name in [*list_files(checkpoint), "manifest.json"]:
-        torn = "the manifest is torn or changed" if name == "manifest.json" else f"{name}: "
+        torn = "the manifest is corrupt" if name == "manifest.json" else f"{name}: "
         gone = "no manifest" if name == "manifest.json" else f"{name}: missing"
         yield f"{name} flipped", torn, lambda path: path.write_bytes(flipped(path.read_bytes()))
         yield f"{name} cut", torn, lambda path: path.write_bytes(path.read_bytes()[:-1])
@@ -314,7 +314,7 @@ def turn(beginning: str) -> Callable[[dict[str, torch.Tensor]], None]:
     return change
 
 
-LOSS = r"the loss of 2 stored samples was \d\S*, and is \d"
+LOSS = r"the loss of 2 stored samples was \d\S*, and is now \d"
 CHANGES: dict[str, tuple[Callable[[dict[str, torch.Tensor]], None], str]] = {
     "unchanged": (lambda tensors: None, ""),
     "turned weights": (turn("weight/student"), LOSS),

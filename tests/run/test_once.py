@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import LABEL_SETS, tiny_objective, tiny_run
+from tiny import LABEL_SETS, tiny_run
 
-from m3i_scale.engine.activations import apply_activation_checkpointing, describe_activations
 from m3i_scale.engine.deepspeed.resolve import ResolvedConfig
 from m3i_scale.errors import CheckpointError
 from m3i_scale.objective.recipe import parse_recipe
@@ -22,17 +21,6 @@ CONFIG = {
     "zero_optimization": {"stage": 3},
     "optimizer": {"type": "AdamW", "params": {"lr": 1, "torch_adam": True}},
 }
-
-
-def test_what_recomputes_is_set_when_the_engine_starts_and_then_only_told() -> None:
-    objective = tiny_objective("m3i")
-    apply_activation_checkpointing(objective, "full")
-    kept = object()
-    for layer in objective.student.layers:
-        layer._gradient_checkpointing_func = kept
-    told = describe_activations(objective, "full", compiled=False)
-    assert told == "activations (full): 3 of 3 layers recompute"
-    assert all(layer._gradient_checkpointing_func is kept for layer in objective.student.layers)
 
 
 def test_a_teacher_is_hashed_once_a_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

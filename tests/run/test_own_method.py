@@ -1,4 +1,4 @@
-"""The method of docs/recipes.md, in a file outside of the package, trains from a run file alone."""
+"""The method of docs/guides/custom-recipe.md, in a file outside of the package, trains from a run file alone."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ STEPS = 20
 
 
 def test_a_method_of_ones_own_trains_from_its_run_file(shards: Path, tmp_path: Path) -> None:
-    page = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
-    (code,) = re.findall(r"```python\n# my_package/my_module\.py\n(.*?)```", page, flags=re.DOTALL)
+    page = (ROOT / "docs" / "guides" / "custom-recipe.md").read_text(encoding="utf-8")
+    (code,) = re.findall(
+        r"^cat > /data/code/my_package/my_module\.py <<'END'\n(.*?)^END$", page, flags=re.DOTALL | re.MULTILINE
+    )
     (tmp_path / "my_package").mkdir()
     (tmp_path / "my_package" / "my_module.py").write_text(code)
     own = [f"recipe.targets.{n}.regularizer={{kind: my_package.my_module.Norm, strength: 0.2}}" for n in (0, 1)]

@@ -77,7 +77,7 @@ def test_features_that_are_not_finite_are_no_pictures() -> None:
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_nothing_that_a_module_remembers_changes(recipe: str) -> None:
     objective, pictures = learnt(recipe)
-    objective(random_batch(6))[0].backward()  # queues, centres and running statistics are filled
+    objective(random_batch(6))[0].backward()  # queues, centers and running statistics are filled
     before = {name: value.clone() for name, value in objective.state_dict().items()}
     generator = torch.get_rng_state()
     with evaluating(objective):

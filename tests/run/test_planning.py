@@ -127,7 +127,7 @@ def test_hours_of_ranks_on_hosts_are_no_gpu_hours():
 
 @pytest.mark.parametrize("name", ["h100", "a100"])
 def test_the_share_that_is_reached_is_what_the_page_cites(name):
-    page = (Path(__file__).parents[2] / "docs" / "plan.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[2] / "docs" / "benchmarks" / "scaling.md").read_text(encoding="utf-8")
     assert f"an MFU of {hardware('a100').mfu} and {hardware('h100').mfu}" in page
     found = machine_of(name, nodes=1, ranks_per_node=1, memory_gib=1.0)
     assert found.mfu == hardware(name).mfu
@@ -175,7 +175,7 @@ def test_what_is_not_counted_is_refused(tmp_path, key, value):
     raw["zero_optimization"][key] = value
     path = tmp_path / "other.json"
     path.write_text(json.dumps(raw))
-    with pytest.raises(ConfigError, match=f"does not count 'zero_optimization.{key}"):
+    with pytest.raises(ConfigError, match=f"does not support 'zero_optimization.{key}"):
         plan_run(tiny_run("sim", *SMALL, f"deepspeed={path}"), machine(), samples=None)
 
 

@@ -27,13 +27,12 @@ def test_plain_lines_where_there_is_no_terminal(tmp_path: Path) -> None:
     groups = {"[odd]": {"loss": 1.5}, "intra": {"loss": 2.0}}
     display.on_step(record(20, {"quarantined": 3}, groups=groups))
     display.on_evaluation(20, {"text": {"loss": 1.25}})
-    display.on_end("finished")
+    display.on_end("failed")
     assert stream.getvalue().splitlines() == [
-        f"demo resumes after step 10, 100 steps on 2 ranks, in {tmp_path}",
         "step 20/100  ETA 0:02:40  loss 3.5 ([odd] 1.5, intra 2)  quarantined 3  lr 1.00e-03  "
         "data wait 25%  MFU 25.0%  3,136 tokens/s  32.0 samples/s",
         "step 20  evaluation/text/loss 1.25",
-        "run finished",
+        "run failed",
     ]
 
 
@@ -43,9 +42,9 @@ def test_a_bar_on_a_terminal(tmp_path: Path, width: int) -> None:
     display.on_start(replace(info(tmp_path), total_steps=100_000))
     groups = {name: {"loss": 1.234} for name in ("dense", "text", "class", "inter")}
     display.on_step(record(40, {"time/step": 30.0}, groups=groups))
-    display.on_end("preempted")
+    display.on_end("failed")
     shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", stream.getvalue()).replace("\r", "\n")
-    assert shown.rstrip().endswith("run preempted")
+    assert shown.rstrip().endswith("run failed")
     frame = [line.rstrip() for line in shown[shown.rindex("step 40/100,000") :].splitlines() if line.strip()][:-1]
     assert all(len(line) <= width for line in frame)
     assert "ETA 34 days" in frame[0]
@@ -91,10 +90,10 @@ def test_progress_leaves_stdout_alone(tmp_path: Path, capsys: pytest.CaptureFixt
     display.on_start(info(tmp_path))
     display.on_step(record(1))
     print('{"one": "document"}')
-    display.on_end("finished")
+    display.on_end("failed")
     captured = capsys.readouterr()
     assert captured.out == '{"one": "document"}\n'
-    assert "run finished" in captured.err
+    assert "run failed" in captured.err
 
 
 @pytest.mark.parametrize(

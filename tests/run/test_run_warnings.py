@@ -10,6 +10,7 @@ from forked import Forks
 from shapes import write_run
 
 from m3i_scale.config import known_runs, load_run, run_values, valid_part
+from m3i_scale.data.shards import read_sample_count
 from m3i_scale.objective.recipe import load_run_and_recipe
 from m3i_scale.run.check import errors_of
 from m3i_scale.run.run_warnings import config_warnings, warnings_of
@@ -172,3 +173,28 @@ def test_the_text_tower_has_types_of_tokens(shards: Path, tmp_path: Path) -> Non
     run_file = str(write_run(tmp_path, shards, "m3i"))
     (fault,) = errors_of(run_file, ["text.config.type_vocab_size=0"])
     assert fault.where == "text.config.type_vocab_size"
+
+
+def test_a_learning_rate_of_another_batch_size_is_a_warning_with_the_scaled_value(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("extends: m3i_mini\noptim: {batch_size: 64}\n")
+    for name, overrides in ((str(tmp_path / "run.yaml"), []), ("m3i_mini", ["optim.batch_size=64"])):
+        (rate,) = warnings_of(name, [DATA, *overrides])
+        assert "optim.lr=0.00025 (linear scaling)" in rate
+        assert warnings_of(name, [DATA, *overrides, "optim.lr=1e-3"]) == []
+    assert warnings_of("m3i_mini", [DATA, "optim.batch_size=256"]) == []
+
+
+def test_thousands_of_epochs_are_a_warning_with_a_usual_number_of_steps(shards: Path, tmp_path: Path) -> None:
+    run_file = str(write_run(tmp_path, shards, "mae"))
+    images = read_sample_count(str(shards / "train"), "samples")
+    assert images
+    most = 2_000 * images // 8
+    assert warnings_of(run_file, [f"optim.steps={most}"]) == []
+    (epochs,) = warnings_of(run_file, [f"optim.steps={most + images}", "optim.warmup_steps=0"])
+    assert f"optim.steps={round(300 * images / 8)}" in epochs
+    assert f"{images} images" in epochs
+    limited = [f"optim.steps={most + images}", "data.datasets.shapes.epochs=5"]
+    assert warnings_of(run_file, limited) == []
+    other = f"data.datasets.other={{path: {shards / 'val'}, weight: 99}}"
+    (of_other,) = warnings_of(run_file, [f"optim.steps={most}", other])
+    assert "data.datasets.other" in of_other

@@ -143,6 +143,7 @@ def test_pixels_and_tokens_of_another_kind_are_refused(shards: Path, tmp_path: P
     (tmp_path / "meta.json").write_text(json.dumps({"identity": one.identity, "step": 8, **shape}))
     one.tokenizer(["a caption"], truncation=True, max_length=2)  # says nothing about it
     assert check_resume(one, tmp_path, 1) == check_resume(plan(), tmp_path, 1) == []
+    assert check_resume(plan("description=another"), tmp_path, 1) == []
     for override, where in (
         (f"text.max_tokens={one.run.text.max_tokens - 1}", "max_tokens"),
         (f"text.tokenizer={tmp_path / 'cased'}", "tokenizer.normalizer.lowercase"),

@@ -114,8 +114,8 @@ REFUSED = {
     "unknown": (["guard.spikes={}"], "guard.spikes"),
     "few steps": (["guard.spike={}", "optim.steps=66"], "no effect: .* from step 104 on"),
     "rare": (["guard.spike={}", "checkpoint.every_steps=997"], "no effect: .* from step 1001 on"),
-    "none kept": (["guard.spike={}", "checkpoint.keep_latest=1"], "may be gone"),
-    "few kept": (["guard.spike={}", "checkpoint.every_steps=2"], "may be gone"),
+    "none kept": (["guard.spike={}", "checkpoint.keep_latest=1"], "may be deleted"),
+    "few kept": (["guard.spike={}", "checkpoint.every_steps=2"], "may be deleted"),
 }
 
 

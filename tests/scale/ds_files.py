@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from rich.console import Console
-
 RUN: dict[str, Any] = {
     "world_size": 1,
     "batch_size": 8,
@@ -34,10 +32,3 @@ def changed(raw: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
         else:
             node[key] = value
     return raw
-
-
-def text_of(table: Any) -> str:
-    console = Console(width=200)
-    with console.capture() as capture:
-        console.print(table)
-    return capture.get()

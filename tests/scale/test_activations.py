@@ -17,7 +17,7 @@ from m3i_scale.engine import activations
 from m3i_scale.engine.activations import (
     apply_activation_checkpointing,
     check_policy,
-    describe_activations,
+    describe_policy,
     read_policy,
 )
 from m3i_scale.errors import ConfigError
@@ -80,12 +80,13 @@ def test_stacks_of_trained_layers_recompute_and_the_frozen_target_does_not() -> 
     assert apply_activation_checkpointing(objective, "none") == []
 
 
-@pytest.mark.parametrize("policy", ["every_2", "none", "full"])
-def test_layers_that_recompute_are_counted(policy: str) -> None:
-    objective = tiny_objective("m3i")
-    names = apply_activation_checkpointing(objective, policy)
-    line = describe_activations(objective, policy, compiled=False)
-    assert line == f"activations ({policy}): {len(names)} of 3 layers recompute"
+@pytest.mark.parametrize(("policy", "compiled", "text"), [("none", True, "off"), ("every_2", False, "every_2")])
+def test_the_log_names_the_policy(policy: str, compiled: bool, text: str) -> None:
+    assert describe_policy(policy, compiled=compiled) == text
+
+
+def test_the_log_says_what_compiled_layers_make_of_selective() -> None:
+    assert describe_policy("selective", compiled=True) != describe_policy("selective", compiled=False)
 
 
 def gradients_of(objective: Any, side: int) -> dict[str, torch.Tensor]:

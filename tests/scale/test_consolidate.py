@@ -253,5 +253,5 @@ def test_a_disk_that_fills_up_is_explained(tmp_path, tensors, monkeypatch, small
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     with pytest.raises(CheckpointError) as caught:
         consolidate(source, small_disk / "whole")
-    assert "the checkpoint is only read" in str(caught.value)
+    assert "the checkpoint is unchanged" in str(caught.value)
     assert list(small_disk.iterdir()) == []

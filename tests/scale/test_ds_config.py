@@ -8,13 +8,13 @@ import re
 from typing import Any
 
 import pytest
-from ds_files import GONE, RUN, changed, text_of
+from ds_files import GONE, RUN, changed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from m3i_scale.config import RunConfig, resource_folder
 from m3i_scale.engine.deepspeed.hints import UNSUPPORTED
-from m3i_scale.engine.deepspeed.resolve import check_accelerator, explain_table, load_ds_config, resolve
+from m3i_scale.engine.deepspeed.resolve import check_accelerator, load_ds_config, resolve
 from m3i_scale.engine.deepspeed.schema import known_paths
 from m3i_scale.errors import ConfigError
 
@@ -60,7 +60,7 @@ MISTAKES: list[tuple[str, dict[str, Any], list[str]]] = [
     ("zero3_bf16", {Z + "cpu_offload": True}, ["deprecated", "offload_optimizer"]),
     ("zero3_bf16", {Z + "allgather_partitions": True}, ["never uses"]),
     ("zero3_bf16", {Z + "stage3_gather_16bit_weights_on_model_save": True}, ["save_16bit_model"]),
-    ("zero3_bf16", {Z + "zero_hpz_partition_size": 8}, ["is 8, with 1 ranks", "divisor"]),
+    ("zero3_bf16", {Z + "zero_hpz_partition_size": 8}, ["got 8", "divisor"]),
     ("zero2_bf16", {Z + "zero_hpz_partition_size": 8}, ["only stage 3"]),
     ("zero3_bf16", {Z + "zero_quantized_weights": True}, ["unknown key"]),
     ("zero3_bf16", {"checkpoint": {"load_universal": True}}, ["any number of ranks"]),
@@ -86,7 +86,7 @@ MISTAKES: list[tuple[str, dict[str, Any], list[str]]] = [
     # precision
     ("zero3_bf16", {"bf16.enabled": "auto"}, ["bf16.enabled", "as if it were off"]),
     ("zero3_bf16", {"bf16": {}}, ["bf16.enabled", "true or false"]),
-    ("zero3_bf16", {"fp16": {"enabled": True}}, ["both enabled"]),
+    ("zero3_bf16", {"fp16": {"enabled": True}}, ["both be enabled"]),
     ("zero3_bf16", {"bf16.bf16_optimizer_states": True}, ["bf16_master_weights_and_grads"]),
     ("zero1_bf16", {"bf16.bf16_master_weights_and_grads": True}, ["fp32 master weights"]),
     ("zero3_fp16", {"fp16.loss_scale": 128}, ["dynamic scaling"]),
@@ -96,24 +96,24 @@ MISTAKES: list[tuple[str, dict[str, Any], list[str]]] = [
     ("zero3_bf16", {"data_types.grad_accum_dtype": "float"}, ["data_types.grad_accum_dtype", "fp32"]),
     ("zero3_bf16", {"torch_autocast": {"enabled": True}}, ["autocast"]),
     # offload
-    ("zero3_bf16_cpu_offload", {Z + "offload_param.device": "nvme"}, ["nvme", "shards", "take cpu"]),
-    ("zero3_bf16_cpu_offload", {Z + "offload_optimizer.device": "nvme"}, ["nvme", "checkpoints", "take cpu"]),
+    ("zero3_bf16_cpu_offload", {Z + "offload_param.device": "nvme"}, ["nvme", "shards", "use cpu"]),
+    ("zero3_bf16_cpu_offload", {Z + "offload_optimizer.device": "nvme"}, ["nvme", "checkpoints", "use cpu"]),
     ("zero3_bf16_cpu_offload", {Z + "offload_param.device": "gpu"}, ["offload_param.device"]),
     ("zero3_bf16_cpu_offload", {Z + "offload_optimizer.device": "none"}, ["the device is none"]),
     ("zero2_bf16", {Z + "offload_optimizer": {"device": "cpu", "ratio": 1.0}}, ["only stage 3"]),
     # optimizer
-    ("zero3_bf16", {"optimizer": GONE}, ["'optimizer' is left out"]),
-    ("zero3_bf16", {"optimizer.params": GONE}, ["'optimizer.params' is left out"]),
+    ("zero3_bf16", {"optimizer": GONE}, ["'optimizer' is missing"]),
+    ("zero3_bf16", {"optimizer.params": GONE}, ["'optimizer.params' is missing"]),
     ("zero3_bf16", {"optimizer.type": "Lion"}, ["must be AdamW"]),
     ("zero3_bf16", {"optimizer.type": "Adam"}, ["must be AdamW"]),
-    ("zero3_bf16", {P + "lr": GONE}, [P + "lr", "left out"]),
+    ("zero3_bf16", {P + "lr": GONE}, [P + "lr", "is missing"]),
     ("zero3_bf16", {P + "adam_w_mode": False}, [P + "adam_w_mode", "True"]),
     ("zero3_bf16", {P + "max_grad_norm": 1.0}, ["gradient_clipping"]),
     ("zero3_bf16", {P + "weight_dekay": 0.1}, ["weight_dekay", "weight_decay"]),
     ("zero3_bf16", {P + "fp32_optimizer_states": True}, ["fp32_optimizer_states", "AdamW"]),
     ("zero3_bf16", {P + "betas": [0.9]}, [P + "betas"]),
     # values that contradict the run file, or are of the wrong type
-    ("zero3_bf16", {"gradient_clipping": GONE}, ["left out", "1.0"]),
+    ("zero3_bf16", {"gradient_clipping": GONE}, ["is missing", "1.0"]),
     ("zero3_bf16", {"gradient_clipping": 1.0}, ["the config file says 0.5"]),
     ("zero3_bf16", {"train_batch_size": 16}, ["the config file says 8"]),
     ("zero3_bf16", {"train_micro_batch_size_per_gpu": 8}, ["the config file says 4"]),
@@ -225,10 +225,7 @@ def test_auto_becomes_the_documented_formulas():
     assert resolved.config["gradient_accumulation_steps"] == 2
     assert resolved.config["gradient_clipping"] == 0.5
     assert resolved.config["optimizer"]["params"]["betas"] == [0.9, 0.95]
-    table = text_of(explain_table(resolved))
-    for key, _, why in resolved.filled_in:
-        assert key in table
-        assert why in table
+    assert {"gradient_clipping", "zero_optimization.sub_group_size"} <= set(resolved.filled_in)
 
 
 def test_buckets_grow_with_the_model_and_do_not_shrink_with_it():
@@ -259,20 +256,18 @@ def test_zero_3_by_all_reduces_is_zero_3_but_for_three_settings():
     assert reduced == plain
 
 
-def test_batch_keys_that_are_left_out_are_filled_in_and_said():
+def test_batch_keys_that_are_left_out_are_filled_in():
     raw = changed(load_ds_config("zero3_bf16"), {"train_batch_size": GONE, "gradient_accumulation_steps": GONE})
     resolved = resolve(raw, **RUN, where="mine.json")
     assert resolved.config["train_batch_size"] == 8
-    said = {key: why for key, _, why in resolved.filled_in}
-    assert "left out" in said["train_batch_size"]
-    assert "left out" in said["gradient_accumulation_steps"]
+    assert resolved.config["gradient_accumulation_steps"] == 2
+    assert not {"train_batch_size", "gradient_accumulation_steps"} & set(resolved.filled_in)  # not "auto"
 
 
 def test_deepspeed_does_not_wait_for_the_device_for_a_line_of_its_log_unless_the_file_says_so():
     raw = load_ds_config("zero3_bf16")
     resolved = resolve(raw, **RUN, where="mine.json")
     assert resolved.config["timers"] == {"throughput": {"enabled": False}}
-    assert "timers.throughput.enabled" in {key for key, _, _ in resolved.filled_in}
     given = {"throughput": {"enabled": True, "synchronized": False}}
     assert resolve({**raw, "timers": given}, **RUN, where="mine.json").config["timers"] == given
 
@@ -292,10 +287,10 @@ def test_batch_arithmetic(world, micro, accumulation, rest):
         resolve(raw, **{**run, "batch_size": batch}, where="x")
     advice = str(caught.value.fix)
     batches, _, micros = advice.removeprefix("set optim.batch_size to ").partition(", or optim.micro_batch_size to ")
-    for neighbour in batches.split(" or "):
-        resolve(raw, **{**run, "batch_size": int(neighbour)}, where="x")
-    for neighbour in filter(None, micros.split(" or ")):
-        resolve(raw, **{**run, "batch_size": batch, "micro_batch_size": int(neighbour)}, where="x")
+    for neighbor in batches.split(" or "):
+        resolve(raw, **{**run, "batch_size": int(neighbor)}, where="x")
+    for neighbor in filter(None, micros.split(" or ")):
+        resolve(raw, **{**run, "batch_size": batch, "micro_batch_size": int(neighbor)}, where="x")
 
 
 def test_batch_smaller_than_one_round_is_refused():

@@ -1,6 +1,6 @@
 """Every built-in DeepSpeed file trains, and the engine obeys it.
 
-Run as a script, this file is the worker of `engines`: one process initialises every built-in file in turn.
+Run as a script, this file is the worker of `engines`: one process initializes every built-in file in turn.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def engines(tmp_path_factory):
 
 @pytest.mark.parametrize("name", sorted(known_ds_configs()))
 def test_built_in_file_trains_and_is_obeyed(engines, name):
-    """Every file initialises a real engine, which agrees with the file, and the loss falls, the same way twice."""
+    """Every file initializes a real engine, which agrees with the file, and the loss falls, the same way twice."""
     report = engines[name]
     assert report["losses"] == report["again"]
     assert report["losses"][-1] < 0.5 * report["losses"][0]

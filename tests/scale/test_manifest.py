@@ -31,7 +31,7 @@ def test_verify_names_each_fault(tmp_path: Path) -> None:
 
 
 def test_verify_of_what_was_never_committed(tmp_path: Path) -> None:
-    assert verify(tmp_path / "nowhere") == ["no manifest: the folder was never committed"]
+    assert verify(tmp_path / "nowhere") == ["no manifest: the save was not completed"]
     final = save(tmp_path, 1)
     (final / "link").symlink_to("/etc/passwd")
     assert verify(final) == ["'link' is neither a file nor a directory"]
@@ -43,14 +43,14 @@ def test_a_manifest_torn_anywhere_is_found(tmp_path: Path) -> None:
     whole = path.read_bytes()
     for length in range(len(whole)):
         path.write_bytes(whole[:length])
-        assert verify(final) == ["the manifest is torn or changed"], length
+        assert verify(final) == ["the manifest is corrupt"], length
 
 
 def test_a_manifest_of_another_format_is_named(tmp_path: Path) -> None:
     final = save(tmp_path, 100)
     values = json.loads((final / "manifest.json").read_bytes())
     (final / "manifest.json").write_text(json.dumps({**values, "format": 99}))
-    assert verify(final) == ["the manifest has format 99, this version reads 1"]
+    assert verify(final) == ["the manifest has format 99, but this version reads 1"]
 
 
 @pytest.fixture(scope="module")

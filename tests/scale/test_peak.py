@@ -17,9 +17,9 @@ def test_named_and_given():
 @pytest.mark.parametrize(
     ("given", "dtype", "words"),
     [
-        ("h100-bf61", torch.bfloat16, "no accelerator 'h100-bf61'"),
-        ("h100-bf16", torch.float32, "not the peak of fp32"),
-        ("a100-bf16", torch.float16, "not the peak of fp16"),
+        ("h100-bf61", torch.bfloat16, "unknown accelerator 'h100-bf61'"),
+        ("h100-bf16", torch.float32, "not the peak for fp32"),
+        ("a100-bf16", torch.float16, "not the peak for fp16"),
         (0, torch.float32, "positive"),
         (float("nan"), torch.float32, "positive"),
     ],

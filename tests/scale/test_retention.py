@@ -35,7 +35,7 @@ def test_newest_good_says_what_it_passed_over(tmp_path: Path) -> None:
     good, passed_over = newest_good(tmp_path)
     assert good == saved[0]
     assert passed_over == [
-        (saved[2], "no manifest: the folder was never committed"),
+        (saved[2], "no manifest: the save was not completed"),
         (saved[1], "meta.json: the contents have changed (SHA-256 differs)"),
     ]
 

@@ -60,7 +60,7 @@ def test_ranks_that_do_not_come_are_named_with_their_hosts_on_those_that_do(rank
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=900, check=False)
     said = "".join((tmp_path / f"log-{rank}").read_text() for rank in ranks)
     assert done.returncode == 1, done.stderr + said
-    told = "ranks 1, 3 (two, three) of 4 did not join" if "0" in ranks else "rank 0 cannot be reached at 127.0.0.1"
+    told = "ranks 1, 3 (two, three) of 4 did not join" if "0" in ranks else "cannot connect to rank 0 at 127.0.0.1"
     assert said.count(f"MissingRanksError: {told}") == len(ranks), said
 
 

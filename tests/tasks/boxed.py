@@ -1,4 +1,4 @@
-"""Images of coloured shapes whose boxes and masks are known to the pixel, and shards of them."""
+"""Images of colored shapes whose boxes and masks are known to the pixel, and shards of them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from PIL import Image
 from m3i_scale.shards.coco import encode_runs
 
 CATEGORIES = ["square", "disc"]
-COLOURS = ((220, 60, 50), (60, 190, 80))
+COLORS = ((220, 60, 50), (60, 190, 80))
 GROUND = (20, 20, 30)
 
 
@@ -57,7 +57,7 @@ def scene(number: int, size: tuple[int, int] = (32, 32)) -> dict[str, bytes]:
         if category:
             inside = (x - left - side / 2) ** 2 + (y - top - side / 2) ** 2 < side**2 / 4
         owner[inside] = category
-    pixels = np.asarray([*COLOURS, GROUND], dtype=np.int64)[owner] + generator.integers(-15, 15, (height, width, 3))
+    pixels = np.asarray([*COLORS, GROUND], dtype=np.int64)[owner] + generator.integers(-15, 15, (height, width, 3))
     there = [category for category in (0, 1) if (owner == category).sum() >= 16]
     rows = [annotation(10 * number + category, category, owner == category) for category in there]
     return {

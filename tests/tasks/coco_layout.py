@@ -1,4 +1,4 @@
-"""Pictures of coloured rectangles with an annotation file as COCO has it."""
+"""Pictures of colored rectangles with an annotation file as COCO has it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 CATEGORIES = ["red", "green"]
-COLOURS = ((220, 60, 50), (60, 190, 80))
+COLORS = ((220, 60, 50), (60, 190, 80))
 IDS = (3, 17)
 """Of the categories; there are gaps."""
 SIDE = 32
@@ -25,10 +25,10 @@ def lay_coco(images: Path, file: Path, numbers: Iterable[int]) -> None:
         generator = np.random.default_rng(number)
         pixels = generator.integers(0, 30, (SIDE, SIDE, 3)).astype(np.uint8)
         rows.append({"id": number, "file_name": f"{number:04d}.jpg", "width": SIDE, "height": SIDE})
-        for index, colour in enumerate(COLOURS):
+        for index, color in enumerate(COLORS):
             top, left = generator.integers(0, 6), 16 * index + generator.integers(0, 6)
             height, width = generator.integers(6, 10, 2)
-            pixels[top : top + height, left : left + width] = colour
+            pixels[top : top + height, left : left + width] = color
             corners = [left, top, left + width, top, left + width, top + height, left, top + height]
             annotations.append(
                 {

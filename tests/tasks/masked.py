@@ -56,7 +56,7 @@ def write_shards(folder: Path, samples: list[dict[str, bytes]], classes: list[st
     return folder
 
 
-COLOURS = ((20, 20, 30), (220, 60, 50), (60, 190, 80))
+COLORS = ((20, 20, 30), (220, 60, 50), (60, 190, 80))
 SCENE_CLASSES = ["ground", "red", "green"]
 
 
@@ -68,6 +68,6 @@ def scene(number: int) -> dict[str, bytes]:
         top, left = generator.integers(0, 20, 2)
         height, width = generator.integers(8, 14, 2)
         mask[top : top + height, left : left + width] = label
-    pixels = np.asarray(COLOURS, dtype=np.int64)[mask] + generator.integers(-15, 15, (32, 32, 3))
+    pixels = np.asarray(COLORS, dtype=np.int64)[mask] + generator.integers(-15, 15, (32, 32, 3))
     mask[:, -2:] = 255
     return {"png": png(Image.fromarray(pixels.clip(0, 255).astype(np.uint8))), "mask.png": png(Image.fromarray(mask))}

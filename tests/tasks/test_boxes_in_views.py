@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from boxed import COLOURS, GROUND, annotation, member
+from boxed import COLORS, GROUND, annotation, member
 from PIL import Image
 from pydantic import ValidationError
 
@@ -88,7 +88,7 @@ def test_a_box_alone_is_a_bad_sample_where_masks_are_learnt() -> None:
 
 def painted(mask: np.ndarray) -> Image.Image:
     pixels = np.full((*mask.shape, 3), GROUND, dtype=np.uint8)
-    pixels[mask] = COLOURS[0]
+    pixels[mask] = COLORS[0]
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG")
     buffer.seek(0)
@@ -97,7 +97,7 @@ def painted(mask: np.ndarray) -> Image.Image:
 
 @pytest.mark.parametrize("side", ["short", "long"])
 def test_boxes_lie_round_what_the_view_shows(side: str) -> None:
-    """Of random views, with flips and padding: the coloured pixels have the box, and the mask is theirs."""
+    """Of random views, with flips and padding: the colored pixels have the box, and the mask is theirs."""
     config = AugmentConfig(color_jitter_p=0.0, grayscale=0.0, scale_jitter=(0.5, 2.0), scale_jitter_side=side)
     maker = ViewMaker(config, views=1, image_size=SIDE, augment=True, reads="boxes_and_masks")
     instances, flips, found, scales = instances_of(annotation(1, 0, ell())), 0, 0, []
@@ -106,16 +106,16 @@ def test_boxes_lie_round_what_the_view_shows(side: str) -> None:
         (only,), pixels = views.crops, views.pixels_VCHW[0].astype(int)
         flips, scales = flips + only.flip, [*scales, SIDE / only.width]
         # By half of a pixel, and by a fifth, since a cut may leave a sliver; what is filled up is bluer.
-        coloured, tinted = ((pixels[0] > red) & (pixels[2] < 90) for red in (120, 60))
+        colored, tinted = ((pixels[0] > red) & (pixels[2] < 90) for red in (120, 60))
         assert views.objects is not None
-        if coloured.sum() < 4:  # too little to tell a box by
+        if colored.sum() < 4:  # too little to tell a box by
             continue
         found += 1
         rows, columns = np.flatnonzero(tinted.any(axis=1)), np.flatnonzero(tinted.any(axis=0))
         wanted = np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1])
         (box,) = views.objects.boxes_N4
         assert abs(box - wanted).max() <= 0.5 * SIDE / only.width + 1
-        assert coloured.mean() * SIDE**2 == pytest.approx(
+        assert colored.mean() * SIDE**2 == pytest.approx(
             views.objects.masks_NMM[0].mean() * (box[2] - box[0]) * (box[3] - box[1]), rel=0.2, abs=30
         )
     assert 10 < flips < 50

@@ -21,16 +21,16 @@ from m3i_scale.tasks.detection.detection_overlays import (
 )
 from m3i_scale.tasks.detection.detections import sorted_by_score
 
-GREY = 90
-BOX, FAR, CENTRE = [60.0, 40.0, 80.0, 60.0], [10.0, 110.0, 40.0, 40.0], (100, 70)
+GRAY = 90
+BOX, FAR, CENTER = [60.0, 40.0, 80.0, 60.0], [10.0, 110.0, 40.0, 40.0], (100, 70)
 """Two places, and a pixel in the middle of the first."""
 
 
 def pixels(sides: tuple[int, int] = SIDES) -> np.ndarray:
-    return np.full((3, *sides), GREY, dtype=np.uint8)
+    return np.full((3, *sides), GRAY, dtype=np.uint8)
 
 
-def colour(label: int) -> tuple[int, ...]:
+def color(label: int) -> tuple[int, ...]:
     return tuple(PALETTE[label].tolist())
 
 
@@ -47,16 +47,16 @@ def test_boxes_and_masks_have_the_colours_of_their_classes(tmp_path: Path) -> No
     with Image.open(path) as picture:
         width, gap = SIDES[1], (picture.width - 3 * SIDES[1]) // 2
         true, predicted = width + gap, 2 * (width + gap)
-        assert picture.getpixel(CENTRE) == (GREY, GREY, GREY)
+        assert picture.getpixel(CENTER) == (GRAY, GRAY, GRAY)
         x, y = int(BOX[0]), int(BOX[1] + BOX[3] / 2)
-        assert picture.getpixel((true + x, y)) == colour(1)
-        assert picture.getpixel((true + x + int(BOX[2]), y)) == colour(1)
-        mixed = [round(GREY + (part - GREY) * 127 / 255) for part in colour(1)]
-        assert picture.getpixel((true + CENTRE[0], CENTRE[1])) == pytest.approx(mixed, abs=1)
-        assert picture.getpixel((predicted + CENTRE[0], CENTRE[1])) == (GREY, GREY, GREY)  # a score below a half
-        assert picture.getpixel((predicted + int(FAR[0]), int(FAR[1] + FAR[3] / 2))) == colour(2)
+        assert picture.getpixel((true + x, y)) == color(1)
+        assert picture.getpixel((true + x + int(BOX[2]), y)) == color(1)
+        mixed = [round(GRAY + (part - GRAY) * 127 / 255) for part in color(1)]
+        assert picture.getpixel((true + CENTER[0], CENTER[1])) == pytest.approx(mixed, abs=1)
+        assert picture.getpixel((predicted + CENTER[0], CENTER[1])) == (GRAY, GRAY, GRAY)  # a score below a half
+        assert picture.getpixel((predicted + int(FAR[0]), int(FAR[1] + FAR[3] / 2))) == color(2)
     summary = json.loads((tmp_path / "new" / "pictures" / SUMMARY).read_text())
-    assert summary["classes"][1] == {"name": "kind 1", "rgb": list(colour(1))}
+    assert summary["classes"][1] == {"name": "kind 1", "rgb": list(color(1))}
     told = {"file": path.name, "image_id": 7, "f_measure": 0.0, "found": 0, "missed": 1, "false": 1}
     assert summary["pictures"] == [told]
     with pytest.raises(ConfigError):

@@ -13,7 +13,7 @@ import yaml
 from forked import Forks
 from launch import environment
 from safetensors.torch import load_file
-from shapes import COLOURS, SHAPES, draw
+from shapes import COLORS, SHAPES, draw
 from transformers import ViTConfig, ViTModel, pipeline
 from transformers.utils import import_utils
 
@@ -42,7 +42,7 @@ def images(root: Path, counts: dict[str, int]) -> Path:
             folder = root / split / shape
             folder.mkdir(parents=True)
             for number in range(count):
-                draw(shape, list(COLOURS)[number % 4], 40 * first + number).save(folder / f"{number:02d}.png")
+                draw(shape, list(COLORS)[number % 4], 40 * first + number).save(folder / f"{number:02d}.png")
     return root
 
 

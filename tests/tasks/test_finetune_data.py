@@ -19,7 +19,7 @@ from forked import Forks
 from launch import environment
 from masked import SCENE_CLASSES, png, scene, write_shards
 from PIL import Image
-from shapes import COLOURS, SHAPES, draw
+from shapes import COLORS, SHAPES, draw
 from transformers import ViTConfig, ViTModel
 
 from m3i_scale.data.shards import CATEGORIES, LABELS, MASK_LABELS
@@ -65,7 +65,7 @@ def labelled_images(root: Path, *, val: bool = True) -> Path:
             folder = root / split / shape
             folder.mkdir(parents=True)
             for number in range(count):
-                draw(shape, list(COLOURS)[number % 4], 40 * first + number).save(folder / f"{number:02d}.png")
+                draw(shape, list(COLORS)[number % 4], 40 * first + number).save(folder / f"{number:02d}.png")
     return root
 
 

@@ -280,8 +280,8 @@ def test_anchors_are_exact_in_a_bf16_model() -> None:
     """In bf16 places near 1,000 pixels are 4 apart."""
     places = anchors(small_spec().regions, [(256, 256)] * 5, [4.0] * 5, torch.zeros(1, dtype=torch.bfloat16))
     assert places[0].dtype == torch.float32
-    centres = (places[0][:, :2] + places[0][:, 2:]) / 2
-    assert centres[-1].tolist() == [1020, 1020]
+    centers = (places[0][:, :2] + places[0][:, 2:]) / 2
+    assert centers[-1].tolist() == [1020, 1020]
 
 
 def test_detections_are_at_the_size_of_the_image_itself() -> None:

@@ -52,7 +52,7 @@ def batches(folder: Path, count: int, **options: Any) -> list[Batch]:
 
 
 def agrees(image: np.ndarray, mask: np.ndarray) -> float:
-    """The share of pixels whose class is the one at the place that their colour names, of those that lie at least
+    """The share of pixels whose class is the one at the place that their color names, of those that lie at least
     0.4 pixels from where the class changes."""
     x, y = (image[0] - 2.0) / 5 + 0.5, (image[1] - 2.0) / 6 + 0.5
     sure = np.ones(x.shape, dtype=bool)
@@ -119,7 +119,7 @@ HOSTILE = {
     "half its size": (resized((24, 20)), "size of its image"),
     "sixteen bits": (sixteen_bits(), "mask is"),
     "three channels": (png(mask_of_picture().convert("RGB")), "mask is"),
-    "four bits of grey": (png(mask_of_picture().convert("1")), "mask is"),
+    "four bits of gray": (png(mask_of_picture().convert("1")), "mask is"),
     "beyond the classes": (with_class(len(CLASSES)), "out of range"),
     "cut off": (png(mask_of_picture())[:60], "mask does not decode"),
     "no png": (b"\xff\xd8\xff" + bytes(40), "mask is"),

@@ -67,8 +67,8 @@ def labels_of(scenes: list[tuple[Tensor, Tensor, Tensor, Tensor]], *, masks: boo
     """What the stock model is told of images."""
     told = []
     for _, boxes, labels, masks_NHW in scenes:
-        centres = (boxes[:, :2] + boxes[:, 2:]) / 2
-        target = {"class_labels": labels, "boxes": torch.cat([centres, boxes[:, 2:] - boxes[:, :2]], dim=1) / SIDE}
+        centers = (boxes[:, :2] + boxes[:, 2:]) / 2
+        target = {"class_labels": labels, "boxes": torch.cat([centers, boxes[:, 2:] - boxes[:, :2]], dim=1) / SIDE}
         told.append(target | ({"masks": masks_NHW} if masks else {}))
     return told
 

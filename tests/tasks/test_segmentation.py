@@ -254,7 +254,7 @@ def test_batch_norm_computes_and_remembers_in_fp32_under_bf16() -> None:
 def test_batch_norm_takes_the_statistics_of_all_ranks_and_gives_them_their_gradients() -> None:
     torch.manual_seed(0)
     maps = (torch.randn(5, 3, 2, 2) * 2 + 1)[:4].requires_grad_()
-    factors = torch.randn(4, 3, 2, 2)  # without them the gradient of what is normalised would be 0
+    factors = torch.randn(4, 3, 2, 2)  # without them the gradient of what is normalized would be 0
     whole = MapBatchNorm(3, SingleProcess())
     output = whole(maps)
     (wanted,) = torch.autograd.grad((output * factors).sum(), maps)
@@ -264,10 +264,10 @@ def test_batch_norm_takes_the_statistics_of_all_ranks_and_gives_them_their_gradi
         of_other = [other.sum(dim=(0, 2, 3)), (other - mean).square().sum(dim=(0, 2, 3))]
         half = MapBatchNorm(3, OneOfTwo(of_other))  # type: ignore[arg-type]
         rows = slice(2 * len(losses), 2 * len(losses) + 2)
-        normalised = half(own)
-        torch.testing.assert_close(normalised, output[rows])
+        normalized = half(own)
+        torch.testing.assert_close(normalized, output[rows])
         torch.testing.assert_close(half.running_var, whole.running_var)
-        losses.append((normalised * factors[rows]).sum())
+        losses.append((normalized * factors[rows]).sum())
     (gradient,) = torch.autograd.grad(torch.stack(losses).sum(), maps)
     torch.testing.assert_close(gradient, wanted)
     assert wanted.abs().max() > 0.1

@@ -73,7 +73,7 @@ def test_a_few_classes_at_a_time_give_the_same_argmax(at_once: int, monkeypatch:
 
 
 def by_colour(windows: Tensor) -> Tensor:
-    """Logits of a segmenter that reads from the colour where a pixel lies, and so of which class it is."""
+    """Logits of a segmenter that reads from the color where a pixel lies, and so of which class it is."""
     x, y = (windows[:, 0] - 2) // 5 + 0.5, (windows[:, 1] - 2) // 6 + 0.5
     classes = torch.from_numpy(classes_of(x.numpy(), y.numpy()))
     return nn.functional.one_hot(classes, len(CELLS)).permute(0, 3, 1, 2)
@@ -89,7 +89,7 @@ def test_a_segmenter_is_measured_at_the_size_of_its_images_with_their_orientatio
     samples.append(good | {"mask.png": png(Image.new("L", SIZE, 255))})
     samples.append({"png": png(Image.new("RGB", (2, 60))), "mask.png": png(Image.new("L", (2, 60)))})
     shards = str(write_shards(tmp_path / "shards", samples, CELLS))
-    segmenter = Segmenter(by_colour, min(SIZE), CELLS, "colours", torch.device("cpu"))
+    segmenter = Segmenter(by_colour, min(SIZE), CELLS, "colors", torch.device("cpu"))
     check_classes(segmenter, shards)
     table = open_table(shards, "--data")
     counts, masked = count_overlaps(segmenter, table, (), None)
@@ -107,7 +107,7 @@ def test_a_segmenter_is_measured_at_the_size_of_its_images_with_their_orientatio
 
 def test_more_classes_than_a_mask_can_tell_apart_are_refused(tmp_path: Path) -> None:
     names = [f"class {number}" for number in range(256)]
-    segmenter = Segmenter(by_colour, 24, names, "colours", torch.device("cpu"))
+    segmenter = Segmenter(by_colour, 24, names, "colors", torch.device("cpu"))
     for count in (255, 256):
         shards = str(write_shards(tmp_path / str(count), [{"png": png(picture())}], names[:count]))
         if count == 255:
@@ -192,7 +192,7 @@ def test_a_stock_segmenter_is_measured_as_it_predicts(stock: Path, shards: str, 
         ({"measures": MEASURES}, "--measure segmenter"),
         ({"measures": ("segmenter", "knn")}, "--measure segmenter"),
         ({"picture_count": 3}, "--pictures"),
-        ({"pictures": "STOCK"}, "not empty"),
+        ({"pictures": "STOCK"}, "must be empty"),
     ],
 )
 def test_an_option_without_effect_on_a_segmenter_is_refused(
@@ -285,8 +285,8 @@ def test_an_overlay_shows_image_truth_and_prediction_in_the_same_colours(tmp_pat
     assert np.argwhere(differs[5:]).tolist() == [[5, 10]]
     legend = json.loads((tmp_path / "new" / "overlays" / LEGEND).read_text())
     assert [(one["class"], one["name"]) for one in legend] == [(0, "sky"), (1, "sea"), (2, "sand"), (3, "ship")]
-    colours = np.array([one["rgb"] for one in legend])
-    mixed = (0.35 * image[5:] + 0.65 * colours[mask[5:]]).round()
+    colors = np.array([one["rgb"] for one in legend])
+    mixed = (0.35 * image[5:] + 0.65 * colors[mask[5:]]).round()
     assert np.array_equal(truth[5:], mixed.astype(np.uint8))
     with pytest.raises(ConfigError):
         Overlays(tmp_path / "new" / "overlays", 1, ["sky"])

@@ -15,7 +15,7 @@ from forked import Forks
 from launch import environment
 from masked import SCENE_CLASSES, png, scene, write_shards
 from PIL import Image
-from shapes import COLOURS, SHAPES, draw
+from shapes import COLORS, SHAPES, draw
 from transformers import ViTConfig, ViTModel
 
 from m3i_scale.data.shards import MASK_LABELS
@@ -38,7 +38,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for shape in SHAPES:
             (root / split / shape).mkdir(parents=True)
             for number in range(count):
-                image = draw(shape, list(COLOURS)[number % 4], 40 * first + number)
+                image = draw(shape, list(COLORS)[number % 4], 40 * first + number)
                 image.save(root / split / shape / f"{number:02d}.png")
     return root
 

@@ -39,7 +39,7 @@ SIDE = 32
 RAND = "rand-m9-mstd0.5-inc1"
 MEAN, STD = AugmentConfig().mean, AugmentConfig().std
 PLAIN = {"color_jitter_p": 0.0, "grayscale": 0.0}
-COLOURS = Image.fromarray(np.random.default_rng(0).integers(0, 256, (48, 40, 3), dtype=np.uint8))
+COLORS = Image.fromarray(np.random.default_rng(0).integers(0, 256, (48, 40, 3), dtype=np.uint8))
 
 
 def seed_all(seed: int) -> None:
@@ -76,27 +76,27 @@ def published(size: int = SIDE) -> Any:
         mean=MEAN,
         std=STD,
     )
-    _, flip, rand_augment, tensor, normalise, erasing = whole.transforms
+    _, flip, rand_augment, tensor, normalize, erasing = whole.transforms
     assert isinstance(flip, RandomHorizontalFlip)
-    assert isinstance(normalise, Normalize)
+    assert isinstance(normalize, Normalize)
     assert isinstance(erasing, RandomErasing)
-    return rand_augment, Compose([tensor, normalise]), erasing
+    return rand_augment, Compose([tensor, normalize]), erasing
 
 
 def test_a_view_and_what_is_erased_of_it_are_those_of_timms_transform_for_a_seed() -> None:
-    rand_augment, normalised, erasing = published()
+    rand_augment, normalized, erasing = published()
     erase = Erasing(0.25, PixelNorm(MEAN, STD))
     changed = erased = 0
     for seed in range(40):
         rng = random.Random(seed)
-        plain = ViewMaker(AugmentConfig(**PLAIN), views=1, image_size=SIDE, augment=True)(COLOURS, seed)
+        plain = ViewMaker(AugmentConfig(**PLAIN), views=1, image_size=SIDE, augment=True)(COLORS, seed)
         rng.random()  # whether it is flipped
         random_crop(48, 40, (0.08, 1.0), (0.75, 4 / 3), rng)
         seed_all(rng.getrandbits(64))
         wanted = rand_augment(Image.fromarray(plain.pixels_VCHW[0].transpose(1, 2, 0)))
         with nothing_drawn():
             made = ViewMaker(AugmentConfig(**PLAIN, rand_augment=RAND), views=1, image_size=SIDE, augment=True)
-            views = made(COLOURS, seed)
+            views = made(COLORS, seed)
         assert views.crops == plain.crops
         assert np.array_equal(views.pixels_VCHW[0].transpose(1, 2, 0), np.asarray(wanted))
         changed += not np.array_equal(views.pixels_VCHW, plain.pixels_VCHW)
@@ -107,7 +107,7 @@ def test_a_view_and_what_is_erased_of_it_are_those_of_timms_transform_for_a_seed
         with nothing_drawn():
             ours = normalize(erase(batch).images_VBCHW[0], MEAN, STD)[seed % 3]
         seed_all(2**61 + seed)
-        before = normalised(wanted)
+        before = normalized(wanted)
         after = erasing(before.clone())
         torch.testing.assert_close(ours, after, rtol=1e-4, atol=1e-4)
         erased += not torch.equal(before, after)
@@ -126,13 +126,13 @@ def test_what_is_not_erased_keeps_its_values_and_masks_and_labels_stay() -> None
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P"])
 def test_images_of_any_mode_are_augmented(mode: str) -> None:
-    made = ViewMaker(AugmentConfig(rand_augment=RAND), views=2, image_size=SIDE, augment=True)(COLOURS.convert(mode), 1)
+    made = ViewMaker(AugmentConfig(rand_augment=RAND), views=2, image_size=SIDE, augment=True)(COLORS.convert(mode), 1)
     assert made.pixels_VCHW.shape == (2, 3, SIDE, SIDE)
 
 
 def test_an_evaluation_is_not_augmented() -> None:
     one, two = (
-        ViewMaker(AugmentConfig(rand_augment=kind), views=1, image_size=SIDE, augment=False)(COLOURS, 1)
+        ViewMaker(AugmentConfig(rand_augment=kind), views=1, image_size=SIDE, augment=False)(COLORS, 1)
         for kind in (RAND, None)
     )
     assert np.array_equal(one.pixels_VCHW, two.pixels_VCHW)
@@ -144,14 +144,14 @@ def test_another_strength_and_another_size_are_timms_too() -> None:
     theirs = rand_augment_transform("rand-m4-n3-mstd1.0-p0.9", hparams)
     for seed in range(20):
         seed_all(seed)
-        wanted = theirs(COLOURS)
-        assert np.array_equal(np.asarray(ours(COLOURS, seed)), np.asarray(wanted))
+        wanted = theirs(COLORS)
+        assert np.array_equal(np.asarray(ours(COLORS, seed)), np.asarray(wanted))
 
 
 def test_what_another_thread_draws_meanwhile_is_its_own_and_changes_nothing() -> None:
     """Without workers the loader makes views in a thread, beside the thread that trains and saves random states."""
     augment = RandAugment(RAND, SIDE, (1, 2, 3))
-    alone = [np.asarray(augment(COLOURS, seed)) for seed in range(10)]
+    alone = [np.asarray(augment(COLORS, seed)) for seed in range(10)]
     seed_all(5)
     wanted = [drawn() for _ in range(200)]
     seed_all(5)
@@ -160,7 +160,7 @@ def test_what_another_thread_draws_meanwhile_is_its_own_and_changes_nothing() ->
     def augmented() -> list[np.ndarray]:
         images: list[np.ndarray] = []
         while len(images) < 400 or not enough.is_set():
-            images += [np.asarray(augment(COLOURS, seed)) for seed in range(10)]
+            images += [np.asarray(augment(COLORS, seed)) for seed in range(10)]
         return images
 
     with ThreadPoolExecutor(1) as pool:
@@ -182,7 +182,7 @@ def test_what_another_thread_draws_meanwhile_is_its_own_and_changes_nothing() ->
 def test_at_any_strength_there_is_an_image(config: str) -> None:
     """timm posterizes to no bits at all at its full strength, which Pillow refuses."""
     augment = RandAugment(config, SIDE, (1, 2, 3))
-    made = [np.asarray(augment(COLOURS, seed)) for seed in range(80)]
+    made = [np.asarray(augment(COLORS, seed)) for seed in range(80)]
     assert {image.shape for image in made} == {(48, 40, 3)}
     assert not all(image.max() == 0 for image in made)
 

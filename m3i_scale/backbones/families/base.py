@@ -120,16 +120,26 @@ class TokenFamily(Family):
     def check(self, config: Any, where: str) -> None:
         for key in ("image_size", "patch_size"):
             if not isinstance(getattr(config, key), int):
-                raise ConfigError(f"'{key}' must be one number: images and patches are square", where=f"{where}.config")
+                raise ConfigError(
+                    f"'{key}' must be one number: images and patches are square",
+                    where=f"{where}.config",
+                    fix=f"set {where}.config.{key} to one number",
+                )
         counts = ("image_size", "patch_size", "hidden_size", "num_hidden_layers", "num_attention_heads", self.mlp_field)
         check_counts({key: getattr(config, key) for key in counts}, f"{where}.config")
         if config.num_channels != 3:
-            raise ConfigError("images have 3 channels", where=f"{where}.config.num_channels: {config.num_channels}")
+            raise ConfigError(
+                f"'num_channels' must be 3, got {config.num_channels}",
+                where=f"{where}.config.num_channels",
+                fix=f"leave out {where}.config.num_channels",
+            )
         check_side(config.image_size, config.patch_size, f"patch size {config.patch_size}", where)
         if config.hidden_size % config.num_attention_heads or config.hidden_size % 4:
             raise ConfigError(
-                f"width {config.hidden_size} must be a multiple of 4 and of its {config.num_attention_heads} heads",
-                where=f"{where}.config",
+                f"'hidden_size' must be a multiple of 4 and of the {config.num_attention_heads} heads, got "
+                f"{config.hidden_size}",
+                where=f"{where}.config.hidden_size",
+                fix="change hidden_size or num_attention_heads; 64 channels per head are usual",
             )
         if "registers" in self.parts:
             check_counts({"num_register_tokens": config.num_register_tokens}, f"{where}.config")
@@ -169,16 +179,20 @@ def check_counts(counts: dict[str, Any], where: str) -> None:
     for key, value in counts.items():
         most = MAX_COUNTS[key]
         if isinstance(value, bool) or not isinstance(value, int | float) or not 1 <= value <= most:
-            raise ConfigError(f"'{key}' must be from 1 to {most:,}, got {value!r}", where=f"{where}.{key}")
+            raise ConfigError(
+                f"'{key}' must be from 1 to {most:,}, got {value!r}",
+                where=f"{where}.{key}",
+                fix=f"set {where}.{key} to a number in this range",
+            )
 
 
 def check_side(side: int, divisor: int, what: str, where: str) -> None:
     """Check that the divisor, such as the patch size, divides the image size."""
     if side % divisor:
         raise ConfigError(
-            f"{what} does not divide image size {side}",
+            f"the image size must be a multiple of {what}, got {side}",
             where=f"{where}.config",
-            fix=f"image_size: {max(round(side / divisor), 1) * divisor}",
+            fix=f"set {where}.config.image_size={max(round(side / divisor), 1) * divisor}",
         )
 
 

@@ -167,19 +167,25 @@ class Dinov3(TokenFamily):
         super().check(config, where)
         if config.hidden_size // config.num_attention_heads % 4:
             raise ConfigError(
-                f"a head of {config.hidden_size // config.num_attention_heads} channels must be a multiple of 4",
+                "the width of an attention head must be a multiple of 4, got "
+                f"{config.hidden_size // config.num_attention_heads}",
                 where=f"{where}.config.num_attention_heads: {config.num_attention_heads}",
                 why="rotary positions rotate pairs of channels, by row and by column",
+                fix="change hidden_size or num_attention_heads; 64 channels per head are usual",
             )
         if config.rope_theta <= 0:
-            raise ConfigError("'rope_theta' is above 0", where=f"{where}.config.rope_theta: {config.rope_theta}")
+            raise ConfigError(
+                f"'rope_theta' must be > 0, got {config.rope_theta}",
+                where=f"{where}.config.rope_theta",
+                fix=f"set {where}.config.rope_theta=100",
+            )
         for key in _AUGMENTED:
             if (value := getattr(config, key)) is not None:
                 raise ConfigError(
-                    "coordinates of patches are not drawn here",
-                    where=f"{where}.config.{key}: {value}",
-                    why="one number for a whole micro-batch would make the loss depend on how many ranks share a batch",
-                    fix=f"{where}.config.{key}=null; crops of several sizes are `data.augment.crop_scale`",
+                    f"'{key}' is not supported, got {value}",
+                    where=f"{where}.config.{key}",
+                    why="one random number per micro-batch would make the loss depend on the number of ranks",
+                    fix=f"set {where}.config.{key}=null; for crops of several sizes use `data.augment.crop_scale`",
                 )
 
 

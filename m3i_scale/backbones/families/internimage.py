@@ -66,10 +66,12 @@ class InternImage(Family):
         check_counts(sizes, f"{where}.config")
         if config.fusion_width is None or config.fusion_width % 4:
             raise ConfigError(
-                f"fusion_width {config.fusion_width}: dense targets need the map of stride 16, a multiple of 4 wide",
+                f"'fusion_width' must be a multiple of 4, got {config.fusion_width}",
                 where=f"{where}.config.fusion_width",
+                why="dense targets need the fused map of stride 16",
+                fix=f"set {where}.config.fusion_width=256, for example",
             )
-        check_side(config.image_size, _LAST_STRIDE, "the stride of the last stage, 32,", where)
+        check_side(config.image_size, _LAST_STRIDE, "the stride of the last stage, 32", where)
 
     def lr_scales(self, model: Any, decay: float, *, dense: bool = False, dcn: float = 1.0) -> dict[str, float]:
         """See `Family`. Layers as in InternImage's `classification/models/intern_image.py` and `optimizer.py`, or with

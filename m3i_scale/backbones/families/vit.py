@@ -154,8 +154,8 @@ class Siglip(TokenFamily):
         super().check(config, where)
         if config.vision_use_head:
             raise ConfigError(
-                "a backbone has no pooling head",
+                "a backbone must not have a pooling head",
                 where=f"{where}.config.vision_use_head: {config.vision_use_head}",
-                why="recipes pool by their decoders: nothing would train that head",
-                fix=f"{where}.config.vision_use_head=false",
+                why="recipes pool with their decoders, so nothing would train that head",
+                fix=f"set {where}.config.vision_use_head=false",
             )

@@ -17,6 +17,7 @@ from m3i_scale.backbones.sources.open_clip_vit import (
 )
 from m3i_scale.backbones.sources.timm_vit import TIMM_MARK, TIMM_PREFIXES, timm_folder, timm_source
 from m3i_scale.errors import ConfigError
+from m3i_scale.files import similar_path
 
 __all__ = ["Source", "find_source", "pretrained_folder"]
 
@@ -55,7 +56,7 @@ def _bare(given: str, path: Path, fields: Mapping[str, Any], where: str) -> Sour
     raise MismatchError(
         f"its {len(shapes)} tensors have names of no known code base, e.g. {next(iter(shapes), 'none')}",
         "a bare file has timm's names (patch_embed, blocks) or open_clip's (visual.transformer.resblocks)",
-        fix="give the folder that also holds its configuration",
+        fix="use the folder that also has its configuration",
     )
 
 
@@ -75,9 +76,10 @@ def _download(source: str, patterns: list[str], where: str) -> Path:
         return Path(snapshot_download(source, allow_patterns=patterns))
     except (OSError, ValueError) as error:
         path = source.startswith(("/", ".", "~")) or source.count("/") > 1  # a Hub id is a name, or owner/name
-        reason = "there is no such file or folder" if path else str(error).splitlines()[0]
+        reason = "no such file or folder" if path else str(error).splitlines()[0]
+        fix = "use a folder with a configuration and weights, a weight file, or a Hub id (needs a network)"
         raise ConfigError(
             f"cannot read a model from '{source}': {reason}",
             where=where,
-            fix="give a folder with a configuration and weights, a weight file, or a Hub id (needs a network)",
+            fix=similar_path(Path(source), fix) if path else fix,
         ) from None

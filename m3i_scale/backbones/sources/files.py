@@ -84,8 +84,8 @@ def open_weights(path: Path, where: str) -> Iterator[_Safetensors | _Pickled]:
         raise ConfigError(
             f"cannot read weights: {_reason(error)}",
             where=f"{where}: {path}",
-            why="files are safetensors, or made by `torch.save` (since torch 1.6) and hold tensors alone",
-            fix="copy or download it anew, or save the state dict as safetensors",
+            why="files must be safetensors, or made by `torch.save` (since torch 1.6) with tensors only",
+            fix="copy or download it again, or save the state dict as safetensors",
         ) from None
 
 
@@ -104,9 +104,13 @@ def read_config(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot read a configuration: {error}", where=str(path)) from None
+        raise ConfigError(
+            f"cannot read a configuration: {error}", where=str(path), fix="copy or download the file again"
+        ) from None
     if not isinstance(values, dict):
-        raise ConfigError("a configuration is a JSON object", where=str(path))
+        raise ConfigError(
+            "the configuration must be a JSON object", where=str(path), fix="copy or download the file again"
+        )
     return values
 
 
@@ -120,17 +124,29 @@ def weight_files(place: Path, kind: str, where: str) -> list[Path]:
         index = place / f"{name}.index.json"
         if index.is_file():
             return _shards(index, where)
-    raise ConfigError(f"no weights in '{place}'", where=where, fix=f"{' or '.join(NAMES[kind])}, whole or in shards")
+    raise ConfigError(
+        f"no weights in '{place}'",
+        where=where,
+        fix=f"use a folder with {' or '.join(NAMES[kind])}, in one file or in shards",
+    )
 
 
 def _shards(index: Path, where: str) -> list[Path]:
     try:
         shards = sorted({str(name) for name in read_json(index)["weight_map"].values()})
     except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise ConfigError(f"cannot read the index of shards: {error}", where=f"{where}: {index}") from None
+        raise ConfigError(
+            f"cannot read the index of shards: {error}",
+            where=f"{where}: {index}",
+            fix="copy or download the file again",
+        ) from None
     for shard in shards:
         if Path(shard).name != shard or not (index.parent / shard).is_file():
-            raise ConfigError(f"the index names '{shard}', and no such file is beside it", where=f"{where}: {index}")
+            raise ConfigError(
+                f"the shard '{shard}' of the index is missing",
+                where=f"{where}: {index}",
+                fix="copy or download all shards of the model into this folder",
+            )
     return [index.parent / shard for shard in shards]
 
 
@@ -141,6 +157,10 @@ def read_headers(paths: list[Path], where: str) -> dict[str, tuple[Path, tuple[i
         with open_weights(path, where) as weights:
             for name, shape in weights.shapes().items():
                 if name in place_of:
-                    raise ConfigError(f"two files hold '{name}'", where=f"{where}: {place_of[name][0]}, {path}")
+                    raise ConfigError(
+                        f"'{name}' occurs in two files",
+                        where=f"{where}: {place_of[name][0]}, {path}",
+                        fix="remove the file that is not part of the model",
+                    )
                 place_of[name] = path, shape
     return place_of

@@ -50,8 +50,8 @@ def hub_source(given: str, folder: Path, where: str) -> Source:
         raise ConfigError(
             f"cannot read a model from '{folder}': {str(error).splitlines()[0]}",
             where=where,
-            fix="give a folder with config.json and model.safetensors, or a Hub id (needs a network); of a detector the"
-            " export of its run by --task features",
+            fix="use a folder with config.json and model.safetensors, or a Hub id (needs a network); export the run "
+            "of a detector with --task features",
         ) from None
     if isinstance(config, CLIPConfig | SiglipConfig):
         config = config.vision_config
@@ -59,9 +59,9 @@ def hub_source(given: str, folder: Path, where: str) -> Source:
     if family is None:
         *others, last = MODEL_TYPES
         raise ConfigError(
-            f"'{folder}' is a {config.model_type}, and a backbone is a {', '.join(others)} or {last}",
+            f"'{folder}' is a {config.model_type}; a backbone must be a {', '.join(others)} or {last}",
             where=where,
-            fix=_FIXES.get(config.model_type),
+            fix=_FIXES.get(config.model_type, "use a model of one of these families"),
         )
     family.adapt(config)
     assumed = {}
@@ -107,10 +107,11 @@ def _split(renamed: str, converter: WeightConverter, name: str) -> tuple[str, ..
     operation = converter.operations[0]
     if len(converter.operations) != 1 or not isinstance(operation, Chunk) or operation.dim:
         raise ConfigError(
-            f"'{name}' is converted when it is loaded, by {type(operation).__name__}",
+            f"'{name}' cannot be read directly: transformers converts it with {type(operation).__name__} when it "
+            "loads the model",
             where="from_pretrained",
-            why="weights are handed over one at a time",
-            fix="load it with transformers and save it anew",
+            why="weights are read one at a time",
+            fix="load the model with transformers and save it with save_pretrained",
         )
     first, *_ = converter.target_patterns
     return tuple(renamed.replace(first, target, 1) for target in converter.target_patterns)

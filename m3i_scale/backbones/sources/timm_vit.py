@@ -18,7 +18,7 @@ TIMM_MARK = "patch_embed.proj.weight"
 TIMM_PREFIXES = ("", "module.", "model.", "visual.", "module.visual.")
 _REFUSED = (
     (r"dist_token|head_dist", "it has a distillation token beside the class token"),
-    (r".*(q_norm|k_norm)", "it normalises queries and keys"),
+    (r".*(q_norm|k_norm)", "it normalizes queries and keys"),
     (r".*(rel_pos|relative_position)", "its attention adds relative positions"),
     (r".*(attn|mlp)\.norm", "it has a norm inside attention or MLP"),
     (r"patch_embed\.", "its patches pass more than one convolution"),
@@ -105,8 +105,8 @@ def _empty_model(architecture: str, arguments: str) -> tuple[Shapes, Facts]:
     except ImportError:
         raise MismatchError(
             f"only timm knows what '{architecture}' is, and it is not installed",
-            "heads, activation and norms stand behind the name alone",
-            fix="pip install timm, or 'm3i-scale[timm]'",
+            "heads, activation and norms follow from the name",
+            fix="run `pip install 'm3i-scale[timm]'`",
         ) from None
     try:
         with torch.device("meta"):

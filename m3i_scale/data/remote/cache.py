@@ -40,14 +40,17 @@ class ShardCache:
                 free = shutil.disk_usage(self._folder).free + sum(size for _, size, _ in self._entries())
         except OSError as error:
             raise ConfigError(
-                f"cannot write the shard cache: {error.strerror}", where=f"data.cache_dir: {self._root}"
+                f"cannot write the shard cache: {error.strerror}",
+                where=f"data.cache_dir: {self._root}",
+                fix="make the folder writable, or set another data.cache_dir",
             ) from None
         if free < self._limit:
             gib = free / GIB
             raise ConfigError(
-                f"the limit of the shard cache is {self._limit / GIB:.4g} GiB, but only {gib:.4g} GiB are free",
+                f"the limit of the shard cache must fit the disk: {self._limit / GIB:.4g} GiB, but only {gib:.4g} GiB "
+                "are free",
                 where=f"data.cache_dir: {self._root}",
-                fix=f"data.cache_gib={int(gib * 9) / 10:g}, or another data.cache_dir",
+                fix=f"set data.cache_gib={int(gib * 9) / 10:g}, or another data.cache_dir",
             )
 
     def open(self, key: str) -> int | None:
@@ -93,7 +96,9 @@ class ShardCache:
         return DataError(
             f"cannot {what} the shard cache: {error.strerror or error}",
             where=f"data.cache_dir: {self._root}",
-            fix="the disk is full: free space, or lower data.cache_gib" if full else None,
+            fix="free space, or lower data.cache_gib: the disk is full"
+            if full
+            else "make the folder writable, or set another data.cache_dir",
         )
 
     @contextlib.contextmanager

@@ -126,7 +126,7 @@ def filesystem(url: Url, access: Access) -> Any:
         raise ConfigError(
             f"{url.scheme}:// needs the package {package}",
             where=str(url),
-            fix=f"pip install {package}",
+            fix=f"run `pip install {package}`",
         ) from None
     if url.scheme == "s3":
         files.retries = 1  # retries are spread out and counted by `retried`

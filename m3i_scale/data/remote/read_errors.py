@@ -29,7 +29,7 @@ SHARD = "shard: "
 NO_RANGES = "no range requests"
 _DETAIL_LETTERS = 200
 _FIXES = {
-    "access refused": "set the credentials of the service (docs/data.md)",
+    "access refused": "set the credentials of the service (docs/guides/mix-datasets.md)",
     "answer too long": "the server must send exactly the requested range",
     "replaced": "restore the indexed version; to use the new one, start a new run, which indexes it",
 }

@@ -50,7 +50,7 @@ def _interface(host: HostReport) -> Results:
     addresses = local_addresses(interfaces, chosen)
     if chosen is not None and chosen not in interfaces:
         why = f"Gloo and NCCL listen on '{chosen}' alone (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME); up here: {known}"
-        fix = "another --interface, or bring it up there; it must have one name on all hosts"
+        fix = "use another --interface, or bring it up there; it must have the same name on all hosts"
         yield f"'{chosen}' is not up", {"error": why, "fix": fix}
     elif not addresses:
         why = "without an IPv4 address no rank of another host can reach it"
@@ -96,7 +96,7 @@ def port_findings(answers: Answers, head: str, address: str) -> Iterator[Finding
     """Check that every host can connect to rank 0's port."""
     if "error" in answers[head]["port"]:
         why = "rank 0 waits for the others at that address and port"
-        fix = "another --master-port, or what --interface and --master-address say of the master node"
+        fix = "set another --master-port, or correct --interface and --master-address"
         yield finding("port", head, f"{address}: {answers[head]['port']['error']}", error=why, fix=fix)
         return
     why = "rank 0 waits there for the others; they would wait for it until the time is over"
@@ -116,7 +116,7 @@ def shared_findings(answers: Answers) -> Iterator[Finding]:
         return
     head = next(iter(notes))
     why = "every rank writes its part of a checkpoint there, and waits for files of rank 0"
-    fix = "a file system that all hosts mount at the same path; output_dir there"
+    fix = "set output_dir to a file system that all hosts mount at the same path"
     for host, note in notes.items():
         if "error" in note:
             value = f"{note['path']}: {note['error']}"
@@ -141,7 +141,7 @@ def group_findings(answers: Answers, count: int) -> Iterator[Finding]:
     if errors:
         why = "ranks use ports of their own besides the port of rank 0, in both directions"
         value = f"{count} hosts: {listed(errors, _MAX_LISTED, '; ')}"
-        fix = "open all ports between the hosts, or --interface; first fix the errors above"
+        fix = "open all ports between the hosts, or set --interface; first fix the errors above"
         yield finding("group", "all", value, error=why, fix=fix)
         return
     rate = min(network["all_reduce_gb_s"] for network in measured.values())
@@ -157,7 +157,7 @@ def straggler_findings(rates: Mapping[str, float]) -> Iterator[Finding]:
     median = statistics.median(rates.values())
     for host, rate in rates.items():
         why = f"the median host has {_rate_text(median)}, and all ranks wait for the slowest"
-        fix = f"cable, switch port, speed and driver of the interface of {host} (ethtool); or leave it out"
+        fix = f"check cable, switch port, speed and driver of the interface of {host} (ethtool), or leave out the host"
         slow = rate * _SLOW < median
         yield finding("straggler", host, f"{_rate_text(rate)} in each direction", error=why if slow else None, fix=fix)
 

@@ -40,13 +40,17 @@ def examine(
         log: called with progress messages.
     """
     if overrides and run is None:
-        raise ConfigError("overrides have no effect without a run file", where=" ".join(overrides))
+        raise ConfigError(
+            "overrides have no effect without a config file",
+            where=" ".join(overrides),
+            fix="add a config file, or leave out the overrides",
+        )
     named = cluster.named_hosts()
     if not named and (cluster.nodes or 1) > 1:
         raise ConfigError(
-            f"which are the {cluster.nodes} machines?",
+            f"the {cluster.nodes} machines must be listed",
             where=f"nodes: {cluster.nodes}",
-            fix="--hostfile FILE, with a line `name slots=N` for every one",
+            fix="use --hostfile FILE with a line `name slots=N` for each",
         )
     slots = {host.name: host.slots for host in named} or {socket.gethostname(): cluster.ranks_per_node or 1}
     variables = {
@@ -138,15 +142,15 @@ class Examination:
         site = self.site
         if error is not None and error.kind == "connect":
             why = "launchers start ranks on it in the same way, without anybody to type a password"
-            fix = f"until `ssh -o BatchMode=yes {host} true` works: key, known_hosts, address, sshd"
+            fix = f"check key, known_hosts, address and sshd until `ssh -o BatchMode=yes {host} true` works"
             if site.transport == "srun":
-                fix = f"until `srun --overlap --nodelist={host} true` works: the state of the node (sinfo)"
+                fix = f"check the state of the node (sinfo) until `srun --overlap --nodelist={host} true` works"
             yield finding("ssh", host, error.what, error=why, fix=fix)
             return
         if site.ssh_to_all:
             yield finding("ssh", host, "connected")
         if error is not None:
-            fix = f"{site.python}, with m3i_scale and its dependencies, and the folder {site.workdir} on this host, or "
+            fix = f"install {site.python} with m3i_scale, and create {site.workdir} on this host, or set "
             fix += "--python and --workdir"
             yield finding("python", host, error.what, error="ranks are started with the same interpreter", fix=fix)
 

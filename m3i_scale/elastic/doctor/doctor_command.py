@@ -25,14 +25,16 @@ _SHOWN = 3
 @takes_cluster(field for field in Cluster.model_fields if field in {*OVER_HOSTS, "transport"})
 def doctor(
     cluster: Cluster,
-    run: Annotated[str | None, typer.Argument(help="A run file, or the name of a built-in one.")] = None,
+    run: Annotated[str | None, typer.Argument(help="Config file, or the name of a built-in config.")] = None,
     overrides: Overrides = None,
-    connect_s: Annotated[float, typer.Option("--connect-timeout", min=1, help="Seconds that ssh may take.")] = 10.0,
+    connect_s: Annotated[
+        float, typer.Option("--connect-timeout", min=1, metavar="S", help="Timeout of ssh in seconds.")
+    ] = 10.0,
     as_json: AsJson = False,
 ) -> None:
-    """Check whether every host is ready: ssh, versions, code, devices, memory, files, network, shards.
+    """Check that all hosts are ready: ssh, versions, code, devices, memory, files, network and shards.
 
-    Exit code 2 if one is not.
+    Exit with code 2 if a check fails on any host.
     """
     leave_out_accelerator_warning()
     from m3i_scale.elastic.doctor.command import examine

@@ -38,10 +38,11 @@ def check_effective(engine: Any, resolved: ResolvedConfig) -> None:
     ]
     if differences:
         raise ConfigError(
-            "the DeepSpeed engine does something else than its configuration says",
+            "the DeepSpeed engine does not use its configuration",
             where=resolved.where,
             why="; ".join(differences),
-            fix="check the installed DeepSpeed version, and whether the engine was given this configuration unchanged",
+            fix="install the DeepSpeed version of requirements.txt, and do not change the configuration before "
+            "deepspeed.initialize",
         )
 
 

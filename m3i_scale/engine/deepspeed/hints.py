@@ -54,7 +54,7 @@ UNSUPPORTED: dict[str, tuple[str, str | None]] = {
     ),
     "aio": ("it configures NVMe offload, which is not supported", None),
     "checkpoint": (
-        "checkpoints are saved, verified and resumed by this trainer (docs/checkpoints.md)",
+        "checkpoints are saved, verified and resumed by this trainer (docs/explanation/checkpoints.md)",
         "remove it: checkpoints load on any number of ranks and any stage; the config file has checkpoint.background",
     ),
     "zero_optimization.stage3_gather_16bit_weights_on_model_save": _EXPORT,
@@ -96,8 +96,8 @@ _LEFT_OUT: dict[str, tuple[str, str]] = {
 _ONE_OF = {
     "zero_optimization.stage": (
         "1, 2 or 3",
-        "checkpoints and the EMA teacher live on the partitioned optimizer; stage 0 has none",
-        "on a single device take 1: it costs nothing there",
+        "checkpoints and the EMA teacher need the partitioned optimizer; stage 0 has none",
+        "use 1 on a single device: it costs nothing there",
     ),
     "optimizer.type": (
         "AdamW",
@@ -120,7 +120,7 @@ def schema_error(detail: Any, config: dict[str, Any], where: str) -> ConfigError
     if detail["type"] == "missing" and path not in _ONE_OF:
         default = ("DeepSpeed would take its own default instead of the config file's value", 'write "auto"')
         why, fix = _LEFT_OUT.get(path) or _LEFT_OUT.get(parts[-1]) or default
-        return ConfigError(f"'{path}' is left out", where=where, why=why, fix=fix)
+        return ConfigError(f"'{path}' is missing", where=where, why=why, fix=fix)
     return _wrong_value(detail, path, given, where)
 
 
@@ -130,20 +130,20 @@ def _wrong_value(detail: Any, path: str, given: Any, where: str) -> ConfigError:
         return ConfigError(f"'{path}' must be {one_of} (got {given!r})", where=where, why=why, fix=fix)
     if detail["type"] in ("model_type", "model_attributes_type"):
         switched = isinstance(given, bool) and "enabled" in fields_at(tuple(path.split(".")))
-        hint = f'"{path}": {{"enabled": {str(given).lower()}}}' if switched else None
+        hint = f'write "{path}": {{"enabled": {str(given).lower()}}}' if switched else "write {…}, or remove it"
         return ConfigError(f"'{path}' must be a section, i.e. {{…}} (got {given!r})", where=where, fix=hint)
     if given == "nvme":
         why = "checkpoints, exports and the EMA teacher read shards in memory"
-        fix = "take cpu; bf16 states (zero3_bf16_lean, zero3_cpu_lean) halve the states"
-        return ConfigError(f"'{path}' is nvme", where=where, why=why, fix=fix)
-    return ConfigError(f"'{path}': {detail['msg']} (got {given!r})", where=where)
+        fix = "use cpu; bf16 states (zero3_bf16_lean, zero3_cpu_lean) halve the states"
+        return ConfigError(f"'{path}' must not be nvme", where=where, why=why, fix=fix)
+    return ConfigError(f"'{path}': {detail['msg']} (got {given!r})", where=where, fix=f"correct the value of '{path}'")
 
 
 def _unfilled(path: str, where: str) -> ConfigError:
     why = "it does not follow from the config file, and DeepSpeed ignores the word or fails later"
     if path.endswith("enabled"):
         why = "DeepSpeed continues silently as if it were off"
-    fix = 'set a value; docs/deepspeed.md lists the keys that can be "auto"'
+    fix = 'set a value; docs/reference/deepspeed.md lists the keys that can be "auto"'
     return ConfigError(f"'{path}' cannot be \"auto\"", where=where, why=why, fix=fix)
 
 
@@ -162,11 +162,11 @@ def _unknown(parts: tuple[str, ...], config: dict[str, Any], where: str) -> Conf
     why = "DeepSpeed would ignore it, or do something that this trainer does not support"
     homes = [home for home in places if home.rpartition(".")[2] == key]
     if homes:
-        fix = f"it belongs at '{homes[0]}'" if len(homes) == 1 else "it belongs at one of: " + ", ".join(homes)
+        fix = f"move it to '{homes[0]}'" if len(homes) == 1 else "move it to one of: " + ", ".join(homes)
         return ConfigError(f"'{path}' is at the wrong level", where=where, why=why, fix=fix)
     siblings = fields_at(parts[:-1])
     if f"stage3_{key}" in siblings:
-        return ConfigError(f"'{path}' is not the documented spelling", where=where, fix=f"write 'stage3_{key}'")
+        return ConfigError(f"'{path}' is an undocumented spelling", where=where, fix=f"write 'stage3_{key}'")
     near = did_you_mean(key, siblings)
     fix = near if near.startswith("did you mean") else f"remove '{path}'"
     return ConfigError(f"unknown key '{path}'", where=where, why=why, fix=fix)

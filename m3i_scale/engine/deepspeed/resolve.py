@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
-from rich.table import Table
 
 from m3i_scale.config import resource_folder
 from m3i_scale.engine.deepspeed.hints import schema_error
@@ -29,8 +28,8 @@ class ResolvedConfig:
 
     config: dict[str, Any]
     """Argument for `deepspeed.initialize(config=…)`."""
-    filled_in: list[tuple[str, Any, str]]
-    """(key, value, reason) of every value that was not in the file."""
+    filled_in: list[str]
+    """Keys that were "auto" in the file."""
     where: str
 
 
@@ -49,9 +48,9 @@ def load_ds_config(name_or_path: str) -> dict[str, Any]:
     path = built_in.get(name_or_path, Path(name_or_path))
     if not path.is_file():
         raise ConfigError(
-            f"no DeepSpeed file '{name_or_path}'",
+            f"no DeepSpeed config '{name_or_path}'",
             where=str(path.absolute()),
-            fix=f"give a path, or a built-in name: {did_you_mean(name_or_path, built_in)}",
+            fix=did_you_mean(name_or_path, built_in, f"use a path, or one of: {', '.join(sorted(built_in))}"),
         )
     try:
         raw = json.loads(
@@ -60,9 +59,17 @@ def load_ds_config(name_or_path: str) -> dict[str, Any]:
             parse_constant=lambda name: _check_constant(name, path),
         )
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise ConfigError(f"cannot read the DeepSpeed file: {error}", where=str(path)) from None
+        raise ConfigError(
+            f"cannot read the DeepSpeed config: {error}",
+            where=str(path),
+            fix="correct the JSON, or make the file readable",
+        ) from None
     if not isinstance(raw, dict):
-        raise ConfigError("a DeepSpeed file is a JSON object", where=str(path), fix="see ds_configs/zero3_bf16.json")
+        raise ConfigError(
+            "a DeepSpeed config must be a JSON object",
+            where=str(path),
+            fix="write {…}, as in ds_configs/zero3_bf16.json",
+        )
     return raw
 
 
@@ -76,7 +83,9 @@ def _without_duplicates(pairs: list[tuple[str, Any]], path: Path) -> dict[str, A
 
 
 def _check_constant(name: str, path: Path) -> None:
-    raise ConfigError(f"{name} is not a number", where=str(path))
+    raise ConfigError(
+        f"the file must have finite numbers only, got {name}", where=str(path), fix=f"replace {name} with a number"
+    )
 
 
 def resolve(
@@ -112,14 +121,13 @@ def resolve(
         "optimizer.params.weight_decay": (weight_decay, "optim.weight_decay; vectors have none"),
     }
     config = copy.deepcopy(raw)
-    settings = batch | sizes | optim
-    filled = [(path, value, why) for path, (value, why) in settings.items() if _fill(config, path, value)]
-    if "timers" not in config:
-        config["timers"] = {"throughput": {"enabled": False}}
-        why = "left out in the file: for a line of DeepSpeed's log, it waits for the device twice a micro-batch"
-        filled.append(("timers.throughput.enabled", False, why))
+    values = {path: value for path, (value, _) in (batch | optim).items()} | sizes
+    filled = [path for path, value in values.items() if _fill(config, path, value)]
+    # For a line in its log, DeepSpeed waits for the device twice per micro-batch.
+    config.setdefault("timers", {"throughput": {"enabled": False}})
     _check(config, world_size, where)
-    return ResolvedConfig(config, filled + _complete(config, batch | optim, where), where)
+    _complete(config, batch | optim, where)
+    return ResolvedConfig(config, filled, where)
 
 
 def _check(config: dict[str, Any], world_size: int | None, where: str) -> None:
@@ -141,8 +149,8 @@ def check_batch(world_size: int | None, batch_size: int, micro_batch_size: int) 
     accumulation, rest = divmod(batch_size, micro_batch_size * ranks)
     if rest or not accumulation:
         raise ConfigError(
-            f"optim.batch_size {batch_size} is not micro_batch_size {micro_batch_size} × accumulation"
-            + (f" × {world_size} ranks" if world_size else ""),
+            f"optim.batch_size ({batch_size}) must be a multiple of optim.micro_batch_size ({micro_batch_size})"
+            + (f" × the number of ranks ({world_size})" if world_size else ""),
             where=f"optim.batch_size: {batch_size}" + (f", on {world_size} ranks" if world_size else ""),
             why="every rank runs the same number of micro-batches of the same size",
             fix=_batch_advice(ranks, batch_size, micro_batch_size),
@@ -177,26 +185,20 @@ def _batch_advice(world_size: int, batch_size: int, micro_batch_size: int) -> st
 MEBI = 2**20
 
 
-def _sizes(hidden_size: int) -> _Settings:
+def _sizes(hidden_size: int) -> dict[str, int]:
     """Return sizes in elements. The JSON may set other sizes. A Transformer layer has about 12 · hidden² weights. The
     floors are for small models: calls for one small matrix cost more than the transfer, and gathering a few MiB costs
-    nothing (docs/performance.md)."""
+    nothing (docs/benchmarks/performance.md)."""
     square = hidden_size * hidden_size
-    formulas: dict[str, tuple[int, int, str]] = {
-        "reduce_bucket_size": (square, 4 * MEBI, "hidden²"),
-        "stage3_prefetch_bucket_size": (int(0.9 * square), 4 * MEBI, "0.9 · hidden²"),
-        "stage3_param_persistence_threshold": (10 * hidden_size, 0, "10 · hidden"),
-        "stage3_max_live_parameters": (16 * square, 8 * MEBI, "16 · hidden²: one layer and a part of the next"),
-        "stage3_max_reuse_distance": (16 * square, 8 * MEBI, "16 · hidden²: one layer and a part of the next"),
-        "sub_group_size": (24 * square, 16 * MEBI, "24 · hidden²: two layers are updated at a time"),
+    sizes = {
+        "reduce_bucket_size": max(square, 4 * MEBI),
+        "stage3_prefetch_bucket_size": max(int(0.9 * square), 4 * MEBI),
+        "stage3_param_persistence_threshold": 10 * hidden_size,
+        "stage3_max_live_parameters": max(16 * square, 8 * MEBI),  # one layer and a part of the next
+        "stage3_max_reuse_distance": max(16 * square, 8 * MEBI),
+        "sub_group_size": max(24 * square, 16 * MEBI),  # two layers are updated at a time
     }
-    return {
-        f"zero_optimization.{key}": (
-            max(value, floor),
-            f"{why}, hidden = {hidden_size}" + (f"; at least {floor // MEBI} Mi elements" if floor > value else ""),
-        )
-        for key, (value, floor, why) in formulas.items()
-    }
+    return {f"zero_optimization.{key}": value for key, value in sizes.items()}
 
 
 def _fill(config: dict[str, Any], path: str, value: Any) -> bool:
@@ -210,10 +212,8 @@ def _fill(config: dict[str, Any], path: str, value: Any) -> bool:
     return True
 
 
-def _complete(config: dict[str, Any], settings: _Settings, where: str) -> list[tuple[str, Any, str]]:
-    """Add settings that the file lacks; return (key, value, reason) of each. Raise ConfigError if the file contradicts
-    one."""
-    added = []
+def _complete(config: dict[str, Any], settings: _Settings, where: str) -> None:
+    """Add settings that the file lacks. Raise ConfigError if the file contradicts one."""
     for path, (value, why) in settings.items():
         if value == AUTO:
             continue
@@ -221,33 +221,19 @@ def _complete(config: dict[str, Any], settings: _Settings, where: str) -> list[t
         section = config
         for parent in parents:
             section = section[parent]
-        if key not in section:
-            section[key] = value
-            added.append((path, value, f"left out in the file: {why}"))
-        elif not _same(section[key], value):
+        if not _same(section.setdefault(key, value), value):
             raise ConfigError(
                 f"'{path}' is {section[key]!r}, but the config file says {value!r}",
                 where=where,
                 why=why,
                 fix='write "auto", or change the config file',
             )
-    return added
 
 
 def _same(given: Any, wanted: Any) -> bool:
     if isinstance(wanted, list):
         return len(given) == len(wanted) and all(map(_same, given, wanted))
     return math.isclose(given, wanted, rel_tol=1e-12)
-
-
-def explain_table(resolved: ResolvedConfig) -> Table:
-    """Return a terminal table of the values that were filled in."""
-    table = Table(title=f"DeepSpeed: filled in for {resolved.where}", title_justify="left")
-    for heading in ("key", "value", "why"):
-        table.add_column(heading, overflow="fold")
-    for key, value, why in resolved.filled_in:
-        table.add_row(key, f"{value:,}" if isinstance(value, int) else str(value), why)
-    return table
 
 
 def check_accelerator(resolved: ResolvedConfig) -> None:
@@ -262,12 +248,11 @@ def check_accelerator(resolved: ResolvedConfig) -> None:
         raise ConfigError(
             f"'{kind}.enabled' is true, but the accelerator '{name}' has no {kind}",
             where=resolved.where,
-            fix=f"take {others}; on a CPU: deepspeed=zero3_cpu or deepspeed=zero3_cpu_fp32",
+            fix=f"use {others}; on a CPU: deepspeed=zero3_cpu or deepspeed=zero3_cpu_fp32",
         )
     if name == "cuda" and optimizer_class(resolved.config) == "FusedAdam" and not is_usable("fused_adam"):
         raise ConfigError(
-            "DeepSpeed's own Adam is compiled by nvcc, which is not on this machine",
+            "DeepSpeed's Adam needs nvcc, which is not installed on this machine",
             where=f"{resolved.where}: optimizer.params",
-            fix='torch\'s takes its place with "torch_adam": true, "fused": true; or install the CUDA toolkit and set'
-            " CUDA_HOME",
+            fix='set "torch_adam": true and "fused": true; or install the CUDA toolkit and set CUDA_HOME',
         )

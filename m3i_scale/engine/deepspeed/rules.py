@@ -110,7 +110,7 @@ def _check_switches(config: dict[str, Any], where: str) -> None:
 def _check_precision(config: dict[str, Any], where: str) -> None:
     bf16, fp16 = config.get("bf16", {}), config.get("fp16", {})
     if bf16.get("enabled") and fp16.get("enabled"):
-        raise ConfigError("bf16 and fp16 are both enabled", where=where, fix="keep one of the two sections")
+        raise ConfigError("bf16 and fp16 must not both be enabled", where=where, fix="keep one of the two sections")
     lean = bf16.get("bf16_master_weights_and_grads")
     if lean and takes_bf16_optimizer(config):
         why = "DeepSpeed's BF16 optimizer (stage 1 with fp32 accumulation) keeps fp32 master weights"
@@ -142,10 +142,10 @@ def _check_zero(config: dict[str, Any], world_size: int | None, where: str) -> N
     size = zero.get("zero_hpz_partition_size", 1)
     if world_size is not None and world_size % size:
         raise ConfigError(
-            f"'zero_optimization.zero_hpz_partition_size' is {size}, with {world_size} ranks",
+            f"'zero_optimization.zero_hpz_partition_size' must divide the {world_size} ranks, got {size}",
             where=where,
-            why="every group of this many ranks, as a rule those of one machine, holds a second copy of the parameters",
-            fix="a divisor of the number of ranks, e.g. the GPUs of a machine",
+            why="each group of this many ranks, usually one machine, stores a second copy of the parameters",
+            fix="use a divisor of the number of ranks, e.g. the number of GPUs per machine",
         )
 
 

@@ -34,10 +34,15 @@ class Parts(Section):
     """Parts of a recipe that targets refer to by name."""
 
     inputs: list[InputSpec] = Field(min_length=1)
+    """Inputs of the backbone: which views, masked how."""
     mix: MixSpec | None = None
+    """Mixing of inputs from different images into one. Default: off."""
     decoders: dict[str, DecoderSpec]
+    """Decoders (f_ψ) by name."""
     heads: dict[str, HeadSpec] = Field(default_factory=dict)
+    """Projection heads by name."""
     teachers: dict[str, TeacherSpec] = Field(default_factory=dict)
+    """Frozen teachers by name."""
 
     def input(self, name: str) -> InputSpec:
         """Return the input with this name."""
@@ -181,15 +186,17 @@ class Target(Kind):
     """Sidecar file of the shards with the names of predicted classes."""
 
     name: str = Field(min_length=1)
+    """Name of the target in logs and metrics."""
     inputs: list[str] = Field(min_length=1)
     """Inputs that predict it; the loss is the mean over their parts."""
     encoder: str
-    """f_φ."""
+    """Target encoder (f_φ)."""
     decoder: str
     """Name of a decoder of the recipe: f_ψ."""
     distribution: Any
-    """P̂."""
+    """Loss (P̂)."""
     regularizer: Any
+    """Collapse prevention of the target."""
     weight: Scheduled[NotNegative] = 1.0
     """w_k of equation (6): a number, or a schedule, which may be 0 temporarily."""
 
@@ -348,7 +355,7 @@ class ImageTarget(Target):
         yield from super()._errors(parts)
         if self.encoder == "teacher" and self.teacher not in parts.teachers:
             example = f"recipe.teachers.{self.teacher}.from_pretrained=/data/models/dinov2-base"
-            fix = did_you_mean(self.teacher, parts.teachers) if parts.teachers else f"give it one, e.g. {example}"
+            fix = did_you_mean(self.teacher, parts.teachers) if parts.teachers else f"set one, e.g. {example}"
             yield f"no teacher '{self.teacher}'; {fix}"
         decoder = parts.decoders[self.decoder]
         if self.compares_tokens and not isinstance(decoder, PointwiseSpec):

@@ -26,6 +26,7 @@ class BoltzmannClasses(Kind):
     kind: ClassVar[str] = "boltzmann"
     bounds_information: ClassVar[bool] = True
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    """Probability that is spread evenly over all classes."""
 
     def loss(
         self,
@@ -120,7 +121,7 @@ class FeatureNorm(RunningStatistics):
 
     def forward(self, x_BD: Tensor) -> Tensor:
         """Return features of mean 0 and variance 1."""
-        centred_BD, var_D = self.centred(x_BD)
+        centred_BD, var_D = self.centered(x_BD)
         return (centred_BD * (var_D + self.eps).rsqrt()).to(x_BD.dtype)
 
 

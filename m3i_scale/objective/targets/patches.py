@@ -158,11 +158,12 @@ class Anchor(ShownPatches):
     def build_head(self, sizes: Sizes) -> nn.Module:
         if sizes.encoded != sizes.decoded:
             raise ConfigError(
-                f"target '{self.name}' compares {sizes.decoded} channels of the backbone with {sizes.encoded} of "
-                f"teacher '{self.teacher}'",
+                f"target '{self.name}' needs equal widths, but the backbone has {sizes.decoded} channels and teacher "
+                f"'{self.teacher}' has {sizes.encoded}",
                 where="recipe.targets",
-                why="no layer stands between the features of an anchor",
-                fix="`kind: dense`, which has one; `kind: gram`, which compares no channels; or the teacher `student`",
+                why="an anchor compares features without a projection",
+                fix="use `kind: dense`, which has a projection; `kind: gram`, which compares no channels; or the "
+                "teacher `student`",
             )
         return super().build_head(sizes)
 

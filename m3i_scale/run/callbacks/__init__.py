@@ -40,13 +40,13 @@ class RunInfo:
     """Config of the run as plain values."""
     facts: Mapping[str, Any] = field(default_factory=dict)
     """Empty, or all of `flop_per_step`, `peak_tflops`, `peak_source`, `data_sheet_tflops`, `device` and
-    `micro_batch_size`; see docs/metrics.md."""
+    `micro_batch_size`; see docs/reference/metrics.md."""
 
 
 @dataclass(frozen=True)
 class StepRecord:
-    """Metrics of one logged step. Unless stated otherwise in docs/metrics.md, they are means over ranks and steps since
-    the last record."""
+    """Metrics of one logged step. Unless stated otherwise in docs/reference/metrics.md, they are means over ranks and
+    steps since the last record."""
 
     step: int
     """Number of completed optimizer steps."""
@@ -109,11 +109,11 @@ class Callback:
 
     def on_warning(self, step: int, warning: dict[str, str]) -> None:
         """Called with a warning about a problem that does not crash the run: `group`, `what`, `why`, `fix`
-        (docs/metrics.md)."""
+        (docs/reference/metrics.md)."""
 
     def on_rewind(self, step: int, rewind: dict[str, Any]) -> None:
         """Called after a rollback to the checkpoint of `step`, because of a loss spike. Later steps are repeated, with
-        other samples. `rewind` are the fields of the line in metrics.jsonl (docs/metrics.md)."""
+        other samples. `rewind` are the fields of the line in metrics.jsonl (docs/reference/metrics.md)."""
 
     def on_end(self, status: str) -> None:
         """Called once, however the run ends, with `finished`, `preempted` or `failed`."""

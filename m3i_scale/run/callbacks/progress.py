@@ -59,14 +59,6 @@ class ProgressDisplay(Callback):
         scheduled = any(isinstance(target.get("weight"), list) for target in recipe.get("targets", []))
         self._moving = scheduled or balance.get("kind", "fixed") != "fixed"
         self._total_steps = run_info.total_steps
-        start = f"resumes after step {run_info.start_step:,}" if run_info.start_step else "starts"
-        ranks = f"{run_info.world_size:,} rank" + ("s" if run_info.world_size != 1 else "")
-        self._print(f"{run_info.name} {start}, {run_info.total_steps:,} steps on {ranks}, in {run_info.output_dir}")
-        if facts := run_info.facts:
-            sheet = facts["data_sheet_tflops"]
-            source = f"{facts['peak_source']}, data sheet {sheet:,.4g}" if sheet else facts["peak_source"]
-            peak = f"{facts['peak_tflops']:,.4g} TFLOP/s a rank ({source})"
-            self._print(f"{facts['flop_per_step'] / 1e12:,.4g} TFLOP a step; MFU is a share of {peak}")
         if not self.console.is_terminal:
             return
         self._bar = _Bar(
@@ -90,7 +82,7 @@ class ProgressDisplay(Callback):
             if step_s is not None:
                 self._bar.update(self._task, left=self._left(step, step_s))
         elif self._first is None and self._step_s is None:
-            self._print(f"step {step:,}/{self._total_steps:,}  the first one is done")
+            self._print(f"step {step:,}/{self._total_steps:,}")
         self._first = self._first or (step, now)
 
     def on_step(self, record: StepRecord) -> None:
@@ -127,7 +119,8 @@ class ProgressDisplay(Callback):
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
-        self._print(f"run {status}")
+        if status == "failed":  # otherwise the run prints what it has saved
+            self._print("run failed")
 
     def _print(self, text: str) -> None:
         self.console.print(Text(text))  # Text disables markup, so names in brackets are printed literally

@@ -225,6 +225,6 @@ class Garbage(Hook):
 
 
 def give_back_collector() -> None:
-    """Reenable automatic garbage collection for all objects."""
+    """Re-enable automatic garbage collection for all objects."""
     gc.unfreeze()
     gc.enable()

@@ -170,7 +170,7 @@ class Rewinding(Hook):
         state = self._state
         config = state.resolved.run.guard.spike
         if config is None or len(self._rewinds) >= config.max_rewinds:
-            what = f"the loss has spiked, and max_rewinds are used up: {spike}"
+            what = f"another loss spike after max_rewinds rollbacks: {spike}"
             raise UserError(what, fix=RESTART).raised_everywhere()
         self._checkpointing.close()  # a pending save may be one of the undone checkpoints
         begun = self._rewinds.begin(

@@ -134,8 +134,8 @@ class Diagnosis:
     """Detection of silent failures: representation collapse, a diverging temperature, a loss that dominates the
     gradient.
 
-    Every rule only uses logged metrics (docs/metrics.md). It warns after it holds for several consecutive records, and
-    warns again only after it has recovered.
+    Every rule only uses logged metrics (docs/reference/metrics.md). It warns after it holds for several consecutive
+    records, and warns again only after it has recovered.
     """
 
     def __init__(self) -> None:

@@ -143,7 +143,9 @@ class Classification(BackboneTask):
             _check_sweep(run, family)
         if self.pool == "class_token" and not family.has_class_token:
             raise ConfigError(
-                f"{family.name} has no class token to classify by", where="task.pool", fix="task.pool=mean_pool"
+                f"{family.name} has no class token for task.pool=class_token",
+                where="task.pool",
+                fix="set task.pool=mean_pool",
             )
         augment, mixes = run.data.augment, self.mixup or self.cutmix
         kinds = (augment, *(source.augment for source in run.data.datasets.values()))
@@ -155,9 +157,10 @@ class Classification(BackboneTask):
             _check_timm("mixup and cutmix are", "task.mixup=0 task.cutmix=0")
         if mixes and run.optim.micro_batch_size % 2:
             raise ConfigError(
-                "mixup and cutmix pair the images of a micro-batch, and one is left over",
-                where=f"optim.micro_batch_size: {run.optim.micro_batch_size}",
-                fix="an even optim.micro_batch_size",
+                "optim.micro_batch_size must be even, because mixup and cutmix pair images, got "
+                f"{run.optim.micro_batch_size}",
+                where="optim.micro_batch_size",
+                fix="set an even optim.micro_batch_size, or turn off mixup and cutmix",
             )
 
     def check_classes(self, label_sets: dict[str, list[str]]) -> None:
@@ -167,7 +170,8 @@ class Classification(BackboneTask):
                 "no dataset has class labels",
                 where="data.datasets",
                 why=f"no {LABELS} is next to the shards",
-                fix=f"make the shards with labels (`shards make`), or put {LABELS} there, a list of class names",
+                fix=f"make the shards with labels (`shards make`), or put {LABELS}, a list of class names, next to "
+                "them",
             )
 
     def prepare(self, objective: Objective, classes: int, erasing: float = 0.0) -> None:
@@ -213,29 +217,29 @@ class Classification(BackboneTask):
 def _check_sweep(run: RunConfig, family: Family) -> None:
     if not family.has_class_token:
         raise ConfigError(
-            f"the heads of a sweep read class tokens, and {family.name} has none",
+            f"the heads of a sweep read class tokens, but {family.name} has none",
             where="task.sweep",
-            fix="leave it out, with task.pool=mean_pool",
+            fix="leave out task.sweep, and set task.pool=mean_pool",
         )
     if run.guard.spike is not None:
         raise ConfigError(
-            "a spike of the sum of all heads' losses would take all of them back",
+            "guard.spike cannot be combined with a sweep: a loss spike of one head would roll back all of them",
             where="guard.spike",
-            why="the rate of the fastest is meant to be too high, and the others would lose their steps with it",
-            fix="leave it out",
+            why="the highest learning rate of a sweep often diverges",
+            fix="leave out guard.spike",
         )
     if run.optim.clip_grad_norm:
         raise ConfigError(
-            "the gradient of all heads of a sweep together would be clipped",
+            "gradient clipping cannot be combined with a sweep: it would clip the gradient of all heads together",
             where=f"optim.clip_grad_norm: {run.optim.clip_grad_norm:g}",
-            why="how a head learns would depend on the others",
-            fix="optim.clip_grad_norm=0",
+            why="heads would depend on each other",
+            fix="set optim.clip_grad_norm=0",
         )
     if run.data.datasets and not run.data.validation:
         raise ConfigError(
-            "the best head of a sweep is the best on images for validation, and there are none",
+            "a sweep selects its best head on validation data, but there is none",
             where="data.validation",
-            fix="data.validation.val.path=/data/shards/val and evaluation.every_steps",
+            fix="set data.validation.val.path=/data/shards/val and evaluation.every_steps",
         )
 
 
@@ -245,5 +249,5 @@ def _check_timm(what: str, without: str) -> None:
         raise ConfigError(
             f"{what} timm's, which is not installed",
             where=without.partition("=")[0],
-            fix=f"pip install 'm3i-scale[timm]', or {without}",
+            fix=f"run `pip install 'm3i-scale[timm]'`, or set {without}",
         )

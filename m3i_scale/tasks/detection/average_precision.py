@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from m3i_scale.data.categories import Categories
 from m3i_scale.data.instances import Instances
-from m3i_scale.evaluate.intervals import RESAMPLES, Clusters, Estimate, bootstrap
+from m3i_scale.evaluation.intervals import RESAMPLES, Clusters, Estimate, bootstrap
 from m3i_scale.tasks.detection.detections import (
     EVERY_AREA,
     DetectionSet,

@@ -55,9 +55,9 @@ class Regions(Section):
     convs: int = Field(default=2, ge=1, le=MAX_LAYERS)
     """Convolutions of the RPN (StandardRPNHead.conv_dims = [-1, -1]; a plain FPN has 1)."""
     positive_iou: float = Field(default=0.7, gt=0, le=1)
+    """IoU above which an anchor is positive."""
     negative_iou: float = Field(default=0.3, ge=0, lt=1)
-    """IoU thresholds for positive and negative anchors by best overlap. Anchors in between are ignored
-    (anchor_matcher)."""
+    """IoU below which an anchor is negative. Anchors in between are ignored (anchor_matcher)."""
     anchors_per_image: int = Field(default=256, ge=2, le=MAX_CANDIDATES)
     """Anchors per image in the RPN loss, at most half of them positive (batch_size_per_image of RPN)."""
     before_nms: tuple[int, int] = (2000, 1000)
@@ -118,13 +118,15 @@ class MaskRcnn(DetectionHead):
     box_convs: int = Field(default=4, ge=0, le=MAX_LAYERS)
     """Convolutions of the box head (conv_dims = [256] * 4; a plain FPN uses two linear layers instead)."""
     box_linears: int = Field(default=1, ge=1, le=MAX_LAYERS)
+    """Number of linear layers of the box head."""
     box_width: int = Field(default=1024, ge=1, le=MAX_WIDTH)
-    """Number and width of the linear layers of the box head (fc_dims = [1024])."""
+    """Width of the linear layers of the box head (fc_dims = [1024])."""
     mask_convs: int = Field(default=4, ge=1, le=MAX_LAYERS)
     """Convolutions of the mask head, before it doubles the resolution."""
     box_side: int = Field(default=7, ge=1, le=MAX_SIDE)
+    """RoIAlign output size for boxes (box_pooler)."""
     mask_side: int = Field(default=14, ge=1, le=MAX_SIDE)
-    """RoIAlign output sizes for boxes and masks (box_pooler, mask_pooler). Predicted masks have twice the mask size."""
+    """RoIAlign output size for masks (mask_pooler). Predicted masks are twice as large."""
     sampling_ratio: int = Field(default=0, ge=0, le=MAX_SIDE)
     """RoIAlign sampling points per side of a cell. 0: one per pixel of the cell (torchvision uses 2)."""
     aligned: bool = True

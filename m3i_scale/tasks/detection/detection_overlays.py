@@ -11,7 +11,15 @@ from PIL import Image, ImageDraw, ImageFont
 
 from m3i_scale.data.categories import Categories
 from m3i_scale.data.instances import Instances, Rle
-from m3i_scale.evaluate.pictures.draw import PALETTE, SIDE, drawable, file_stem, make_folder, side_by_side, write_error
+from m3i_scale.evaluation.pictures.draw import (
+    PALETTE,
+    SIDE,
+    drawable,
+    file_stem,
+    make_folder,
+    side_by_side,
+    write_error,
+)
 from m3i_scale.files import write_json
 from m3i_scale.tasks.detection.detections import Prediction, ious, match
 

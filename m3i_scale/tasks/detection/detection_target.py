@@ -24,8 +24,8 @@ from m3i_scale.tasks.detection.rfdetr import RfDetrDetector
 from m3i_scale.tasks.full_image_target import FullImageTarget
 
 if TYPE_CHECKING:
-    from m3i_scale.export.source import Source
-    from m3i_scale.export.tensors import ExportedModule
+    from m3i_scale.exports.source import Source
+    from m3i_scale.exports.tensors import ExportedModule
 
 
 class Detection(FullImageTarget):
@@ -37,6 +37,7 @@ class Detection(FullImageTarget):
     labels_file: ClassVar[str | None] = CATEGORIES
 
     head: DetectionHead
+    """Detection head."""
 
     @property
     def reads(self) -> Reads:
@@ -61,10 +62,11 @@ class Detection(FullImageTarget):
                 continue
             if best is not None and best.metric in [f"evaluation/{self.name}/{figure}" for figure in self.evaluated]:
                 raise ConfigError(
-                    f"no evaluation of this run writes '{best.metric}': {where} is of LVIS",
+                    f"no evaluation of this run writes '{best.metric}': {where} is from LVIS",
                     where="checkpoint.keep_best.metric",
-                    why="of its images not all objects are known; average precision is measured by `evaluate` alone",
-                    fix="checkpoint.keep_best={metric: evaluation/loss, mode: min}",
+                    why="not all objects of its images are annotated; only `m3i-scale evaluate` computes average "
+                    "precision",
+                    fix="set checkpoint.keep_best={metric: evaluation/loss, mode: min}",
                 )
             return False
         if self.reads == "boxes":  # for masks this has been checked already
@@ -87,12 +89,18 @@ class Detection(FullImageTarget):
     def build_head(self, sizes: Sizes) -> nn.Module:
         if len(sizes.classes) != 1:
             raise ConfigError(
-                f"objects have one list of categories, and the sources have {len(sizes.classes)}", where="data.datasets"
+                f"a detector has one list of categories, but the datasets have {len(sizes.classes)}",
+                where="data.datasets",
+                fix="use datasets with the same categories.json, under one label_set",
             )
         if isinstance(self.head, RfDetr):
             return RfDetrDetector(self.head, sizes.backbone, sizes.classes[0], sizes.ranks)
         if not isinstance(self.head, MaskRcnn):
-            raise ConfigError(f"no module is built of the head '{self.head.kind}'", where="task.head")
+            raise ConfigError(
+                f"no module implements the head '{self.head.kind}'",
+                where="task.head",
+                fix="set `module` in the class of the head, or use another task.head",
+            )
         return MaskRcnnDetector(self.head, sizes.backbone, sizes.classes[0], sizes.ranks, sizes.image_counts)
 
     def present(self, batch: Batch) -> Tensor:

@@ -48,21 +48,21 @@ class Detection(BackboneTask):
         """Reject partitioned parameters: ranks may run different modules."""
         if engine.get("zero_optimization", {}).get("stage") == 3:
             raise ConfigError(
-                "a detector is not trained by ZeRO stage 3",
+                "a detector cannot be trained with ZeRO stage 3",
                 where=f"deepspeed: {run.deepspeed}",
-                why="which of its modules compute depends on what an image shows; stage 3 gathers a module's parameters"
-                " on all ranks together, and ranks that show different images would wait for each other for ever",
-                fix="deepspeed=zero1_bf16 or zero2_bf16; on CPUs zero1_cpu_fp32",
+                why="images decide which modules compute, but stage 3 gathers a module on all ranks together, so that "
+                "ranks would wait for each other forever",
+                fix="set deepspeed=zero1_bf16 or zero2_bf16; on CPUs zero1_cpu_fp32",
             )
 
     def check_image_counts(self, counts: list[int] | None) -> None:
         """Check that the number of images per category, which a federated loss needs, is known."""
         if isinstance(self.head, MaskRcnn) and self.head.federated_classes is not None and counts is None:
             raise ConfigError(
-                "a federated loss draws categories by how many images have them, and no source says so",
+                "task.head.federated_classes needs the number of images per category, but no dataset has it",
                 where="task.head.federated_classes",
-                why=f"{CATEGORIES} beside the shards has no image_count: it is not of LVIS",
-                fix="task.head.federated_classes=null, or shards of LVIS",
+                why=f"{CATEGORIES} next to the shards has no image_count, because it is not from LVIS",
+                fix="set task.head.federated_classes=null, or use shards of LVIS",
             )
 
     def lr_scales(self, objective: Objective) -> dict[str, float]:

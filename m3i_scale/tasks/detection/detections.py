@@ -68,9 +68,9 @@ def check_library(where: str = "detection") -> None:
     """Check that the library for overlaps and masks is installed; an error names the caller, `where`."""
     if importlib.util.find_spec("faster_coco_eval") is None:
         raise ConfigError(
-            "overlaps and masks of objects are computed by faster-coco-eval, which is not installed",
+            "faster-coco-eval, which evaluates boxes and masks, is not installed",
             where=where,
-            fix="pip install 'm3i-scale[detection]'",
+            fix="run `pip install 'm3i-scale[detection]'`",
         )
 
 
@@ -83,20 +83,26 @@ def sort_images(images: Iterable[tuple[Instances, Prediction]], categories: Cate
     for truth, following in pairwise(truths):
         if truth.image_id == following.image_id:
             raise DataError(
-                "an image is in the data twice",
+                "duplicate image in the data",
                 where=f"image {truth.image_id}",
-                why="it would count twice, and every object that is found again would count as false",
+                why="its objects would count as false positives when they are detected again",
+                fix="remove one of the two",
             )
     predictions = [sorted_by_score(given[place][1], given[place][0], categories) for place in order]
     found = DetectionSet(truths, predictions, categories, np.asarray(order, dtype=np.int64))
     if not len(found.objects[0]):
         raise DataError(
-            "no image has an object that could be found", where="the truth", why="average precision is not defined then"
+            "no image has an annotated object",
+            where="ground truth",
+            why="average precision is then undefined",
+            fix="use data with annotated objects",
         )
     image_of = {mask is not None: truth.image_id for truth in truths for mask in truth.segmentations}
     if len(image_of) == 2 and any(one["masks"] is not None for one in predictions):
         raise DataError(
-            "some objects have a mask and others have none, and masks are predicted", where=f"image {image_of[False]}"
+            "the model predicts masks, so all objects need a mask, but some have none",
+            where=f"image {image_of[False]}",
+            fix="add the masks, or make the shards again from annotations with masks",
         )
     return found
 
@@ -107,7 +113,11 @@ def sorted_by_score(given: Prediction, truth: Instances, categories: Categories)
     scores_D = np.asarray(given["scores"], dtype=np.float64)
     labels_D = np.asarray(given["labels"], dtype=np.int64)
     if not (np.isfinite(boxes_D4).all() and np.isfinite(scores_D).all()):
-        raise DataError("a predicted box or score is not a finite number", where=f"image {truth.image_id}")
+        raise DataError(
+            "a predicted box or score is not finite",
+            where=f"image {truth.image_id}",
+            fix="use an earlier checkpoint of the run",
+        )
     best_D, masks = np.argsort(-scores_D, kind="stable"), given["masks"]
     if categories.format == "lvis":
         best_D = best_D[: PER_IMAGE["lvis"]]

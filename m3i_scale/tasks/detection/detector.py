@@ -31,12 +31,13 @@ from m3i_scale.data.shards import CATEGORIES, shard_folder
 from m3i_scale.data.views import ViewMaker
 from m3i_scale.engine.agree import from_rank_0, gather_objects
 from m3i_scale.errors import DataError
-from m3i_scale.evaluate.features import architectures, load_stock, loading
-from m3i_scale.evaluate.intervals import clusters_of
-from m3i_scale.evaluate.job import document_of
-from m3i_scale.evaluate.samples import Sample, Table, check_groups, open_table, read_samples
-from m3i_scale.evaluate.towers import load_objective
-from m3i_scale.evaluate.trained_model import Evaluation, EvaluationOptions, find_loader
+from m3i_scale.evaluation.decoding import Sample
+from m3i_scale.evaluation.features import architectures, load_stock, loading
+from m3i_scale.evaluation.intervals import clusters_of
+from m3i_scale.evaluation.job import document_of
+from m3i_scale.evaluation.samples import Table, check_groups, open_table, read_samples
+from m3i_scale.evaluation.towers import load_objective
+from m3i_scale.evaluation.trained_model import Evaluation, EvaluationOptions, find_loader
 from m3i_scale.objective.inputs import normalize
 from m3i_scale.objective.ranks import Ranks
 from m3i_scale.objective.targets.base import Scores
@@ -185,7 +186,12 @@ def evaluate_detector(
     images = find_objects(detector, table, categories, options.exclude_groups, options.progress, drawing)
     check_groups(options.exclude_groups, [table])
     if not images:
-        raise DataError("no usable sample in the test data", where=options.data, why=str(dict(table.left_out)))
+        raise DataError(
+            "no usable sample in the test data",
+            where=options.data,
+            why=str(dict(table.left_out)),
+            fix="run `m3i-scale shards check` on the data",
+        )
     clusters = clusters_of(table)
     figures = detector_metrics(images, categories, clusters)
     if drawing is not None:
@@ -212,7 +218,7 @@ def check_categories(detector: Detector, shards: str) -> Categories:
             if found is None
             else f"the categories of the shards are not the detector's {len(detector.classes)}, in their order",
             where=shards,
-            fix="shards of the set that it was trained on (`shards make coco`), or of one with the same categories",
+            fix="use shards (`shards make coco`) with the categories of its training data",
         )
     return found
 

@@ -14,9 +14,9 @@ from transformers import RfDetrDinov2Config
 from m3i_scale.backbones.build import backbone_config, build_backbone
 from m3i_scale.backbones.internimage import InternImageConfig
 from m3i_scale.errors import ExportError
-from m3i_scale.export.joint import backbone_part
-from m3i_scale.export.source import Source
-from m3i_scale.export.tensors import VISION, ExportedModule, TensorSource, copied, empty, label_maps
+from m3i_scale.exports.joint import backbone_part
+from m3i_scale.exports.source import Source
+from m3i_scale.exports.tensors import VISION, ExportedModule, TensorSource, copied, empty, label_maps
 from m3i_scale.objective.information import Objective
 from m3i_scale.tasks.detection.configuration_mask_rcnn import HeadFields, MaskRcnnConfig
 from m3i_scale.tasks.detection.detection_heads import DetectionHead, MaskRcnn, RfDetr
@@ -85,10 +85,10 @@ def rfdetr_part(source: Source, spec: RfDetr, target: str) -> ExportedModule:
     ViT is converted to a DINOv2 with layer scales of 1. `target` is the name of the head's target."""
     if not source.run.data.augment.stretch:
         raise ExportError(
-            "no stock image processor of RF-DETR shows images as they were shown",
+            "the image processor of RF-DETR needs `data.augment.stretch: true`",
             where="data.augment.stretch: false",
-            why="it resizes them to the square; without `stretch` they keep their shape, and the rest is filled up",
-            fix="--task features: heads/ holds the head",
+            why="it resizes images to a square; without `stretch` the run padded them instead",
+            fix="use --task features; heads/ then has the detection head",
         )
     (names,) = source.label_sets.values()
     backbone = backbone_part(source)
@@ -122,7 +122,7 @@ def _trained_rfdetr(objective: Objective, pixels_BCHW: Tensor) -> Mapping[str, T
 
 def _no_class(why: str) -> ExportError:
     return ExportError(
-        f"no class for detection computes what was trained: {why}",
+        f"no Transformers class computes this detector: {why}",
         where="--task detection",
-        fix="--task features: heads/ holds the detector, which `m3i-scale evaluate --measure detector` measures",
+        fix="use --task features; heads/ then has the detector for `m3i-scale evaluate --measure detector`",
     )

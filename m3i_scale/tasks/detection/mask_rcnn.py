@@ -187,10 +187,11 @@ def _drawn_by(spec: MaskRcnn, classes: int, image_counts: Sequence[int] | None) 
     there = sum(count > 0 for count in image_counts)
     if len(image_counts) != classes or there < spec.federated_classes:
         raise ConfigError(
-            f"{spec.federated_classes} classes cannot be drawn: {there} of {classes} are in images for training",
+            f"federated_classes must be at most {there}, the number of classes in training images, got "
+            f"{spec.federated_classes}",
             where="task.head.federated_classes",
-            why="categories.json beside the shards says in how many images a class is, as `image_count`",
-            fix="fewer, or task.head.federated_classes=null",
+            why=f"{there} of {classes} classes have an `image_count` in categories.json",
+            fix=f"set task.head.federated_classes={there} or less, or null",
         )
     return class_weights(image_counts, spec.federated_power)
 
@@ -204,19 +205,19 @@ def windowed_layers(spec: Windows | None, backbone: Backbone) -> WindowedLayers:
     the stock model.
     """
     if not isinstance(backbone, TokenBackbone):
-        raise ConfigError("windows are for a plain Transformer", where="task.head.windows", fix="leave it out")
+        raise ConfigError("windows need a plain Transformer", where="task.head.windows", fix="leave it out")
     if backbone.prefix != 1:
         raise ConfigError(
-            f"no Mask R-CNN is published on a {backbone.model.config.model_type}: its windows leave out one class"
-            f" token, and this backbone has {backbone.prefix} tokens before the patches",
+            f"windows need one class token, but this {backbone.model.config.model_type} has {backbone.prefix} tokens "
+            "before the patches",
             where="task.head.windows",
-            fix="a ViT, DINOv2 or CLIP as backbone",
+            fix="leave it out, or use a ViT, DINOv2 or CLIP as backbone",
         )
     config, (side, _), depth = backbone.model.config, backbone.grid, len(backbone.layers)
     if config._attn_implementation not in ("sdpa", KERNEL):
         raise ConfigError(
-            "windows have an attention of their own, which is SDPA",
-            where=f"backbone.attention_kernel: {config._attn_implementation}",
+            f"attention in windows must use SDPA, got {config._attn_implementation}",
+            where="backbone.attention_kernel",
             fix="leave it out",
         )
     if spec is None:
@@ -224,18 +225,22 @@ def windowed_layers(spec: Windows | None, backbone: Backbone) -> WindowedLayers:
         spec = usual if side >= 2 * usual.size else Windows(size=0, relative_positions=False)
     if spec.size >= side:
         raise ConfigError(
-            f"a window of {spec.size} tokens has no effect on an image of {side} × {side}",
+            f"task.head.windows.size must be smaller than the grid of {side} × {side} patches, got {spec.size}",
             where="task.head.windows.size",
-            fix="task.head.windows.size=0, or a smaller one",
+            fix="lower it, or set task.head.windows.size=0",
         )
     layers = default_global_layers(depth) if spec.global_layers is None else spec.global_layers
     if max(layers, default=0) >= depth:
-        raise ConfigError(f"the layers are 0 to {depth - 1}", where="task.head.windows.global_layers")
+        raise ConfigError(
+            f"a global layer must be from 0 to {depth - 1}, got {spec.global_layers}",
+            where="task.head.windows.global_layers",
+            fix="leave out task.head.windows.global_layers, or correct it",
+        )
     if spec.size and spec.global_layers is not None and len(layers) == depth:
         raise ConfigError(
-            f"a window of {spec.size} tokens has no effect: all layers see the whole image",
+            f"a window of {spec.size} tokens has no effect: all layers use global attention",
             where="task.head.windows.global_layers",
-            fix="task.head.windows.size=0",
+            fix="set task.head.windows.size=0",
         )
     config._attn_implementation = KERNEL
     width = config.hidden_size // config.num_attention_heads

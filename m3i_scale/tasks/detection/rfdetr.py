@@ -225,10 +225,11 @@ def read_layers(spec: RfDetr, depth: int) -> tuple[int, ...]:
     layers = spec.out_layers or tuple(layer + 1 for layer in default_global_layers(depth))
     if layers[-1] != depth:
         raise ConfigError(
-            f"the backbone has {depth} layers, and the last one that is read is {layers[-1]}",
+            f"the head must read the last layer of the backbone, {depth}, but the last in task.head.out_layers is "
+            f"{layers[-1]}",
             where="task.head.out_layers",
-            why="layers behind it would be trained by nothing",
-            fix="task.head.out_layers=null reads the last of every quarter",
+            why="layers after it would not be trained",
+            fix="set task.head.out_layers=null, which selects the last layer of every quarter",
         )
     return layers
 
@@ -252,20 +253,20 @@ def _check(spec: RfDetr, backbone: Backbone) -> None:
         refused = f"its backbone is a DINOv2, and a {backbone.model.config.model_type} has parts that it has not"
     if refused is not None:
         raise ConfigError(
-            f"no RF-DETR holds the backbone: {refused}",
+            f"RF-DETR does not support the backbone: {refused}",
             where="task.head.kind: rfdetr",
-            fix="task.head=mask_rcnn, or a ViT or DINOv2",
+            fix="set task.head=mask_rcnn, or use a ViT or DINOv2",
         )
     side = backbone.grid[0]
     if side % spec.windows:
         raise ConfigError(
-            f"{spec.windows} windows do not divide the {side} patches along a side",
+            f"the number of patches per side must be a multiple of {spec.windows} windows, got {side}",
             where=f"task.head.windows: {spec.windows}",
-            fix=f"another backbone.config.image_size, a multiple of {spec.windows * backbone.patch_size}",
+            fix=f"set backbone.config.image_size to a multiple of {spec.windows * backbone.patch_size}",
         )
     if spec.queries > side**2:
         raise ConfigError(
-            f"{spec.queries} queries start from as many of {side**2} patches",
+            f"task.head.queries must be at most {side**2}, the number of patches, got {spec.queries}",
             where=f"task.head.queries: {spec.queries}",
-            fix=f"task.head.queries={side**2}, or a larger backbone.config.image_size",
+            fix=f"set task.head.queries={side**2}, or a larger backbone.config.image_size",
         )

@@ -19,8 +19,8 @@ from transformers import (
 from m3i_scale.backbones.build import backbone_config
 from m3i_scale.backbones.families import VisionConfig, token_family
 from m3i_scale.errors import ExportError
-from m3i_scale.export.source import Source
-from m3i_scale.export.tensors import VISION, ExportedModule, TensorSource, backbone_tensors, empty, label_maps
+from m3i_scale.exports.source import Source
+from m3i_scale.exports.tensors import VISION, ExportedModule, TensorSource, backbone_tensors, empty, label_maps
 from m3i_scale.objective.information import Objective
 from m3i_scale.tasks.segmentation.mask_queries import MaskQueries, query_config
 from m3i_scale.tasks.segmentation.pixel_heads import read_layers, segment
@@ -161,6 +161,6 @@ def _mlp_width(config: VisionConfig, model: str) -> int:
 
 def _no_class(why: str) -> ExportError:
     return ExportError(
-        f"no stock class for segmentation computes what was trained: {why}",
-        fix="--task features: heads/ holds the head",
+        f"no Transformers class computes this segmenter: {why}",
+        fix="use --task features; heads/ then has the segmentation head",
     )

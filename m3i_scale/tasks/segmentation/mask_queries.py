@@ -36,12 +36,17 @@ class MaskQueries(PixelHead):
         super().__init__()
         if not isinstance(backbone, TokenBackbone):
             raise ConfigError(
-                "EoMT's queries are tokens among those of the image, and this backbone has maps",
+                "EoMT needs a plain Transformer: its queries are tokens",
                 where="task.head.kind: eomt",
-                fix="task.head=upernet",
+                fix="set task.head=upernet",
             )
         if spec.blocks > len(backbone.layers):
-            raise ConfigError(f"the backbone has {len(backbone.layers)} layers", where="task.head.blocks")
+            raise ConfigError(
+                f"task.head.blocks must be at most {len(backbone.layers)}, the number of backbone layers, got "
+                f"{spec.blocks}",
+                where="task.head.blocks",
+                fix=f"set task.head.blocks={len(backbone.layers)} or less",
+            )
         self.spec, self.size = spec, backbone.image_size
         self.config = query_config(spec, backbone.model.config, classes)
         self.query = nn.Embedding(spec.queries, backbone.width)

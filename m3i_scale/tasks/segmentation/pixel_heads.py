@@ -37,7 +37,7 @@ class MapBatchNorm(RunningStatistics):
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """Normalize and scale maps, in training with the statistics of the global batch."""
-        centred_BCHW, var_C = self.centred(x_BCHW)
+        centred_BCHW, var_C = self.centered(x_BCHW)
         scale_C = (var_C + self.eps).rsqrt() * self.weight.float()
         output_BCHW = centred_BCHW * scale_C[:, None, None] + self.bias.float()[:, None, None]
         return output_BCHW.to(x_BCHW.dtype)
@@ -153,12 +153,16 @@ class UperNet(PixelHead):
         if not widths:
             self.layers = read_layers(spec, len(backbone.layers))
             if min(backbone.grid) < 2:
-                raise ConfigError("UPerNet halves the grid of patches, and there is one patch", where="backbone.config")
+                raise ConfigError(
+                    "UPerNet needs a grid of two patches or more per side, but the image is one patch",
+                    where="backbone.config.image_size",
+                    fix="increase backbone.config.image_size",
+                )
             widths = [backbone.width] * len(self.layers)
             self.neck = BeitFPNNeck(BeitConfig(hidden_size=backbone.width))
         elif spec.out_layers is not None:
             raise ConfigError(
-                "out_layers has no effect: this backbone has stages, all of which are read",
+                "out_layers has no effect: UPerNet reads all stages of this backbone",
                 where="task.head.out_layers",
                 fix="leave it out",
             )
@@ -183,14 +187,16 @@ def read_layers(spec: UperNetSegmentation, depth: int) -> tuple[int, ...]:
         layers = tuple(max(round(depth * share), 1) for share in (1 / 3, 1 / 2, 2 / 3, 1))
         if len(set(layers)) < len(layers):
             raise ConfigError(
-                f"UPerNet reads four different layers, and the backbone has {depth}",
+                f"UPerNet needs four different layers, but the backbone has {depth}",
                 where="task.head.kind: upernet",
-                fix="task.head=linear",
+                fix="set task.head=linear",
             )
         return layers
     if spec.out_layers[-1] > depth:
         raise ConfigError(
-            f"there is no layer {spec.out_layers[-1]}: the backbone has {depth}", where="task.head.out_layers"
+            f"task.head.out_layers must be from 1 to {depth}, the number of backbone layers, got {spec.out_layers[-1]}",
+            where="task.head.out_layers",
+            fix="set task.head.out_layers=null",
         )
     return spec.out_layers
 

@@ -21,8 +21,8 @@ from m3i_scale.tasks.segmentation.pixel_heads import PixelHead, mean_iou, overla
 from m3i_scale.tasks.segmentation.segmentation_heads import EomtSegmentation, SegmentationHead, UperNetSegmentation
 
 if TYPE_CHECKING:
-    from m3i_scale.export.source import Source
-    from m3i_scale.export.tensors import ExportedModule
+    from m3i_scale.exports.source import Source
+    from m3i_scale.exports.tensors import ExportedModule
 
 
 class Segmentation(FullImageTarget):
@@ -34,6 +34,7 @@ class Segmentation(FullImageTarget):
     labels_file: ClassVar[str | None] = MASK_LABELS
 
     head: SegmentationHead
+    """Segmentation head."""
 
     @property
     def reads(self) -> Reads:
@@ -61,7 +62,9 @@ class Segmentation(FullImageTarget):
     def build_head(self, sizes: Sizes) -> nn.Module:
         if len(sizes.classes) != 1:
             raise ConfigError(
-                f"pixels have one list of classes, and the datasets have {len(sizes.classes)}", where="data.datasets"
+                f"a segmenter has one class list, but the datasets have {len(sizes.classes)}",
+                where="data.datasets",
+                fix="use datasets with the same class list, under one label_set",
             )
         return _module_class(self.head)(self.head, sizes.backbone, sizes.classes[0], sizes.ranks)
 
@@ -91,14 +94,14 @@ def _module_class(head: SegmentationHead) -> Callable[..., PixelHead]:
     try:
         kind = resolve_name(head.module)
         below = isinstance(kind, type) and issubclass(kind, PixelHead)
-        problem = None if below else f"{head.module} is no class below PixelHead"
+        problem = None if below else f"{head.module} must be a subclass of PixelHead"
     except (AttributeError, ImportError, ValueError) as error:
         problem = str(error)
     if problem is not None:
         raise ConfigError(
-            f"the head '{head.kind}' does not name the module that is built of it: {problem}",
+            f"the head '{head.kind}' must name its module: {problem}",
             where="task.head",
-            fix='module: ClassVar[str] = "my_package.my_module.MyPixelHead", in its class',
+            fix='set module: ClassVar[str] = "my_package.my_module.MyPixelHead" in its class',
         )
     if kind.__abstractmethods__:
         raise ConfigError(

@@ -21,14 +21,15 @@ from m3i_scale.data.samples import MASK_OUT_OF_RANGE
 from m3i_scale.data.shards import MASK_LABELS, read_label_sets
 from m3i_scale.defaults import NO_CLASS
 from m3i_scale.errors import DataError, ExportError
-from m3i_scale.evaluate.dense import iou_of_clusters
-from m3i_scale.evaluate.features import architectures, load_stock, loading
-from m3i_scale.evaluate.intervals import Clusters, clusters_of
-from m3i_scale.evaluate.job import document_of
-from m3i_scale.evaluate.pictures.draw import PALETTE, SIDE, file_stem, make_folder, side_by_side, write_error
-from m3i_scale.evaluate.samples import Sample, Table, check_groups, open_table, read_samples
-from m3i_scale.evaluate.towers import load_objective
-from m3i_scale.evaluate.trained_model import Evaluation, EvaluationOptions, find_loader
+from m3i_scale.evaluation.decoding import Sample
+from m3i_scale.evaluation.dense import iou_of_clusters
+from m3i_scale.evaluation.features import architectures, load_stock, loading
+from m3i_scale.evaluation.intervals import Clusters, clusters_of
+from m3i_scale.evaluation.job import document_of
+from m3i_scale.evaluation.pictures.draw import PALETTE, SIDE, file_stem, make_folder, side_by_side, write_error
+from m3i_scale.evaluation.samples import Table, check_groups, open_table, read_samples
+from m3i_scale.evaluation.towers import load_objective
+from m3i_scale.evaluation.trained_model import Evaluation, EvaluationOptions, find_loader
 from m3i_scale.files import write_json
 from m3i_scale.objective.inputs import normalize
 from m3i_scale.tasks.segmentation.mask_queries import class_scores
@@ -131,7 +132,11 @@ def load_segmenter(folder: Path, device: torch.device, batch_size: int) -> Segme
         size = dict.fromkeys(("height", "width"), size.get("shortest_edge"))
     side = size.get("height")
     if not isinstance(side, int) or side < 1 or side != size.get("width"):
-        raise ExportError(f"the image processor has no square input size: {size}", where=str(folder))
+        raise ExportError(
+            f"the image processor must have a square input size, got {size}",
+            where=str(folder),
+            fix="export the checkpoint again",
+        )
     names: dict[int, str] = model.config.id2label
     classes = [str(names[number]) for number in sorted(names)]
     model = model.to(device).eval()
@@ -181,7 +186,12 @@ def evaluate_segmenter(
     counts_M3K, masked = count_overlaps(segmenter, table, options.exclude_groups, options.progress, overlays)
     check_groups(options.exclude_groups, [table])
     if not len(masked):
-        raise DataError("no pixel of the test data has a class", where=options.data, why=str(dict(table.bad_masks)))
+        raise DataError(
+            "no pixel of the test data has a class",
+            where=options.data,
+            why=str(dict(table.bad_masks)),
+            fix="run `m3i-scale shards check` on the data",
+        )
     clusters = clusters_of(table).take(masked)
     warnings = [clusters.warning] if clusters.warning else []
     warnings += [f"{count} masks of the test data cannot be used: {why}" for why, count in table.bad_masks.items()]
@@ -205,13 +215,15 @@ def check_classes(segmenter: Segmenter, shards: str) -> None:
             if names is None
             else f"the classes of the masks are not the segmenter's {len(segmenter.classes)}, in their order",
             where=shards,
-            fix=f"{MASK_LABELS} beside the shards: the names in config.json of the model, in the order of the masks",
+            fix=f"put {MASK_LABELS} next to the shards: the names in config.json of the model, in the order of the "
+            "mask values",
         )
     if len(names) > NO_CLASS:
         raise DataError(
-            f"{len(names)} classes are more than masks can tell apart",
+            f"masks must have at most {NO_CLASS} classes, got {len(names)}",
             where=shards,
-            why=f"a pixel of a mask has one byte, in which {NO_CLASS} is no class",
+            why=f"a pixel of a mask has one byte, and {NO_CLASS} means no class",
+            fix="merge classes, and make the shards again",
         )
 
 

@@ -1,0 +1,205 @@
+"""`m3i-scale evaluate`: metrics with confidence intervals for a model folder and shards."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+
+from m3i_scale.errors import ConfigError, DataError, did_you_mean
+from m3i_scale.evaluation.classifier import trained_heads
+from m3i_scale.evaluation.features import Encoder, Pool, load_vision, pixel_features
+from m3i_scale.evaluation.intervals import clusters_of
+from m3i_scale.evaluation.job import MEASURES, PROBES, WITH_TEXT, Job, Progress, measure_all, read_side
+from m3i_scale.evaluation.measures import measure_advantage
+from m3i_scale.evaluation.pictures.collect import check_samples, draw_pictures
+from m3i_scale.evaluation.pictures.draw import OVERLAY_COUNT, make_folder
+from m3i_scale.evaluation.samples import check_apart, check_groups, open_table
+from m3i_scale.evaluation.towers import TEMPLATES, why_no_towers
+from m3i_scale.evaluation.trained_model import MODELS, EvaluationOptions, load_trained_model
+from m3i_scale.files import require_folder
+
+Baseline = Literal["none", "pixels"]
+
+
+def evaluate(
+    model_dir: Path | str,
+    data: str,
+    *,
+    train_data: str | None = None,
+    measures: tuple[str, ...] | None = None,
+    pool: Pool = "mean",
+    baseline: Baseline = "none",
+    exclude_groups: tuple[str, ...] = (),
+    templates: tuple[str, ...] = TEMPLATES,
+    batch_size: int | None = None,
+    device: str = "auto",
+    pictures: Path | None = None,
+    picture_count: int | None = None,
+    picture_samples: Sequence[str] | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Evaluate the frozen features of a model, and the accuracy of its trained classifier.
+
+    Deterministic. Writes nothing to disk except pictures.
+
+    Args:
+        model_dir: a folder from `m3i-scale export`, or any Hub folder of a vision model (then without text metrics).
+        data: test shards: a folder, a brace pattern or one .tar.
+        train_data: training shards of the probes; required by kNN and the linear probes.
+        measures: a subset of `MEASURES`, or only one of `MODELS`; default: all that the model supports.
+        pool: image features of kNN and linear probe: mean of the patch tokens, class token, or both.
+        baseline: `pixels` also runs the probes on the raw 32 × 32 image.
+        exclude_groups: skip samples with one of these values as `group` in their json field.
+        templates: zero-shot prompts; `{}` is replaced by the class name.
+        batch_size: images per forward pass, or windows for a segmenter. Default: that of the model, or `IMAGES`.
+        device: auto (CUDA if available), cpu, cuda, cuda:1, …
+        pictures: new folder for visualizations of features, or for prediction overlays of a segmenter or of a
+            detector's worst images.
+        picture_count: number of overlays; default: `OVERLAY_COUNT`.
+        picture_samples: keys (`shard.tar/key`) of the samples to visualize; at most and by default `SAMPLES`.
+        progress: callback for the number of samples read and the current metric.
+
+    Returns:
+        A JSON-serializable document: model, data, measures, not_measured (with reasons), warnings, and pictures if
+        requested.
+    """
+    check_options(measures, (*MEASURES, *MODELS), pool, batch_size)
+    _check_known(baseline, get_args(Baseline), "baseline")
+    _check_pictures(pictures, picture_count, picture_samples)
+    where, folder = device_of(device), require_folder(Path(model_dir))
+    given = {
+        "--train-data": train_data is not None,
+        "--baseline": baseline != "none",
+        "--pool": pool != "mean",
+        "--template": templates != TEMPLATES,
+        "--picture-samples": picture_samples is not None,
+    }
+    idle = [name for name, is_given in given.items() if is_given]
+    drawing = None if pictures is None else (pictures, OVERLAY_COUNT if picture_count is None else picture_count)
+    if (measured := load_trained_model(folder, measures, idle)) is not None:
+        advance = None if progress is None else partial(progress, "data")
+        return measured(EvaluationOptions(folder, data, where, batch_size, exclude_groups, drawing, advance))
+    if picture_count is not None:
+        raise ConfigError(
+            "--picture-count has no effect: the model has no predictions to draw",
+            where=str(folder),
+            fix=f"leave it out, or add --measure {' or '.join(MODELS)} if the folder has such a model",
+        )
+    measures = MEASURES if measures is None else measures
+    test_table = open_table(data, "--data")
+    train_table = open_table(train_data, "--train-data") if train_data is not None else None
+    if train_table is not None:
+        check_apart(test_table, train_table)
+    if pictures is not None:
+        make_folder(pictures)
+        if picture_samples is not None:
+            check_samples(test_table, picture_samples)
+    vision = load_vision(folder, pool, where)
+    no_towers = why_no_towers(folder)
+    classifier, no_classifier, towers = trained_heads(
+        folder,
+        vision,
+        test_table.classes,
+        wants_text=no_towers is None and (pictures is not None or bool(set(WITH_TEXT) & set(measures))),
+        wants_classifier="classifier" in measures,
+    )
+    pixels: dict[str, Encoder] = {"pixels": pixel_features} if baseline == "pixels" else {}
+    heads: dict[str, Encoder] = {}
+    if classifier is not None:
+        heads["classifier"] = classifier
+    if towers is not None:
+        heads["joint"] = towers.images
+    read = partial(
+        read_side,
+        vision=vision,
+        batch_size=batch_size,
+        dense="dense" in measures and train_table is not None,
+        exclude_groups=exclude_groups,
+        progress=progress,
+    )
+    test = read(test_table, encoders=heads | pixels, split="data")
+    if not len(test.table):
+        raise DataError(
+            "no usable sample in the test data",
+            where=data,
+            why=str(dict(test.table.left_out)),
+            fix="run `m3i-scale shards check` on the data",
+        )
+    train = None
+    if train_table is not None and set(PROBES) & set(measures):
+        train = read(train_table, encoders=pixels, split="train data")
+    check_groups(exclude_groups, [test_table, *([train.table] if train else [])])
+    job = Job(vision, train, test, clusters_of(test_table), towers, no_towers, classifier, no_classifier, templates)
+    figures, absent, ours = measure_all(measures, "model", job, progress)
+    if not figures and pictures is None:
+        raise DataError(
+            "no metric can be computed",
+            where=data,
+            why="; ".join(f"{name}: {reason}" for name, reason in absent.items()),
+            fix="add --train-data with labels (masks for the dense probe), or use an export with a text target",
+        )
+    result = job.document(folder, data, train_data) | {"measures": figures, "not_measured": absent}
+    if pictures is not None:
+        result["pictures"] = draw_pictures(job, pictures, picture_samples)
+    if baseline == "pixels":
+        probes, why_not, theirs = measure_all(
+            tuple(name for name in measures if name in PROBES), "pixels", job, progress
+        )
+        advantage = {name: measure_advantage(ours[name], theirs[name]) for name in ours if name in theirs}
+        result["baseline"] = {
+            "kind": "pixels",
+            "measures": probes,
+            "not_measured": why_not,
+            "advantage_of_model": advantage,
+        }
+    result["warnings"] = job.warnings(figures, result.get("baseline", {}).get("measures", {}))
+    return result
+
+
+def check_options(measures: tuple[str, ...] | None, known: tuple[str, ...], pool: str, batch_size: int | None) -> None:
+    """Validate the options for evaluating a model's features."""
+    for name in measures or ():
+        _check_known(name, known, "measure")
+    _check_known(pool, get_args(Pool), "pool")
+    if measures == ():
+        raise ConfigError("no metric is requested", fix=f"use one or more of {', '.join(known)}")
+    if batch_size is not None and batch_size < 1:
+        raise ConfigError(
+            f"--batch-size must be ≥ 1, got {batch_size}", fix="use e.g. --batch-size 64, or leave it out"
+        )
+
+
+def _check_pictures(folder: Path | None, count: int | None, samples: Sequence[str] | None) -> None:
+    if folder is None and (samples is not None or count is not None):
+        raise ConfigError(
+            "--pictures must be a folder, got an empty path",
+            where="--pictures",
+            fix="use e.g. --pictures /data/pictures",
+        )
+    if count is not None and count < 1:
+        raise ConfigError(
+            f"--picture-count must be ≥ 1, got {count}", where="--picture-count", fix="use e.g. --picture-count 16"
+        )
+
+
+def _check_known(value: str, known: tuple[str, ...], what: str) -> None:
+    if value not in known:
+        raise ConfigError(f"unknown {what} '{value}'", fix=did_you_mean(value, known))
+
+
+def device_of(name: str) -> torch.device:
+    """Return the device with this name; `auto` is CUDA if available."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(
+            f"device '{name}' is not available: {str(error).splitlines()[0]}", fix="use --device cpu"
+        ) from None
+    return device

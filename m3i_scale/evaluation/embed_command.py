@@ -1,0 +1,69 @@
+"""`m3i-scale embed`. Slow imports happen inside the function."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+import typer
+from rich.console import Group
+from rich.text import Text
+
+from m3i_scale.options import AsJson, choices, reading_bar, writes_to
+from m3i_scale.output import leave_out_accelerator_warning, print_result
+
+_READ_WITH = {".parquet": "pandas.read_parquet({!r})", ".npz": "numpy.load({!r})"}
+_SHOWN = 5
+
+
+def embed(
+    model: Annotated[str, typer.Argument(help="An exported folder, any folder of a vision model, or a Hub id.")],
+    data: Annotated[str, typer.Option(help="A folder of images, searched recursively, or shards.")],
+    output: Annotated[Path, typer.Option(callback=writes_to, help="File to write: features.parquet or features.npz.")],
+    pool: Annotated[
+        str, typer.Option(**choices("mean", "cls", "both"), help="Patch tokens, class token, or both.")
+    ] = "mean",
+    batch_size: Annotated[int, typer.Option(min=1, help="Images in one forward pass.")] = 64,
+    num_workers: Annotated[
+        int | None, typer.Option(min=0, help="Threads that decode images; default: one per core.")
+    ] = None,
+    dtype: Annotated[
+        str,
+        typer.Option(
+            **choices("auto", "float32", "bfloat16"), help="auto: bfloat16 on GPUs that support it, else float32."
+        ),
+    ] = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Write the features of every image to a file, one row per image. Use all visible GPUs. Skip unreadable images."""
+    leave_out_accelerator_warning()
+    from m3i_scale.evaluation.embed import embed as run_embedding
+
+    with reading_bar() as progress:
+        result = run_embedding(
+            model,
+            data,
+            output,
+            pool=cast(Any, pool),
+            batch_size=batch_size,
+            num_workers=num_workers,
+            dtype=cast(Any, dtype),
+            progress=progress,
+        )
+    print_result(as_json, result, lambda: Group(*map(Text, summary_lines(result))))
+
+
+def summary_lines(result: dict[str, Any]) -> list[str]:
+    """Return what `embed` has written and skipped, and how to read it."""
+    output = Path(result["output"])
+    lines = [
+        f"{output}: {result['images']:,} images × {result['feature_width']} features"
+        f" (pool {result['pool']}, {result['image_size']} × {result['image_size']} pixels, {result['dtype']})"
+    ]
+    skipped = result["skipped"]
+    if skipped["count"]:
+        lines.append(f"skipped images: {skipped['count']:,}")
+        lines += [f"  {one['key']}: {one['reason']}" for one in skipped["samples"][:_SHOWN]]
+        if skipped["count"] > _SHOWN:
+            lines.append("  … (--json lists more)")
+    return [*lines, "read it: " + _READ_WITH[output.suffix].format(str(output))]
