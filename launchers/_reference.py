@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -148,7 +149,7 @@ def _names(param: Any) -> str:
 
 def _values(param: Any) -> str:
     if param.metavar:
-        return f"`{param.metavar.replace(chr(10), '').strip('[]')}`"
+        return _choices(param.metavar.replace("\n", "").strip("[]"))
     return "" if param.is_flag else f"`{param.name.removeprefix('as_').upper()}`"
 
 
@@ -168,9 +169,11 @@ def _section(doc: SectionDoc) -> Iterator[str]:
     if doc.kinds:
         yield _table(("kind", "meaning"), ((f"`{name}`", _short(meaning)) for name, meaning in doc.kinds.items()))
     if doc.fields:
-        rows = ((f"`{f.name}`", f"`{f.type}`", f.default and f"`{f.default}`", _short(f.meaning)) for f in doc.fields)
+        rows = (
+            (f"`{f.name}`", _choices(f.type), f.default and f"`{f.default}`", _short(f.meaning)) for f in doc.fields
+        )
         yield _table(("field", "type", "default", "meaning"), rows)
-        yield "\n".join(f"- `{f.name}`: {f.meaning}" for f in doc.fields if _short(f.meaning) != f.meaning)
+        yield "\n".join(f"- `{f.name}`: {_linked(f.meaning)}" for f in doc.fields if _short(f.meaning) != f.meaning)
 
 
 # ------------------------------------------------------------------ Markdown
@@ -187,8 +190,19 @@ def _comment(path: Path) -> Iterator[str]:
         yield " ".join(lines)
 
 
+def _choices(text: str) -> str:
+    """Return `a|b|c` as code, with a place to break the line after each choice."""
+    return ", ".join(f"`{choice}`" for choice in text.split("|"))
+
+
+def _linked(text: str) -> str:
+    """Return the text with links in place of paths of pages."""
+    return re.sub(r"docs/([\w/-]+)\.md(#[\w-]+)?", lambda page: f"[{page[1]}](../{page[1]}.md{page[2] or ''})", text)
+
+
 def _short(text: str) -> str:
     """Return the first sentence for a cell of a table, cut if it is long."""
+    text = re.sub(r" \(docs/\S+?\)", "", text)
     words = (text if len(text.split()) <= _CELL_WORDS else text.partition(". ")[0].rstrip(".") + ".").split()
     return " ".join(words[:_CELL_WORDS]) + (" …" if len(words) > _CELL_WORDS else "")
 

@@ -59,7 +59,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="Pretrain vision backbones with labels, captions and unlabelled images, from one CPU to many GPU nodes. "
+    help="Pretrain vision backbones with labels, captions and unlabeled images, from one CPU to many GPU nodes. "
     "Exit codes: 0 success, 1 failure, 2 invalid input, 75 stopped by a signal after saving (rerun the command to "
     "resume), 130 interrupted.",
 )
