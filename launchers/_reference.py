@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import typer
 
 from m3i_scale.backbones import describe_presets
 from m3i_scale.cli import PANELS, app
-from m3i_scale.config import known_protocols, known_runs, load_run
+from m3i_scale.config import RunConfig, known_protocols, load_run
 from m3i_scale.config.fields import SectionDoc, list_sections
 from m3i_scale.objective.recipe import Recipe
 from m3i_scale.report.recipe_table import built_in_rows, chooser_groups, formula_rows
@@ -42,22 +42,30 @@ def config_page() -> str:
         "Every field can be set in a config file or on the command line as `section.field=value`. "
         "`m3i-scale config SECTION` prints the same tables.",
     ]
-    for doc in list_sections({"recipe": Recipe}):
-        parts += _section(doc)
+    docs = list_sections({"recipe": Recipe})
+    # A class that occurs at several paths has fields only at the first one.
+    first = {doc.summary: doc.path for doc in reversed(docs) if doc.fields}
+    for doc in docs:
+        parts += _section(doc, first)
     return _page(parts)
 
 
 def recipes_page() -> str:
-    """Return the page of the built-in recipes: a table to choose from, formulas, and deviations from the papers."""
+    """Return the page of the built-in recipes: a table to choose from, and formulas."""
     rows = built_in_rows()
-    parts = ["# Recipes", "Start a recipe with `m3i-scale train NAME`."]
+    parts = [
+        "# Recipes",
+        "Start a recipe with `m3i-scale train NAME data.datasets.photos.path=/data/shards/train "
+        "output_dir=/data/runs/NAME`. Differences from the papers: "
+        "[recipe deviations](../explanation/recipe-deviations.md).",
+    ]
     for group, recipes in chooser_groups(rows).items():
         parts += [f"## {group}", _table(("name", "needs", "method"), ((f"`{n}`", *others) for n, *others in recipes))]
     parts.append("## Formulas")
     for row in sorted(rows, key=lambda row: str(row["name"])):
         parts += [f"### `{row['name']}`", row["description"] + "."]
         columns, cells = formula_rows(row)
-        parts += [_table(columns, cells), *_comment(known_runs()[row["name"]])]
+        parts.append(_table(columns, cells))
     return _page(parts)
 
 
@@ -93,10 +101,20 @@ def protocols_page() -> str:
             masks = "" if found.mask_ap is None else f", mask AP {found.mask_ap:g}"
             published = f"{found.metric} {found.number:g}{masks}"
             details.append(f"Published: {published} with {found.model}. Source: {found.source}.")
-        rows.append((f"[`{name}`](#{name})", task.kind, length, run.optim.batch_size, f"{run.optim.lr:g}", published))
-        details += ["Deviations from the published setup:", "\n".join(f"- {text}" for text in protocol.deviations)]
+        rows.append((f"[`{name}`](#{name})", task.kind, length, run.optim.batch_size, _learning_rate(run), published))
+        title = "Deviations from the published setup:" if found else "Differences from the setup it is based on:"
+        details += [title, "\n".join(f"- {text}" for text in protocol.deviations)]
     columns = ("protocol", "task", "length", "batch size", "learning rate", "published (%)")
     return _page([*parts, _table(columns, rows), *details])
+
+
+def _learning_rate(run: RunConfig) -> str:
+    """Return the learning rate; for SGD through AdamW, with an eps far above the second moment, the rate of SGD."""
+    optim = run.optim
+    if optim.momentum_correction:
+        return f"{optim.lr:g}"
+    sgd = optim.lr * (1 - optim.betas[0]) / optim.eps
+    return f"[{sgd:g} (SGD)](../explanation/fine-tuning-deviations.md#linear-evaluation-on-a-frozen-backbone)"
 
 
 PAGES: dict[str, Callable[[], str]] = {
@@ -162,32 +180,29 @@ def _default(param: Any) -> str:
 # ------------------------------------------------------------------ sections
 
 
-def _section(doc: SectionDoc) -> Iterator[str]:
+def _section(doc: SectionDoc, first: Mapping[str, str]) -> Iterator[str]:
+    """Yield a section. Kinds that are described at another path link to it; `first` has the paths by summary."""
     yield f"## {doc.path or 'top level'}"
     if doc.summary:
         yield doc.summary
     if doc.kinds:
-        yield _table(("kind", "meaning"), ((f"`{name}`", _short(meaning)) for name, meaning in doc.kinds.items()))
+        kinds = doc.kinds.items()
+        rows = ((_kind(name, first.get(meaning, ""), doc.path), _sentence(meaning)) for name, meaning in kinds)
+        yield _table(("kind", "meaning"), rows)
     if doc.fields:
-        rows = (
+        fields = (
             (f"`{f.name}`", _choices(f.type), f.default and f"`{f.default}`", _short(f.meaning)) for f in doc.fields
         )
-        yield _table(("field", "type", "default", "meaning"), rows)
-        yield "\n".join(f"- `{f.name}`: {_linked(f.meaning)}" for f in doc.fields if _short(f.meaning) != f.meaning)
+        yield _table(("field", "type", "default", "meaning"), fields)
+        yield "\n".join(f"- `{f.name}`: {f.meaning}" for f in doc.fields if _short(f.meaning) != f.meaning)
+
+
+def _kind(name: str, described: str, path: str) -> str:
+    anchor = re.sub(r"[^\w-]", "", described.lower())
+    return f"[`{name}`](#{anchor})" if described not in ("", f"{path}.{name}") else f"`{name}`"
 
 
 # ------------------------------------------------------------------ Markdown
-
-
-def _comment(path: Path) -> Iterator[str]:
-    """Yield the comment at the top of a recipe's file, which states how it deviates from the publication."""
-    lines = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        if not line.startswith("#"):
-            break
-        lines.append(line.lstrip("# "))
-    if lines:
-        yield " ".join(lines)
 
 
 def _choices(text: str) -> str:
@@ -196,15 +211,19 @@ def _choices(text: str) -> str:
 
 
 def _linked(text: str) -> str:
-    """Return the text with links in place of paths of pages."""
+    """Return the text with links in place of paths such as docs/guides/export.md."""
     return re.sub(r"docs/([\w/-]+)\.md(#[\w-]+)?", lambda page: f"[{page[1]}](../{page[1]}.md{page[2] or ''})", text)
 
 
+def _sentence(text: str) -> str:
+    """Return the first sentence."""
+    return text.partition(". ")[0].rstrip(".") + "."
+
+
 def _short(text: str) -> str:
-    """Return the first sentence for a cell of a table, cut if it is long."""
+    """Return a text for a cell of a table, without links to pages; of a long one, the first sentence."""
     text = re.sub(r" \(docs/\S+?\)", "", text)
-    words = (text if len(text.split()) <= _CELL_WORDS else text.partition(". ")[0].rstrip(".") + ".").split()
-    return " ".join(words[:_CELL_WORDS]) + (" …" if len(words) > _CELL_WORDS else "")
+    return text if len(text.split()) <= _CELL_WORDS else _sentence(text)
 
 
 def _plain(text: str | None) -> str:
@@ -225,7 +244,7 @@ def _table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 
 def _page(parts: Iterable[str]) -> str:
-    return "\n\n".join(part for part in parts if part) + "\n"
+    return _linked("\n\n".join(part for part in parts if part)) + "\n"
 
 
 if __name__ == "__main__":

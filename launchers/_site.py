@@ -26,7 +26,7 @@ TOP = {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md", "RE
 """Pages of the site for files at the top of the repository."""
 PYTHON_API = {
     "Commands": ["train", "export", "evaluate", "embed", "list_recipes"],
-    "Training loop of your own": [
+    "Write a training loop": [
         *("load_run", "load_recipe", "open_stream", "build_objective", "load_backbone"),
         *("parameter_groups", "learning_rate", "update_ema", "merge_states"),
     ],
@@ -43,7 +43,7 @@ EXTENSIONS = {
     "Models and data": ["backbones.base.Backbone", "backbones.sources.base.Source", "shards.records.Input"],
     "Launchers": ["launch.job.Job", "launch.description.Cluster"],
 }
-"""What CONTRIBUTING.md says is extended by a class, or passed to it."""
+"""Base classes of the extension points in CONTRIBUTING.md."""
 LINK = re.compile(r"\]\((?!\w+:|#)([^)#\s]+)(#[^)\s]*)?\)")
 
 
@@ -64,10 +64,10 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Let links that leave docs/ lead to their page, or to the repository."""
+    """Point links that leave docs/ to their page, or to the repository."""
     folder = posixpath.dirname(page.file.src_uri)
 
-    def moved(link: re.Match[str]) -> str:
+    def rewrite_link(link: re.Match[str]) -> str:
         path = posixpath.normpath(posixpath.join(folder, link[1]))
         if not path.startswith("../"):
             return link[0]
@@ -76,11 +76,11 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
             return f"]({posixpath.relpath(TOP[outside], folder or '.')}{anchor})"
         return f"]({config.repo_url}/blob/main/{outside}{anchor})"
 
-    return LINK.sub(moved, markdown)
+    return LINK.sub(rewrite_link, markdown)
 
 
 def _from_top(text: str) -> str:
-    """Return a page of the top of the repository with links as a page in docs/ has them."""
+    """Return a page from the top of the repository, with its links relative to docs/."""
     return LINK.sub(lambda link: f"]({_in_docs(link[1])}{link[2] or ''})", text)
 
 

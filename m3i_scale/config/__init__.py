@@ -97,8 +97,8 @@ class BackboneConfig(Section):
     """Attention of trained Transformers and their EMA. sdpa: fused PyTorch kernel. eager: matrix products and softmax,
     with more memory, but faster for short bf16 sequences on CPUs (docs/benchmarks/performance.md)."""
     activation_checkpointing: str = "none"
-    """Activation checkpointing (docs/guides/fit-in-memory.md): none | full | every_N (every N-th layer) | selective
-    (keeps the outputs of matrix products and attention) | offload (like full, with layer inputs in CPU memory)."""
+    """Activation checkpointing: none, full, every_N (every N-th layer), selective or offload. selective keeps outputs
+    of matrix products and attention. offload is full with layer inputs in CPU memory (docs/guides/fit-in-memory.md)."""
     compile: Literal["auto", True, False] = "auto"
     """Compile each Transformer layer with `torch.compile` (docs/benchmarks/performance.md). auto: off, until equal
     losses have been measured on a GPU (section `compile` of benchmarks/gpu.py)."""
@@ -139,7 +139,7 @@ class RunConfig(Section):
     recipe: dict[str, Any] = Field(default_factory=dict)
     """Training objective: inputs × targets (docs/guides/choose-a-recipe.md). A task defines it automatically."""
     task: Task | None = None
-    """Labelled task to train instead of a recipe (docs/guides/fine-tune-classification.md)."""
+    """Labeled task to train instead of a recipe (docs/guides/fine-tune-classification.md)."""
     protocol: Protocol | None = None
     """Published result that the run reproduces, and deviations from it. Included in the result of a task."""
     backbone: BackboneConfig = Field(default_factory=BackboneConfig)
@@ -217,8 +217,7 @@ class RunConfig(Section):
         return [sum(stage.steps for stage in self.stages[:number]) for number in range(max(len(self.stages), 1))]
 
     def stage_at(self, step: int) -> int:
-        """Return the index of the stage that step `step` belongs to (steps count from 0), or of the last stage at the
-        end."""
+        """Return the index of the stage of step `step` (steps count from 0), or of the last stage at the end."""
         return max(number for number, start in enumerate(self.stage_starts) if number == 0 or start <= step)
 
     def in_stage(self, number: int) -> RunConfig:
@@ -262,7 +261,7 @@ class RunConfig(Section):
             )
         if common.erasing and not images_only:
             raise FixableError(
-                "erasing is for labelled images: other targets would be predicted from noise, and noise from them",
+                "erasing is for labeled images: other targets would be predicted from noise, and noise from them",
                 "data.augment.erasing=0; it is for task: {kind: classification}",
             )
         return self

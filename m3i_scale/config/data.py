@@ -87,8 +87,7 @@ JitterStrengths = Annotated[tuple[float, float, float, float], AfterValidator(_l
 
 
 class DistortionConfig(Section):
-    """Augmentations of the crops of an image. Lists have one value per crop; the last value applies to all further
-    crops."""
+    """Augmentations of the crops of an image. Lists have one value per crop; the last one applies to further crops."""
 
     crop_scale: CropScale = (0.08, 1.0)
     """Minimum and maximum area of a random crop as a fraction of the image: above 0, at most 1."""
@@ -102,8 +101,7 @@ class DistortionConfig(Section):
     """Image side that `scale_jitter` resizes: short (mmsegmentation) or long (detectron2, torchvision). Default: short.
     """
     cat_max_ratio: float | None = Field(default=None, gt=0, lt=1)
-    """Maximum fraction of labelled pixels in one class. Crops above it are resampled, with up to ten attempts. Default:
-    no limit."""
+    """Maximum fraction of labeled pixels in one class. Other crops are resampled up to ten times. Default: no limit."""
     flip: Probability = 0.5
     """Probability of a horizontal flip, before the crop."""
     color_jitter: JitterStrengths = (0.4, 0.4, 0.2, 0.1)
@@ -119,7 +117,7 @@ class DistortionConfig(Section):
     solarize: list[Probability] = Field(default=[0.0], min_length=1)
     """Probability of solarization, per crop. Set by recipes, like `blur`."""
     rand_augment: str | None = Field(default=None, pattern=_RAND_AUGMENT)
-    """RandAugment policy for labelled images in timm's notation, e.g. rand-m9-mstd0.5-inc1. Default: off."""
+    """RandAugment policy for labeled images in timm's notation, e.g. rand-m9-mstd0.5-inc1. Default: off."""
 
     @model_validator(mode="after")
     def _crops_are_drawn_one_way(self) -> Self:
@@ -140,7 +138,7 @@ class AugmentConfig(DistortionConfig):
     """Augmentation and normalization of images."""
 
     erasing: Probability = 0.0
-    """Probability of random erasing of labelled images: after normalization, with standard normal noise per pixel
+    """Probability of random erasing of labeled images: after normalization, with standard normal noise per pixel
     (timm's `pixel` mode)."""
     stretch: bool = False
     """For images with objects: resize uncropped images, as in every evaluation, to a square without keeping the aspect

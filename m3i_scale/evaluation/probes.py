@@ -47,7 +47,7 @@ def knn_predict(
     finite."""
     _check_finite(train_ND, test_MD)
     if len(train_ND) < max(neighbours):
-        raise NotMeasuredError(f"{len(train_ND)} labelled training samples for {max(neighbours)} neighbours")
+        raise NotMeasuredError(f"{len(train_ND)} labeled training samples for {max(neighbours)} neighbours")
     train = torch.from_numpy(unit_rows(train_ND))
     labels = torch.from_numpy(train_labels_N)
     test = torch.from_numpy(unit_rows(test_MD))

@@ -52,7 +52,7 @@ class Loss:
 
 
 class Distribution(Kind):
-    """Base class of P̂ for image targets."""
+    """P̂, the distribution of an image target."""
 
     kinds: ClassVar[dict[str, type[Kind]]] = {}
     bounds_information: ClassVar[bool] = False
@@ -141,7 +141,7 @@ def assigned(probabilities_NK: Tensor, ranks: Ranks, share_N: Tensor | None = No
 
 
 class Boltzmann(Distribution):
-    """A softmax over candidates of the regularizer. Methods return −log P̂ and its bound in nats."""
+    """A softmax over candidates of the regularizer."""
 
     kind: ClassVar[str] = "boltzmann"
     bounds_information: ClassVar[bool] = True

@@ -32,7 +32,7 @@ FAMILIES = (
     "all-in-one",
 )
 """In the paper's order, followed by combinations."""
-_REPRESENTATIONS = ("category embedding", "text embedding", "dense pixels", "dense feature", "global feature")
+_REPRESENTATIONS = ("category embedding", "text embedding", "dense pixels", "patch features", "global feature")
 """The paper's order within a family."""
 _Columns = dict[tuple[str, ...], int]
 _WIDE: _Columns = {
@@ -198,11 +198,13 @@ def _place(value: str, order: Sequence[str]) -> int:
 
 def _cells(row: dict[str, Any], target: dict[str, Any], *, first: bool) -> dict[str, Text]:
     name = Text(printable(row["name"]) if first else "", style="bold")
+    teachers = {each["teacher"] for each in row["targets"]} - {None}
+    teacher = printable(target["teacher"] or "") if len(teachers) > 1 else ""
     others = {
         "input": _inputs(row, target),
         "target": _target(target),
         "representation": target["representation"],
-        "target encoder": word(target["encoder"]),
+        "target encoder": f"{word(target['encoder'])} {teacher}".strip(),
         "head": word(target["decoder"]),
         "loss": word(target["distribution"]),
         "collapse\nprevention": word(target["regularizer"]),
@@ -231,7 +233,7 @@ def _target(target: dict[str, Any]) -> str:
         "masked": ", masked",
         "blocks": ", masked",
         "shown": ", visible",
-        "pooled": ", whole",
+        "pooled": ", image-level",
     }.get(target["tokens"], "")
 
 

@@ -51,13 +51,26 @@ def test_every_field_has_its_place(pages: dict[str, str]) -> None:
     for doc in list_sections({"recipe": Recipe}):
         section = text.split(f"## {doc.path or 'top level'}\n")[1].split("\n## ")[0]
         for name in (*(field.name for field in doc.fields), *doc.kinds):
-            assert f"| `{name}` |" in section, (doc.path, name)
+            assert re.search(rf"^\| \[?`{re.escape(name)}`[\] ]", section, re.M), (doc.path, name)
+
+
+def test_kinds_lead_to_their_fields(pages: dict[str, str]) -> None:
+    text = pages["reference/config.md"]
+    sections = dict(re.findall(r"^## (\S+)\n(.*?)(?=^## |\Z)", text, re.M | re.S))
+    with_fields = {re.sub(r"[^\w-]", "", path.lower()) for path, text in sections.items() if "| field |" in text}
+    assert "[`gaussian`](#" in sections["recipe.targets.pooled.distribution"]
+    assert set(re.findall(r"\(#([\w-]+)\)", text)) <= with_fields
 
 
 def test_recipes_presets_and_protocols_are_named(pages: dict[str, str]) -> None:
     assert all(f"### `{name}`" in pages["reference/recipes.md"] for name in known_recipes())
     assert all(f"| `{row['name']}` |" in pages["reference/backbones.md"] for row in describe_presets([]))
     assert all(f"## `{name}`" in pages["reference/protocols.md"] for name in known_protocols())
+
+
+def test_pages_name_no_path_of_another_page(pages: dict[str, str]) -> None:
+    for path, text in pages.items():
+        assert not re.search(r"\bdocs/\S+\.md", text), path
 
 
 def test_tables_are_whole_and_their_cells_short(pages: dict[str, str]) -> None:

@@ -139,7 +139,7 @@ def test_any_name_stays_in_its_box(name):
     assert printable(name) in texts(render_mermaid(parse_recipe(called(name))))
 
 
-@pytest.mark.parametrize(("place", "fix"), [("missing/x.md", "mkdir"), (".", "can be written"), ("file/x.md", "")])
+@pytest.mark.parametrize(("place", "fix"), [("missing/x.md", "mkdir"), (".", "another file"), ("file/x.md", "")])
 def test_a_drawing_that_cannot_be_written(tmp_path, place, fix):
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError) as caught:

@@ -279,6 +279,7 @@ class Target(Kind):
             "tokens": getattr(self, "tokens", None if view is None else "pooled"),
             "representation": self.representation,
             "encoder": self.encoder,
+            "teacher": getattr(self, "teacher", None) if self.encoder == "teacher" else None,
             "distribution": self.distribution.kind,
             "regularizer": self.regularizer.kind,
             "weight": [list(pair) for pair in self.weight] if isinstance(self.weight, list) else self.weight,

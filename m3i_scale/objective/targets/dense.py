@@ -25,7 +25,7 @@ class Dense(PatchTarget):
     """Patch-level features, predicted under a density."""
 
     kind: ClassVar[str] = "dense"
-    representation: ClassVar[str] = "dense feature"
+    representation: ClassVar[str] = "patch features"
     encoder: Literal["ema", "teacher"]
     distribution: Density = Gaussian()
     regularizer: DenseRegularizer
@@ -102,7 +102,7 @@ class DenseNegatives(PatchTarget, HeadTarget):
     """Dense contrastive learning: every patch against its matching patch and the means of earlier images (DenseCL)."""
 
     kind: ClassVar[str] = "dense_negatives"
-    representation: ClassVar[str] = "dense feature"
+    representation: ClassVar[str] = "patch features"
     compares_tokens: ClassVar[bool] = True
     tokens: PredictedPatches = "all"
     encoder: Literal["ema"] = "ema"

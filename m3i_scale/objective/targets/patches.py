@@ -152,7 +152,7 @@ class Anchor(ShownPatches):
     """
 
     kind: ClassVar[str] = "anchor"
-    representation: ClassVar[str] = "dense feature"
+    representation: ClassVar[str] = "patch features"
     encoder: Literal["teacher"] = "teacher"
 
     def build_head(self, sizes: Sizes) -> nn.Module:

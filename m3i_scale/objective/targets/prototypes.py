@@ -78,7 +78,7 @@ class DensePrototypes(PatchTarget, Prototypes):
     """
 
     kind: ClassVar[str] = "dense_prototypes"
-    representation: ClassVar[str] = "dense feature"
+    representation: ClassVar[str] = "patch features"
     compares_tokens: ClassVar[bool] = True
     weighs_patches: ClassVar[bool] = True
     # Declared again, since pydantic prefers the fields of the first base class.
