@@ -72,7 +72,7 @@ def open_sets(emoji: Path, beside: Path) -> Sets:
 def _made(
     emoji: Path, folder: Path, kind: str, belongs: Callable[[str], bool], seen: Callable[[str, Sample], Pictures]
 ) -> Path:
-    """Return shards of the groups that belong there, labelled by `kind`, with pictures as `seen` has them."""
+    """Return shards of the groups that belong there, labeled by `kind`, with pictures as `seen` has them."""
     if folder.exists():
         return folder
     say(f"making {folder}")

@@ -1,14 +1,14 @@
-"""The commands of the README and of docs/ run, their config files are valid, their links lead somewhere.
+"""Commands and config files of the README and docs/ are valid, and links and generated pages are correct.
 
-The convention, page by page:
+Conventions:
 
-- ```bash blocks run, in order. `/data/` is a folder made for the page; it holds what `a_data_folder` puts there, what
-  the commands of the README left (not for the README), and what earlier commands of the page left.
-- A command that trains runs at the size of a test: two ranks here, whatever number of GPUs the page says, and
-  `AT_TEST_SIZE` after the page's own overrides. Nothing else of a command is changed.
-- ```console blocks are for commands that a test cannot run (other machines, minutes, the tests themselves). Files that
-  they name by a path in this repository must exist.
-- ```yaml blocks are run files, or parts of one (then of the `m3i` recipe). A page writes the run file of a task itself.
+- The tests run ```bash blocks in order. `/data/` becomes a folder made for the page. It contains the output of
+  `a_data_folder`, of the README's commands (except for the README), and of earlier commands of the page.
+- Training commands run at test size: with two ranks, and with `AT_TEST_SIZE` after the page's overrides. Other commands
+  are unchanged.
+- ```console blocks contain commands that a test cannot run, such as those for other machines. Files in this repository
+  that they name must exist.
+- ```yaml blocks are config files, or parts of one (then of the `m3i` recipe). For a task, the page writes the file.
 """
 
 import csv
@@ -274,6 +274,11 @@ def test_a_guide_is_short_and_shows_a_command(page):
     assert len(text.splitlines()) <= GUIDE_LINES
     assert re.match(r"# .+\n\n\w", text)
     assert blocks(page, "bash", "console", "python")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_a_page_is_finished(page):
+    assert "TODO" not in page.read_text(encoding="utf-8")
 
 
 def test_every_page_is_in_the_menu():
