@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -16,7 +17,15 @@ from typer.core import TyperGroup
 from m3i_scale import __version__
 from m3i_scale.checkpoint_tools.commands import checkpoint_app
 from m3i_scale.elastic.doctor.doctor_command import doctor
-from m3i_scale.errors import EXIT_FAILED, EXIT_USER_ERROR, ConfigError, ErrorCollector, UserError
+from m3i_scale.errors import (
+    ERROR_FILE,
+    EXIT_FAILED,
+    EXIT_USER_ERROR,
+    ConfigError,
+    ErrorCollector,
+    UserError,
+    save_error,
+)
 from m3i_scale.evaluation.command_line import compare, evaluate
 from m3i_scale.evaluation.embed_command import embed
 from m3i_scale.exports.export_command import export
@@ -267,6 +276,8 @@ def main() -> None:
     except UserError as error:
         adopt_rank_variables(os.environ)
         ranks = os.environ.get("WORLD_SIZE", "1") != "1"
+        if ERROR_FILE in os.environ:
+            save_error(error, Path(os.environ[ERROR_FILE]))
         _ERRORS.print(_format_error(error, os.environ.get("RANK", "?") if ranks else None))
         sys.exit(error.exit_code)
 
@@ -278,7 +289,7 @@ def _format_error(error: UserError, rank: str | None) -> Text:
     if rank in (None, "0"):
         text = str(error)
     elif error.everywhere:
-        text = f"{error.what} (rank 0 tells more)"
+        text = f"{error.what} (see rank 0)"
     else:
         text = "; ".join(line.strip() for line in str(error).splitlines())
     return Text.assemble(head, Text(text, style="default"))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
+from pathlib import Path
 from typing import TypeVar
 
 from typing_extensions import ParamSpec, Self
@@ -154,6 +156,32 @@ class CheckpointError(UserError):
 
 class ExportError(UserError):
     """Export that would not load, or would load as a different model."""
+
+
+ERROR_FILE = "M3I_SCALE_ERROR_FILE"
+"""Environment variable: file in which a command describes its error to the process that has started it."""
+_KINDS = (UserError, ConfigError, DataError, LostWorkerError, MissingRanksError, CheckpointError, ExportError)
+
+
+def save_error(error: UserError, path: Path) -> None:
+    """Write an error for `load_error`. If another rank has written one, it stays."""
+    parts = error.errors if isinstance(error, AggregateError) else [error]
+    document = []
+    for one in parts:
+        kind = next(kind for kind in type(one).__mro__ if kind in _KINDS)
+        document.append([kind.__name__, one.what, {"where": one.where, "why": one.why, "fix": one.fix}])
+    with suppress(FileExistsError), path.open("x", encoding="utf-8", errors="backslashreplace") as file:
+        json.dump(document, file)
+
+
+def load_error(path: Path) -> UserError | None:
+    """Read the error of a command, with its class; None if it has written none."""
+    if not path.exists():
+        return None
+    kinds = {kind.__name__: kind for kind in _KINDS}
+    document = json.loads(path.read_text(encoding="utf-8"))
+    errors = [kinds[kind](what, **facts) for kind, what, facts in document]
+    return errors[0] if len(errors) == 1 else AggregateError(errors)
 
 
 _LISTED = 80  # there are fewer built-in configs than this

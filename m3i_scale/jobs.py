@@ -3,24 +3,22 @@ DeepSpeed's state of the run."""
 
 from __future__ import annotations
 
-import json
 import os
-import re
 import signal
 import subprocess
 import sys
-from collections import deque
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from m3i_scale.errors import EXIT_PREEMPTED, EXIT_USER_ERROR, ConfigError, UserError
+from m3i_scale.errors import ERROR_FILE, EXIT_PREEMPTED, ConfigError, UserError, load_error
 from m3i_scale.output import print_line
+from m3i_scale.text import redact_text, yaml_string
 
 DATASET = "main"
 """Name of the dataset for `data` if the config file defines none."""
-_ERROR = re.compile(r"(?:\[rank [\d?]+\] )?error: (?P<what>.*)")
-_ERROR_FIELD = re.compile(r"  (?P<name>where|why|fix): (?P<text>.*)")
-_LAST_LINES = 200
+_INTERRUPTED = (0, EXIT_PREEMPTED, 128 + signal.SIGINT, -signal.SIGINT)
+"""Exit codes of an interrupted run; with others, it has failed."""
 
 
 def train(
@@ -61,21 +59,22 @@ def train(
         raise ConfigError(f"overrides must be a list, got '{overrides}'", where="train", fix=f'["{overrides}"]')
     settings = list(overrides or [])
     if data is not None:
-        settings.append(f"data.datasets.{_dataset_name(str(run), settings)}.path={json.dumps(os.fspath(data))}")
+        settings.append(f"data.datasets.{_dataset_name(str(run), settings)}.path={yaml_string(os.fspath(data))}")
     if output_dir is not None:
-        settings.append(f"output_dir={json.dumps(os.fspath(output_dir))}")
+        settings.append(f"output_dir={yaml_string(os.fspath(output_dir))}")
     folder = load_run(str(run), settings).output_dir
     options = [] if gpus is None else ["--gpus", str(gpus)]
     command = [sys.executable, "-m", "m3i_scale", "train", *options, str(run), *settings]
-    code, lines, interrupted = _run_and_print(command)
-    if interrupted:
+    with tempfile.TemporaryDirectory(prefix="m3i-train-") as place:
+        error_file = Path(place) / "error.json"
+        code, interrupted = _run_and_print(command, error_file)
+        error = load_error(error_file)
+    if interrupted and code in _INTERRUPTED:
         raise KeyboardInterrupt
-    if code == EXIT_USER_ERROR:
-        raise _error_in(lines)
     if code == EXIT_PREEMPTED:
         raise UserError("the run was stopped after saving", where=str(folder), fix="call train again to resume")
     if code:
-        raise subprocess.CalledProcessError(code, command)
+        raise error or subprocess.CalledProcessError(code, [*map(redact_text, command)])
     return folder
 
 
@@ -94,18 +93,17 @@ def _dataset_name(run: str, overrides: list[str]) -> str:
     return str(names[0]) if names else DATASET
 
 
-def _run_and_print(command: list[str]) -> tuple[int, list[str], bool]:
-    """Run a command and print its output. Return its exit code, its last lines, and whether it was interrupted.
+def _run_and_print(command: list[str], error_file: Path) -> tuple[int, bool]:
+    """Run a command and print its output. Return its exit code, and whether it was interrupted.
 
     The command has a process group of its own, so that it gets every interrupt once: from here.
     """
     from m3i_scale.host.processes import PARENT, TIED
 
-    lines: deque[str] = deque(maxlen=_LAST_LINES)
     interrupted = False
     process = subprocess.Popen(
         command,
-        env={**os.environ, TIED: PARENT},
+        env={**os.environ, TIED: PARENT, ERROR_FILE: str(error_file)},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -117,30 +115,11 @@ def _run_and_print(command: list[str]) -> tuple[int, list[str], bool]:
         while True:
             try:
                 for line in process.stdout or ():
-                    lines.append(line.rstrip("\n"))
-                    print_line(lines[-1])
-                return process.wait(), list(lines), interrupted
+                    print_line(line.rstrip("\n"))
+                return process.wait(), interrupted
             except KeyboardInterrupt:
                 interrupted = True
                 process.send_signal(signal.SIGINT)
             except BaseException:
                 process.terminate()
                 raise
-
-
-def _error_in(lines: list[str]) -> UserError:
-    """Return the last error message of a command."""
-    begins = [number for number, line in enumerate(lines) if _ERROR.fullmatch(line)]
-    if not begins:
-        return UserError("the command failed", why="\n".join(lines[-10:]))
-    what, fields = lines[begins[-1]].partition("error: ")[2], {}
-    name = ""
-    for line in lines[begins[-1] + 1 :]:
-        if found := _ERROR_FIELD.fullmatch(line):
-            name = found["name"]
-            fields[name] = found["text"]
-        elif name:
-            fields[name] += f"\n{line}"
-        else:
-            what += f"\n{line}"
-    return UserError(what, **fields)

@@ -16,6 +16,7 @@ from m3i_scale.errors import EXIT_PREEMPTED, ConfigError, UserError, did_you_mea
 from m3i_scale.launch.description import Cluster, takes_cluster, without_secret_variables
 from m3i_scale.options import RunFile, choices
 from m3i_scale.output import print_json, print_line, release_stdout
+from m3i_scale.text import yaml_string
 
 if TYPE_CHECKING:  # not imported at runtime, to keep --help fast
     from m3i_scale.config import RunConfig
@@ -100,7 +101,10 @@ def launch(
     release_stdout()
     render(launcher, job)  # its errors come before the packing
     check_fit(config, job, launcher)
-    config, job = read_job(run, pack_folders(run, overrides), cluster)
+    if cluster.workdir is not None and not config.output_dir.is_absolute():  # where the ranks look for it
+        overrides = [*(overrides or []), f"output_dir={yaml_string(str(job.output_dir))}"]
+    ranks = None if launcher == "elastic" else job.world_size  # hosts may join and leave
+    config, job = read_job(run, pack_folders(run, overrides, ranks), cluster)
     plan = render(launcher, job)
     environment = without_secret_variables(os.environ, job.variables)
     raise typer.Exit(run_plan(plan, render(launcher, job.without_secrets()), job, environment))

@@ -63,6 +63,14 @@ def printable(text: str, *, lines: bool = False) -> str:
     )
 
 
+def yaml_string(text: str) -> str:
+    """Quote a string, such as a path, for a YAML file or an override. JSON would escape an emoji in a way that YAML
+    does not accept."""
+    import yaml  # not needed for --help
+
+    return yaml.safe_dump(text, default_style='"', allow_unicode=True, width=float("inf")).rstrip("\n")
+
+
 def redact(value: Any, *, names: bool = False) -> Any:
     """Return a JSON value with every login, query and access token in its strings and keys replaced by `…`. `names`
     also redacts values with a secret name, except sections; for logs, because it may redact more than secrets."""

@@ -45,7 +45,7 @@ class TrainCommand(TyperCommand):
 
         table = Table.grid(padding=(0, 2))
         for key in _COMMON:
-            ((field,),) = (doc.fields for doc in describe_section(key, {}))
+            field = describe_section(key, {})[0].fields[0]
             meaning = field.meaning.partition(". ")[0].rstrip(".")
             table.add_row(Text(key, style="bold cyan", no_wrap=True), Text(meaning))
         title = "Common settings (m3i-scale config lists all)"
@@ -94,7 +94,7 @@ def train_run(run: str, overrides: list[str], gpus: int | None = None) -> int:
 
     launched = under_launcher(variables)
     processes = count_processes(gpus, 0 if launched else gpus_here(), launched=launched)
-    overrides = pack_folders(run, overrides)
+    overrides = pack_folders(run, overrides, processes)
     config, _ = load_run_and_recipe(run, overrides)
     if processes > 1:
         return train_in_processes(config, run, overrides, processes)
@@ -118,5 +118,11 @@ def train_in_processes(config: RunConfig, run: str, overrides: list[str], proces
     cluster = Cluster(ranks_per_node=processes, master_port=free_port())
     job = make_job(config, run, tuple(overrides), cluster, run_values(run, overrides), os.environ)
     redacted = render("local", job.without_secrets())
-    # These processes stand in for this one, so they get its whole environment.
-    return run_plan(render("local", job), redacted, job, without_thread_limits(os.environ))
+    # These processes stand in for this one, so they get its complete environment.
+    environment = without_thread_limits(os.environ)
+    try:
+        return run_plan(render("local", job), redacted, job, environment)
+    except UserError as error:
+        if error.where == "--master-port":  # taken since `free_port`; `train` has no such option
+            error.where, error.fix = None, "rerun the command, which takes another port"
+        raise

@@ -29,6 +29,14 @@ def compute_dtype(ds_config: dict[str, Any]) -> torch.dtype:
     return _DTYPES[precision(ds_config)]
 
 
+def has_fast_bf16() -> bool:
+    """Return whether the accelerator has bf16 instructions. `is_bf16_supported` of DeepSpeed also accepts CUDA devices
+    that emulate bf16, such as V100 and T4, where it is slower than fp32."""
+    if get_accelerator().device_name() == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return bool(get_accelerator().is_bf16_supported())
+
+
 def dtype_name(dtype: torch.dtype | None) -> str:
     """Return `bf16`, `fp16` or `fp32`; for any other dtype its name in torch."""
     return next((name for name, known in _DTYPES.items() if known == dtype), str(dtype))

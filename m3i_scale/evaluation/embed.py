@@ -17,14 +17,15 @@ from numpy.typing import NDArray
 
 from m3i_scale.backbones.sources import pretrained_folder
 from m3i_scale.data.remote.access import is_remote
-from m3i_scale.errors import ConfigError, DataError, did_you_mean
+from m3i_scale.engine.device import has_fast_bf16
+from m3i_scale.errors import ConfigError, DataError, UserError, did_you_mean
 from m3i_scale.evaluation.decoding import DecodedSample, Decoder, Sample, decode_file, mapped_ahead
 from m3i_scale.evaluation.feature_files import WRITERS, FeatureBlock, check_features_file, joined
 from m3i_scale.evaluation.features import Pool, VisionModel, load_vision
 from m3i_scale.evaluation.samples import AHEAD, decode_samples, open_table
 from m3i_scale.files import replacing
 from m3i_scale.rank_variables import usable_cores
-from m3i_scale.shards.image_folders import imagefolder_input
+from m3i_scale.shards.image_folders import holds_shards, imagefolder_input
 
 Dtype = Literal["auto", "float32", "bfloat16"]
 BATCH_SIZE = 64
@@ -80,7 +81,11 @@ def embed(
     if pool not in get_args(Pool):
         raise ConfigError(f"no pool '{pool}'", where="--pool", fix=did_you_mean(pool, get_args(Pool)))
     if batch_size < 1 or (num_workers is not None and num_workers < 0):
-        raise ConfigError("the batch size must be 1 or more, the number of workers 0 or more", where="embed")
+        raise ConfigError(
+            f"the batch size must be 1 or more and the number of workers 0 or more, got {batch_size} and {num_workers}",
+            where="embed",
+            fix=f"batch_size={BATCH_SIZE}, num_workers=None",
+        )
     if output is not None:
         check_features_file(output)
     devices = visible_devices() if devices is None else devices
@@ -106,7 +111,12 @@ def embed(
                 progress("embedding", count)
             yield block
         if not count:
-            raise DataError("no usable image", where=data, why=_reasons(skipped))
+            raise DataError(
+                "no image can be used",
+                where=data,
+                why=_reasons(skipped),
+                fix="check one of the images with an image viewer",
+            )
 
     threads = usable_cores() if num_workers is None else num_workers
     with decode(size, threads) as decoded, _encoded(decoded, replicas, batch_size, compute, skipped) as blocks:
@@ -134,6 +144,8 @@ def _write(output: Path, blocks: Iterator[FeatureBlock], metadata: dict[str, Any
         with replacing(output) as file:
             WRITERS[output.suffix](file, blocks, metadata)
     except OSError as error:
+        if error.filename != str(output):  # of the data
+            raise
         raise ConfigError(
             f"the features cannot be written: {error.strerror}",
             where=str(output),
@@ -157,18 +169,17 @@ def _compute_dtype(dtype: str) -> torch.dtype:
     accelerator = get_accelerator()
     if dtype not in get_args(Dtype):
         raise ConfigError(f"no dtype '{dtype}'", where="--dtype", fix=did_you_mean(dtype, get_args(Dtype)))
-    supported = bool(accelerator.is_bf16_supported())
-    if dtype == "bfloat16" and not supported:
+    if dtype == "bfloat16" and not accelerator.is_bf16_supported():
         raise ConfigError("this device does not compute in bfloat16", where="--dtype", fix="--dtype float32")
     if dtype == "auto":
-        return torch.bfloat16 if supported and accelerator.device_name() != "cpu" else torch.float32
+        return torch.bfloat16 if accelerator.device_name() != "cpu" and has_fast_bf16() else torch.float32
     return torch.bfloat16 if dtype == "bfloat16" else torch.float32
 
 
 def _open_images(data: str) -> tuple[list[str], Callable[[int, int], Decoded]]:
     """Return the class names, and a function of image size and number of threads that decodes all images."""
     folder = Path(data.removeprefix("file://"))
-    if is_remote(data) or not folder.is_dir() or any(folder.glob("*.tar")) or any(folder.glob("*/*.tar")):
+    if is_remote(data) or not folder.is_dir() or holds_shards(folder):
         table = open_table(data, "--data")
         return table.classes, lambda size, threads: decode_samples(
             table, Decoder(size, len(table.classes) or None), threads=threads
@@ -233,8 +244,15 @@ def _features(vision: VisionModel, batch: list[Sample], dtype: torch.dtype) -> N
         get_accelerator().set_device(device.index)
     half = torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
     images_BCHW = torch.from_numpy(np.stack([sample.pixels for sample in batch]))
-    with torch.inference_mode(), half:
-        features_BD: NDArray[np.float32] = vision.encode(images_BCHW)[0].float().cpu().numpy()
+    try:
+        with torch.inference_mode(), half:
+            features_BD: NDArray[np.float32] = vision.encode(images_BCHW)[0].float().cpu().numpy()
+    except torch.OutOfMemoryError:
+        raise UserError(
+            f"out of memory of {device} with {len(batch)} images in one forward pass",
+            where=f"--batch-size {len(batch)}",
+            fix=f"--batch-size {max(len(batch) // 2, 1)}",
+        ) from None
     return features_BD
 
 

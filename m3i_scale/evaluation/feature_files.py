@@ -53,7 +53,8 @@ def joined(blocks: Iterable[FeatureBlock]) -> dict[str, NDArray[Any]]:
 
 def write_npz(file: BinaryIO, blocks: Iterable[FeatureBlock], metadata: Mapping[str, Any]) -> None:
     """Write the arrays of `joined`, and `metadata` as JSON. Holds all features in memory."""
-    np.savez(file, metadata=np.asarray(json.dumps(metadata)), allow_pickle=False, **joined(blocks))
+    arrays: dict[str, Any] = {"metadata": np.asarray(json.dumps(metadata)), **joined(blocks)}
+    np.savez(file, **arrays)
 
 
 def write_parquet(file: BinaryIO, blocks: Iterable[FeatureBlock], metadata: Mapping[str, Any]) -> None:

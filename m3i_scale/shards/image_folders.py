@@ -46,7 +46,7 @@ def imagefolder_input(folder: Path, captions: Captions = "auto", layout: FolderL
         layout = "splits" if _has_splits(parents, folder) else "classes"
     if layout == "splits" and not all(parents):
         raise DataError(
-            "an image lies in no split", where=str(images[parents.index(())]), fix="move it, or --layout classes"
+            "an image is outside the splits", where=str(images[parents.index(())]), fix="move it, or --layout classes"
         )
     depth = 1 if layout == "splits" else 0
     classes = sorted({parts[depth] for parts in parents if len(parts) > depth})
@@ -63,17 +63,28 @@ def imagefolder_input(folder: Path, captions: Captions = "auto", layout: FolderL
 def list_images(folder: Path) -> list[Path]:
     """Return the files below a folder that have an image extension and are not hidden, sorted."""
     _check_exists(folder)
-    images = sorted(_images_below(folder))
+    paths = sorted(_not_hidden(folder))
+    links = [path.relative_to(folder).as_posix() for path in paths if _is_linked_folder(path)]
+    if links:
+        raise ConfigError(
+            f"folders of images must not be links, which are not followed: {printable(listed(links, 4))}",
+            where=str(folder),
+            fix="replace the links by the folders",
+        )
+    images = [path for path in paths if _is_image(path)]
     if not images:
-        raise DataError("the folder holds no images", where=str(folder), fix=f"known: {', '.join(FILE_EXTENSIONS)}")
+        extensions = ", ".join(FILE_EXTENSIONS)
+        raise DataError(
+            "the folder contains no images", where=str(folder), fix=f"add files with these extensions: {extensions}"
+        )
     return images
 
 
 def _check_exists(folder: Path) -> None:
     if not folder.is_dir():
-        near = [path.name for path in folder.parent.iterdir() if path.is_dir()] if folder.parent.is_dir() else []
-        fix = did_you_mean(folder.name, near, otherwise="check the path: a folder of images")
-        raise DataError("there is no such folder", where=str(folder), fix=fix)
+        siblings = [path.name for path in folder.parent.iterdir() if path.is_dir()] if folder.parent.is_dir() else []
+        fix = did_you_mean(folder.name, siblings, otherwise="check the path: a folder of images")
+        raise DataError("no such folder", where=str(folder), fix=fix)
 
 
 def split_folder(folder: Path) -> Path | None:
@@ -88,29 +99,28 @@ def split_folder(folder: Path) -> Path | None:
 
 
 def has_images(folder: Path) -> bool:
-    """Return whether there is an image below a folder."""
-    return any(True for _ in _images_below(folder))
+    """Return whether there is an image below a folder, or a linked folder, which may have some."""
+    return any(_is_image(path) or _is_linked_folder(path) for path in _not_hidden(folder))
+
+
+def holds_shards(folder: Path) -> bool:
+    """Return whether a folder contains shards, itself or by split. Other .tar files below a folder of images, such as
+    a backup, do not count."""
+    return any(folder.glob("*.tar")) or (any(folder.glob("*/*.tar")) and not has_images(folder))
 
 
 def folder_digest(folder: Path) -> str:
     """Return a digest of the names and sizes of the images below a folder, and of their caption files."""
     files: list[tuple[str, int]] = []
-    for image in _images_below(folder):
+    for image in filter(_is_image, _not_hidden(folder)):
         for path in (image, image.with_suffix(".txt")):
             with suppress(FileNotFoundError):  # no caption, or a broken link
                 files.append((path.relative_to(folder).as_posix(), path.stat().st_size))
     return digest_of_files(files)
 
 
-def check_class_folders(folder: Path, names: Sequence[str], where: str) -> None:
-    """Check that class folders are not links, and that their names are UTF-8."""
-    links = [name for name in names if (folder / name).is_symlink()]
-    if links:
-        raise ConfigError(
-            f"folders of classes are links, which are not followed: {printable(listed(links, 4))}",
-            where=where,
-            fix="give the folders themselves",
-        )
+def check_class_names(names: Sequence[str], where: str) -> None:
+    """Check that the names of class folders are UTF-8."""
     unreadable = [name for name in names if name != name.encode(errors="replace").decode()]
     if unreadable:
         raise ConfigError(
@@ -120,15 +130,20 @@ def check_class_folders(folder: Path, names: Sequence[str], where: str) -> None:
         )
 
 
-def _images_below(folder: Path) -> Iterator[Path]:
-    return (path for path in folder.rglob("*") if _is_shown_image(path, folder))
+def _not_hidden(folder: Path) -> Iterator[Path]:
+    """Yield the paths below a folder without a hidden part, such as `.ipynb_checkpoints` of notebooks or `._NAME.jpg`
+    of macOS."""
+    for path in folder.rglob("*"):
+        if not any(part.startswith(".") for part in path.relative_to(folder).parts):
+            yield path
 
 
-def _is_shown_image(path: Path, folder: Path) -> bool:
-    """Return whether a file has an image extension and no hidden part in its path, such as `.ipynb_checkpoints` of
-    notebooks or `._NAME.jpg` of macOS."""
-    hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-    return not hidden and path.suffix.lower()[1:] in FILE_EXTENSIONS and not path.is_dir()
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower()[1:] in FILE_EXTENSIONS and not path.is_dir()
+
+
+def _is_linked_folder(path: Path) -> bool:
+    return path.is_symlink() and path.is_dir()
 
 
 def _has_splits(parents: Sequence[tuple[str, ...]], folder: Path) -> bool:
@@ -148,12 +163,12 @@ def _has_splits(parents: Sequence[tuple[str, ...]], folder: Path) -> bool:
     alone = {split: sorted(inside[split] - inside[most]) for split in splits}
     why = None
     if others or not all(parents):
-        why = f"{', '.join(others) or 'an image'} beside {', '.join(splits)}"
+        why = f"{', '.join(others) or 'an image'} is next to {', '.join(splits)}"
     elif bare:
-        why = f"images lie directly in {', '.join(bare)}, in no folder of a class"
+        why = f"images are directly in {', '.join(bare)}, outside class folders"
     elif any(alone.values()):
         split = next(split for split in splits if alone[split])
-        why = f"{split} has folders that {most} has not: {', '.join(alone[split][:3])}"
+        why = f"{split} has folders that {most} does not have: {', '.join(alone[split][:3])}"
     if why is not None:
         raise DataError(
             f"it is not clear whether {', '.join(splits)} are splits or classes",

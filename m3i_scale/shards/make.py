@@ -222,6 +222,15 @@ class _SampleEncoder:
             raise problem
         self._first = self._first or problem
         self.skipped[problem.what.partition(":")[0]] += 1
+        count, total = sum(self.skipped.values()), len(self._layout)
+        if self._options.max_skipped * total < count < total:
+            raise DataError(
+                f"{count} of {total} images cannot be used, more than data.max_corrupt_fraction = "
+                f"{self._options.max_skipped:g}, and others are not read yet",
+                where=self._first.where,
+                why=f"the first one: {self._first.what}",
+                fix="repair or remove the images, or raise data.max_corrupt_fraction",
+            )
         line = {"key": record.key, "where": problem.where, "reason": problem.what}
         with self._skipped_list.open("a", encoding="utf-8") as stream:
             stream.write(json_line(line))

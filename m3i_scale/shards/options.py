@@ -48,6 +48,8 @@ class ShardOptions:
     """Vocabulary size of the tokenizer trained on the captions; 0 trains none."""
     skip_bad: bool = False
     """Skip and list unusable samples instead of raising an error."""
+    max_skipped: float = 1.0
+    """Fraction of skipped samples above which an error is raised."""
     workers: int = 1
     """Number of processes that read and encode images."""
     value_range: tuple[float, float] | None = None

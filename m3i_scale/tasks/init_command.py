@@ -5,13 +5,13 @@ Slow imports are inside the functions, so that --help is fast.
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 import statistics
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -20,6 +20,7 @@ import typer
 from m3i_scale.errors import ConfigError, ErrorCollector, did_you_mean
 from m3i_scale.options import writes_to
 from m3i_scale.output import leave_out_accelerator_warning, print_line
+from m3i_scale.text import yaml_string
 
 if TYPE_CHECKING:  # this import takes seconds, too long for --help
     from m3i_scale.tasks.packed_folders import ImageFolder
@@ -30,7 +31,6 @@ _TEXT_TOWERS = {
     "vit-mini/16": "{hidden_size: 192, num_hidden_layers: 4, num_attention_heads: 3, intermediate_size: 768, "
     "initializer_range: 0.06}",
     "vit-s/16": "{hidden_size: 384, num_hidden_layers: 6, num_attention_heads: 6, intermediate_size: 1536}",
-    "vit-b/16": "{}",
 }
 
 
@@ -45,14 +45,11 @@ class Machine:
     def of_this() -> Machine:
         """Ask DeepSpeed's accelerator. CPUs compute in fp32, about three times as fast as bf16 without bf16
         instructions, which no public function of torch 2.6 reports."""
-        from deepspeed.accelerator import get_accelerator
+        from m3i_scale.engine.device import has_fast_bf16
+        from m3i_scale.launch.job import gpus_here
 
-        accelerator = get_accelerator()
-        if accelerator.device_name() == "cpu":
-            return Machine(0, "zero3_cpu_fp32")
-        return Machine(
-            int(accelerator.device_count()), "zero1_bf16" if accelerator.is_bf16_supported() else "zero3_fp16"
-        )
+        gpus = gpus_here()
+        return Machine(gpus, "zero3_cpu_fp32" if not gpus else "zero1_bf16" if has_fast_bf16() else "zero3_fp16")
 
 
 @dataclass(frozen=True)
@@ -75,12 +72,14 @@ def fitting_sizes(images: int, side: int, gpus: int) -> Sizes:
     largest = 128 if preset == "vit-mini/16" else 224
     small = side < 64
     image_size = max(16, side // 8 * 8) if small else min(largest, side // 32 * 32)
-    most = _power_of_2(images)
-    batch = min(max(_power_of_2(images // 4), min(8, most)), 256 if images < 100_000 else 1024)
-    micro = min(64, max(batch // max(gpus, 1), 1))
+    ranks, most = min(max(gpus, 1), images), _power_of_2(images)
+    total = min(max(_power_of_2(images // 4), min(8, most)), 256 if images < 100_000 else 1024)
+    micro = min(64, _power_of_2(total // ranks))
+    batch = micro * ranks * max(total // (micro * ranks), 1)
+    streams = ranks * min(micro, _power_of_2(8 // ranks))
     epochs = min(300.0, max(30.0 if gpus else 5.0, 512_000 / images))  # 512,000 samples, as m3i_mini
     steps = max(2, round(epochs * images / batch))
-    return Sizes(preset, image_size, 4 if small else 16, min(8, most), batch, micro, steps, steps * batch / images)
+    return Sizes(preset, image_size, 4 if small else 16, streams, batch, micro, steps, steps * batch / images)
 
 
 def _power_of_2(number: int) -> int:
@@ -98,6 +97,7 @@ def init(
     leave_out_accelerator_warning()
     from m3i_scale.config import known_runs, run_values
     from m3i_scale.files import atomic_write
+    from m3i_scale.shards.image_folders import holds_shards
     from m3i_scale.shards.make import FITTING_RECIPES
     from m3i_scale.tasks.packed_folders import ImageFolder
 
@@ -105,13 +105,13 @@ def init(
         raise ConfigError("the file exists", where=str(output), fix="--overwrite, or another --output")
     if recipe is not None and (recipe not in known_runs() or "task" in run_values(recipe)):
         raise ConfigError(f"no recipe '{recipe}'", where="--recipe", fix=did_you_mean(recipe, known_runs()))
-    if folder.is_dir() and any(folder.glob("*.tar")):
+    if folder.is_dir() and holds_shards(folder):
         raise ConfigError(
             "the folder contains .tar shards, not images",
             where=str(folder),
             fix=f"m3i-scale train m3i_mini data.datasets.main.path={shlex.quote(str(folder))}",
         )
-    images = ImageFolder("DIR", folder.absolute(), Path())
+    images = ImageFolder(folder.absolute(), "m3i-scale init ")
     width, height, side = _typical_size(images)
     has_labels, has_captions = len(images.classes) > 1, 2 * len(images.captions) >= len(images.records)
     machine = Machine.of_this()
@@ -121,7 +121,7 @@ def init(
         fitting = "m3i"  # the same recipe
     name = recipe or fitting
     text = "\n".join(_lines(name, images, sizes, machine)) + "\n"
-    _check(text, name)
+    _check(text, name, max(machine.gpus, 1))
     atomic_write(output, text)
     for line in (
         f"{folder}: {images.contents()}, typically {width} × {height} pixels",
@@ -168,23 +168,20 @@ def _lines(recipe: str, images: ImageFolder, sizes: Sizes, machine: Machine) -> 
     from m3i_scale.config import run_values
 
     values = run_values(recipe)
-    name = re.sub(r"[^A-Za-z0-9._-]+", "-", images.folder.name).strip("-._") or "images"
-    count = len(images.records)
-    try:
-        path = json.dumps(str(images.folder), ensure_ascii=False).encode().decode()
-    except UnicodeEncodeError:
-        raise ConfigError("the path of the folder must be UTF-8", where=repr(images.folder), fix="rename it") from None
+    name, number = _new_name(images.folder), len(images.records)
+    path = str(images.folder)
+    if path != path.encode(errors="replace").decode():
+        raise ConfigError("the path of the folder must be UTF-8", where=repr(path), fix="rename it")
     yield f"extends: {recipe}  # the recipe: `m3i-scale recipes show {recipe}` draws it"
-    yield f"name: {name}  # of the run, in logs and reports"
-    yield f"output_dir: runs/{name}  # checkpoints, metrics, and the images packed into shards"
+    yield f"name: {yaml_string(name)}  # of the run, in logs and reports"
+    yield f"output_dir: {yaml_string(f'runs/{name}')}  # checkpoints, metrics, and the images packed into shards"
     if "from_pretrained" not in values.get("backbone", {}):
-        wide = ", initializer_range: 0.06" if sizes.preset == "vit-mini/16" else ""
         yield "backbone:"
-        yield f"  preset: {sizes.preset}  # model size for {count:,} images; `m3i-scale backbones` lists others"
+        yield f"  preset: {sizes.preset}  # model size for {number:,} images; `m3i-scale backbones` lists others"
         yield "  config:"
         yield f"    image_size: {sizes.image_size}  # crops in pixels, a multiple of patch_size"
         yield f"    patch_size: {sizes.patch_size}  # pixels per token"
-        if wide:
+        if sizes.preset == "vit-mini/16":
             yield "    initializer_range: 0.06  # a small model starts with larger weights than a ViT-B"
     if _uses_text_tower(recipe) and sizes.preset in _TEXT_TOWERS:
         yield "text:"
@@ -192,10 +189,11 @@ def _lines(recipe: str, images: ImageFolder, sizes: Sizes, machine: Machine) -> 
     yield "data:"
     yield "  datasets:"
     yield "    main:  # name in metrics; add datasets here to mix them"
-    yield f"      path: {path}  # {count:,} images; `train` packs them once into output_dir/shards/main"
+    yield f"      path: {yaml_string(path)}  # {number:,} images; `train` packs them once into output_dir/shards"
     yield f"  streams: {sizes.streams}  # fixes the order of samples for any number of GPUs and workers"
-    if machine.gpus in (1, 2, 4, 8) and sizes.streams == 8:
-        yield f"  num_workers: {min(4, 8 // machine.gpus)}  # data loader processes per GPU"
+    if machine.gpus:
+        workers = min(4, max(sizes.streams // machine.gpus, 1))
+        yield f"  num_workers: {workers}  # data loader processes per GPU; they share its streams"
     yield "optim:"
     yield f"  batch_size: {sizes.batch_size}  # images per step, over all GPUs"
     yield f"  micro_batch_size: {sizes.micro_batch_size}  # images per GPU at a time; lower it if memory is short"
@@ -206,6 +204,16 @@ def _lines(recipe: str, images: ImageFolder, sizes: Sizes, machine: Machine) -> 
     yield f"deepspeed: {machine.deepspeed}  # precision and partitioning; {other}"
 
 
+def _new_name(folder: Path) -> str:
+    """Return the name of a run from its folder, with the parent of a split, that no run in `runs` has."""
+    from m3i_scale.shards.image_folders import SPLIT_NAMES
+
+    parts = folder.parts[-2:] if folder.name.lower() in SPLIT_NAMES else [folder.name]
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(parts)).strip("-._") or "images"
+    names = (name if number == 1 else f"{name}-{number}" for number in count(1))
+    return next(free for free in names if not Path("runs", free).exists())
+
+
 def _uses_text_tower(recipe: str) -> bool:
     from m3i_scale.config import run_values
     from m3i_scale.objective.recipe import parse_recipe
@@ -213,7 +221,7 @@ def _uses_text_tower(recipe: str) -> bool:
     return parse_recipe(run_values(recipe).get("recipe", {})).uses_text_tower
 
 
-def _check(text: str, recipe: str) -> None:
+def _check(text: str, recipe: str, ranks: int) -> None:
     """Raise the errors of `m3i-scale check`, so that the file is valid as written."""
     from m3i_scale.run.check import errors_of
     from m3i_scale.tasks.packed_folders import RunFolders
@@ -222,7 +230,7 @@ def _check(text: str, recipe: str) -> None:
     with tempfile.TemporaryDirectory(prefix="m3i-init-") as place:
         file = Path(place) / "run.yaml"
         file.write_text(text, encoding="utf-8")
-        errors.errors = errors_of(str(file), read_unpacked=RunFolders(str(file), None).facts)
+        errors.errors = errors_of(str(file), ranks=ranks, read_unpacked=RunFolders(str(file), None).facts)
         for error in errors.errors:
             if error.where == str(file):
                 error.where = f"--recipe {recipe}"

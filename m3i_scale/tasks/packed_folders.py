@@ -2,33 +2,32 @@
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from m3i_scale.config import DatasetConfig, RunConfig, run_values, valid_part
+from m3i_scale.config import DatasetConfig, RunConfig, read_yaml, run_values, valid_part
 from m3i_scale.data.remote.access import is_remote
 from m3i_scale.data.shards import LABELS, read_label_sets, read_sample_count
 from m3i_scale.data.tokenizer import find_tokenizer
-from m3i_scale.errors import CheckpointError, ConfigError, ErrorCollector, UserError
-from m3i_scale.host.output_dir import lock_directory
+from m3i_scale.errors import CheckpointError, ConfigError, ErrorCollector, error_prefix
+from m3i_scale.host.output_dir import RUN_FILE, lock_directory
 from m3i_scale.objective.recipe import parse_recipe
 from m3i_scale.output import print_line
-from m3i_scale.rank_variables import adopt_rank_variables
+from m3i_scale.rank_variables import under_launcher
 from m3i_scale.run.check import check_run
 from m3i_scale.run.data_checks import DataFacts, no_captions, with_validation_labels
 from m3i_scale.run.resume import find_resume
 from m3i_scale.shards.digests import INPUT_DIGEST
 from m3i_scale.shards.image_folders import (
-    check_class_folders,
+    check_class_names,
     folder_digest,
     has_images,
+    holds_shards,
     imagefolder_input,
     split_folder,
 )
@@ -39,32 +38,26 @@ from m3i_scale.shards.records import ListedInput, Record
 from m3i_scale.tasks.finetune import check_streams
 from m3i_scale.tasks.labelled import read_manifest
 from m3i_scale.tasks.unpacked import TRAIN
-from m3i_scale.text import printable
+from m3i_scale.text import printable, yaml_string
 
 Print = Callable[[str], None]
-_VALIDATION = "validation-"
-"""Prefix of the packed folders of `data.validation`, whose names may be names of training datasets too."""
 
 
 @dataclass(frozen=True)
 class ImageFolder:
-    """A dataset of a run that is a folder of images, with class folders or captions or both."""
+    """A folder of images, with class folders or captions or both.
 
-    key: str
-    """`data.datasets.NAME.path`."""
+    Args:
+        argument: text before the folder in a command, for errors and fixes: `data.datasets.NAME.path=`.
+    """
+
     folder: Path
-    packed: Path
-    """Folder of its shards, and of their tokenizer."""
+    argument: str
 
     @property
     def where(self) -> str:
-        """Return the name of the dataset in errors."""
-        return f"{self.key}: {printable(str(self.folder))}"
-
-    @property
-    def shards(self) -> Path:
-        """Return the folder of the shards, which exists after `pack`."""
-        return self.packed.absolute() / TRAIN
+        """Return the name of the folder in errors."""
+        return printable(f"{self.argument}{self.folder}")
 
     @cached_property
     def records(self) -> list[Record]:
@@ -76,7 +69,7 @@ class ImageFolder:
         """Return the names of the class folders."""
         return self._input.labels
 
-    @property
+    @cached_property
     def captions(self) -> list[str]:
         """Return the captions of the images that have one."""
         return [record.caption for record in self.records if record.caption]
@@ -85,54 +78,15 @@ class ImageFolder:
     def _input(self) -> ListedInput:
         split = split_folder(self.folder)
         if split is not None:
-            fix = f"m3i-scale init {split}" if self.key == "DIR" else f"{self.key}={split}"
             raise ConfigError(
                 f"the folders of the dataset must be classes, got splits: {printable(split.name)}",
                 where=self.where,
-                why="a model would learn to tell the splits apart, and train on validation images",
-                fix=printable(fix),
+                why="a model would learn to distinguish the splits, and train on validation images",
+                fix=printable(f"{self.argument}{split}"),
             )
-        check_class_folders(self.folder, [path.name for path in self.folder.iterdir() if path.is_dir()], self.where)
+        check_class_names([path.name for path in self.folder.iterdir() if path.is_dir()], self.where)
         has_captions = any(self.folder.rglob("*.txt"))
         return imagefolder_input(self.folder, "optional" if has_captions else "none", "classes")
-
-    @cached_property
-    def digest(self) -> str:
-        """Return the digest of everything that goes into the shards."""
-        return folder_digest(self.folder)
-
-    def is_packed(self) -> bool:
-        """Return whether the shards exist and are made from the folder as it is now."""
-        if not self.packed.is_dir() or not any(self.packed.iterdir()):
-            return False
-        digest = read_manifest(self.packed / TRAIN).get(INPUT_DIGEST)
-        if digest is None:
-            raise ConfigError(
-                "the folder for packed images contains something else",
-                where=str(self.packed),
-                why=f"the images of {self.where} are packed into it",
-                fix="remove or rename it, or give another output_dir",
-            )
-        return bool(digest == self.digest)
-
-    def check(self, run: RunConfig) -> None:
-        """Check that a folder that is not packed may be packed. If its images were packed and have changed since, a run
-        with checkpoints would resume on other data."""
-        name = self.key.split(".", 2)[2].removesuffix(".path")
-        if "." in name:
-            raise ConfigError(
-                f"the name of a dataset that is a folder of images must have no dot, got '{printable(name)}'",
-                where=self.where,
-                fix=self.key.replace(name, name.replace(".", "_")),
-            )
-        if self.packed.is_dir() and any(self.packed.iterdir()) and find_resume(run, contents=False)[0] is not None:
-            raise CheckpointError(
-                "the images changed since they were packed, by name or size, and the run has checkpoints",
-                where=self.where,
-                why="the resumed run would read other data than it began with",
-                fix=f"to resume on the images as they were: {self.key}={self.shards}; to train on them as they are "
-                "now: another output_dir; or restore the files",
-            )
 
     def contents(self) -> str:
         """Describe the contents in a line."""
@@ -140,19 +94,43 @@ class ImageFolder:
         captions = f"{len(self.captions):,} captions" if self.captions else "no captions"
         return f"{len(self.records):,} images, {classes}, {captions}"
 
-    def pack(self, tell: Print) -> None:
+
+@dataclass
+class _Packing:
+    """A folder of images and its shards. Existing shards are never changed or removed: other runs may read them."""
+
+    images: ImageFolder
+    digest: str
+    """Digest of the names and sizes of the files."""
+    output: Path
+    """Folder of the shards, and of their tokenizer."""
+    keys: list[str] = field(default_factory=list)
+    """`data.datasets.NAME.path` of all datasets that read the folder."""
+
+    @property
+    def shards(self) -> Path:
+        return self.output.absolute() / TRAIN
+
+    def is_done(self) -> bool:
+        if not os.path.lexists(self.output):
+            return False
+        if read_manifest(self.shards).get(INPUT_DIGEST) != self.digest:
+            raise ConfigError(
+                "the folder for packed images contains something else",
+                where=str(self.output),
+                why=f"the images of {self.images.where} are packed into it",
+                fix="remove or rename it, or set another output_dir",
+            )
+        return True
+
+    def pack(self, tell: Print, max_skipped: float) -> None:
         """Create the shards. Unusable images are skipped, counted and listed."""
-        tell(f"{self.where}: {self.contents()}; packing them once into {self.packed}")
-        if self.packed.exists():
-            tell("the images changed since they were packed: packing them again")
-            shutil.rmtree(self.packed)
-        source = ListedInput(self.records, self.classes, source="imagefolder", **{INPUT_DIGEST: self.digest})
-        options = ShardOptions(workers=DEFAULT_WORKERS, skip_bad=True)
-        try:
-            pack_images(source, self.packed, tell, options=options)
-        except UserError as error:
-            error.where = f"{self.key}: {error.where}"
-            raise
+        images = self.images
+        tell(f"{images.where}: {images.contents()}; packing them once into {self.output}")
+        source = ListedInput(images.records, images.classes, source="imagefolder", **{INPUT_DIGEST: self.digest})
+        options = ShardOptions(workers=DEFAULT_WORKERS, skip_bad=True, max_skipped=max_skipped)
+        with error_prefix(images.where):
+            pack_images(source, self.output, tell, options=options)
 
 
 class RunFolders:
@@ -170,48 +148,87 @@ class RunFolders:
         self._run = None if values is None else valid_part(values)[0]
         self.unpacked: dict[str, ImageFolder] = {}
         """Folders that are still to be packed, by path in the config."""
+        self._packings: dict[Path, _Packing] = {}
+        """By folder: several datasets may read the same one."""
+        self._notices: list[str] = []
         self._errors = ErrorCollector()
-        for path, folder in [] if self._run is None else _folders_of(self._run):
-            if self._errors.collect(self._is_packed, folder):
-                self._replace(folder)
-            else:
-                self.unpacked[path] = folder
+        if self._run is not None:
+            self._add_all(self._run)
 
-    def _is_packed(self, folder: ImageFolder) -> bool:
-        packed = folder.is_packed()
-        if not packed and self._run is not None:
-            folder.check(self._run)
-        return packed
+    def _add_all(self, run: RunConfig) -> None:
+        for kind in ("datasets", "validation"):
+            for name, source in getattr(run.data, kind).items():
+                key, path = f"data.{kind}.{name}.path", source.path
+                if is_remote(path) or "{" in path:
+                    continue  # shards
+                folder = Path(path.removeprefix("file://"))
+                if not folder.exists():
+                    self._use_saved(run, key, path)
+                elif folder.is_dir() and not holds_shards(folder) and has_images(folder):
+                    self._errors.collect(self._add, run, key, path, folder)
 
-    def _replace(self, folder: ImageFolder) -> None:
-        kept = [override for override in self.overrides if override.partition("=")[0] != folder.key]
-        self.overrides = [*kept, f"{folder.key}={json.dumps(str(folder.shards))}"]
+    def _use_saved(self, run: RunConfig, key: str, path: str) -> None:
+        """Resume from the shards of a run if the images that they were packed from are gone."""
+        saved = (ErrorCollector().collect(_saved_paths, run) or {}).get(key)
+        shards = None if saved is None else _packed_folder(run, saved) / TRAIN
+        if shards is not None and INPUT_DIGEST in read_manifest(shards):
+            self._notices.append(f"{key}={printable(path)} does not exist: the run resumes on its shards, {shards}")
+            self._replace(key, shards)
+
+    def _add(self, run: RunConfig, key: str, path: str, folder: Path) -> None:
+        _, kind, name = key.removesuffix(".path").split(".", 2)
+        place = folder.resolve()
+        if place not in self._packings:
+            digest, prefix = folder_digest(folder), "" if kind == "datasets" else "validation-"
+            output = run.output_dir / "shards" / f"{prefix}{name}-{digest[:8]}"
+            self._packings[place] = _Packing(ImageFolder(folder, f"{key}="), digest, output)
+        packing = self._packings[place]
+        packing.keys.append(key)
+        self.unpacked[path] = packing.images  # also if one of the checks fails: it has no shards to be checked
+        if "." in name:
+            raise ConfigError(
+                f"the name of a dataset that is a folder of images must have no dot, got '{printable(name)}'",
+                where=packing.images.where,
+                fix=key.replace(name, name.replace(".", "_")),
+            )
+        saved = _saved_paths(run).get(key)
+        if saved is not None and name not in run.data.changed_datasets:
+            _check_same(packing, _packed_folder(run, saved), key)
+        if packing.is_done():
+            del self.unpacked[path]
+            self._replace(key, packing.shards)
+
+    def _replace(self, key: str, shards: Path) -> None:
+        kept = [override for override in self.overrides if override.partition("=")[0] != key]
+        self.overrides = [*kept, f"{key}={yaml_string(str(shards))}"]
 
     def lines(self) -> list[str]:
         """Describe the folders that are still to be packed."""
-        return [
-            f"{one.where}: {one.contents()}; `m3i-scale train` packs them into {one.packed}"
-            for one in self.unpacked.values()
+        lines = [
+            f"{one.images.where}: {one.images.contents()}; `m3i-scale train` packs them into {one.output}"
+            for one in self._packings.values()
+            if one.images in self.unpacked.values()
         ]
+        return [*self._notices, *lines]
 
     def facts(self, run: RunConfig) -> DataFacts | None:
         """Return the properties of the data if folders are still to be packed, otherwise None. Check them against the
         recipe."""
+        self._errors.raise_any()
         if not self.unpacked:
             return None
-        self._errors.raise_any()
         recipe = ErrorCollector().collect(parse_recipe, run.recipe)  # its errors are reported with all others
         paths = frozenset(self.unpacked)
-        classes = {path: folder.classes for path, folder in self.unpacked.items()}
+        facts = DataFacts(run, unpacked=paths)
         if recipe is None:
-            return DataFacts(run, unpacked=paths)
+            return facts
         if recipe.labels_file not in (None, LABELS):
             raise ConfigError(
                 f"the recipe reads {recipe.reads}, and a folder of images has none",
                 where=next(iter(self.unpacked.values())).where,
-                fix="shards of `m3i-scale shards make masks` or `make coco`",
+                fix="use shards of `m3i-scale shards make masks` or `make coco`",
             )
-        facts = DataFacts(run, unpacked=paths)
+        classes = {path: folder.classes for path, folder in self.unpacked.items()}
         datasets = run.data.datasets
         if all(source.path in paths for source in datasets.values()):
             check_streams(run, sum(len(self.unpacked[source.path].records) for source in datasets.values()))
@@ -238,13 +255,13 @@ class RunFolders:
         folder = self.unpacked.get(source.path)
         return read_sample_count(source.path, "with_caption") != 0 if folder is None else bool(folder.captions)
 
-    def pack(self, tell: Print, environment: Mapping[str, str]) -> None:
+    def pack(self, tell: Print, environment: Mapping[str, str], ranks: int | None) -> None:
         """Check the run, then pack the folders that are not packed yet. A rank of a launcher cannot do this."""
-        if not self.unpacked or self._run is None:
+        for notice in self._notices:
+            tell(notice)
+        if self._run is None or not (self.unpacked or self._errors.errors):
             return
-        variables = dict(environment)
-        adopt_rank_variables(variables)
-        if "RANK" in variables or "WORLD_SIZE" in variables:
+        if under_launcher(environment):
             self._errors.raise_any()
             folder = next(iter(self.unpacked.values()))
             raise ConfigError(
@@ -253,38 +270,56 @@ class RunFolders:
                 why="every rank would pack it",
                 fix="start with `m3i-scale train` or `m3i-scale launch`, which pack it before ranks start; or "
                 f"`m3i-scale shards make imagefolder --input {folder.folder} --output SHARDS` and "
-                f"{folder.key}=SHARDS/{TRAIN}",
+                f"{folder.argument}SHARDS/{TRAIN}",
             ).raised_everywhere()
-        check_run(self._run_file, self.overrides, read_unpacked=self.facts)
+        check_run(self._run_file, self.overrides, ranks, self.facts)
         with lock_directory(self._run.output_dir):
-            for folder in self.unpacked.values():
-                if not folder.is_packed():  # by another job in the meantime
-                    folder.pack(tell)
-                self._replace(folder)
+            for packing in self._packings.values():
+                if not packing.is_done():
+                    packing.pack(tell, self._run.data.max_corrupt_fraction)
+                for key in packing.keys:
+                    self._replace(key, packing.shards)
         self.unpacked = {}
 
 
-def _folders_of(run: RunConfig) -> list[tuple[str, ImageFolder]]:
-    found = []
-    for kind, prefix in (("datasets", ""), ("validation", _VALIDATION)):
-        for name, source in getattr(run.data, kind).items():
-            folder = Path(source.path.removeprefix("file://"))
-            if is_remote(source.path) or not folder.is_dir() or any(folder.glob("*.tar")) or not has_images(folder):
-                continue  # the checks of shards report it
-            key = f"data.{kind}.{name}.path"
-            packed = run.output_dir / "shards" / f"{prefix}{name}"
-            found.append((source.path, ImageFolder(key, folder, packed)))
-    return found
+def _saved_paths(run: RunConfig) -> dict[str, str]:
+    """Return the paths of the datasets in the checkpoint from which a run resumes."""
+    checkpoint, _ = find_resume(run, contents=False)
+    data = {} if checkpoint is None else read_yaml(checkpoint / RUN_FILE).get("data", {})
+    return {
+        f"data.{kind}.{name}.path": str(source["path"])
+        for kind in ("datasets", "validation")
+        for name, source in data.get(kind, {}).items()
+    }
 
 
-def pack_folders(run_file: str, overrides: list[str] | None) -> list[str]:
+def _packed_folder(run: RunConfig, saved: str) -> Path:
+    """Return the folder of packed images for a path in a checkpoint, also after the output directory was moved."""
+    return run.output_dir.absolute() / "shards" / Path(saved).parent.name
+
+
+def _check_same(packing: _Packing, saved: Path, key: str) -> None:
+    if saved.name != packing.output.name:
+        shards = f"to resume on the same images: {key}={saved / TRAIN}; " if saved.is_dir() else ""
+        raise CheckpointError(
+            "the images are not those of the checkpoint: files changed by name or size since they were packed",
+            where=packing.images.where,
+            why="the resumed run would read different data",
+            fix=f"{shards}to train on the images as they are now: set another output_dir; or restore the files",
+        )
+
+
+def pack_folders(run_file: str, overrides: list[str] | None, ranks: int | None = None) -> list[str]:
     """Pack the datasets of a run that are folders of images, unless they are packed already. Return the overrides with
     the shards in place of the folders.
+
+    Args:
+        ranks: number of ranks that will train; None: unknown, so what depends on it is not checked.
 
     Raises:
         UserError: an image folder is not usable, or changed since a checkpoint was saved; the config has an error, and
             a folder is not packed; or a folder is not packed, and this process is a rank of a launcher.
     """
     folders = RunFolders(run_file, overrides)
-    folders.pack(lambda text: print_line(text, stderr=True), os.environ)
+    folders.pack(lambda text: print_line(text, stderr=True), os.environ, ranks)
     return folders.overrides

@@ -11,7 +11,7 @@ from m3i_scale.errors import ConfigError, DataError
 from m3i_scale.shards.coco import annotation_files, coco_input, split_of
 from m3i_scale.shards.digests import INPUT_DIGEST, digest_of_files
 from m3i_scale.shards.encode_image import FILE_EXTENSIONS
-from m3i_scale.shards.image_folders import check_class_folders, imagefolder_input, masks_input, read_mask_labels
+from m3i_scale.shards.image_folders import check_class_names, imagefolder_input, masks_input, read_mask_labels
 from m3i_scale.shards.records import Input, ListedInput, Record
 from m3i_scale.text import listed
 
@@ -64,9 +64,9 @@ def image_folders(places: dict[str, Path]) -> Unpacked:
         names = [path.name for path in shown if path.is_dir()]
         loose = next((path for path in shown if path.suffix.lower()[1:] in FILE_EXTENSIONS), None)
         if not names or loose is not None:
-            what = "there are no folders of classes" if loose is None else "an image lies in no folder of a class"
+            what = "there are no class folders" if loose is None else "an image is outside the class folders"
             raise ConfigError(what, where=f"--data {loose or place}", fix=FIX)
-        check_class_folders(place, names, f"--data {place}")
+        check_class_names(names, f"--data {place}")
         _check_layout(place, names)
         of_split = imagefolder_input(place, "none", "classes")
         if split == TRAIN:
@@ -192,7 +192,7 @@ def _check_layout(place: Path, names: list[str]) -> None:
     raise ConfigError(
         f"the folders are not classes: {shown}",
         where=f"--data {place}",
-        why="a classifier would learn to tell the folders of the layout apart",
+        why="a classifier would learn to distinguish the folders of the layout",
         fix="m3i-scale finetune segmentation for masks, or finetune detection for boxes; for classes: "
         f"{FIX.partition('; shards')[0]}",
     )
@@ -213,8 +213,8 @@ def differing_classes(train: list[str], others: list[str], where: str) -> Config
     missing, extra = sorted(set(train) - set(others)), sorted(set(others) - set(train))
     parts = [f"{what} {listed(names, 4)}" for what, names in (("lacks", missing), ("adds", extra)) if names]
     return ConfigError(
-        "the classes to evaluate are not those to train",
+        "the evaluation split must have the classes of the training split",
         where=f"--data {where}",
         why=f"it {' and '.join(parts) or 'has them in another order'}",
-        fix="the same classes in both",
+        fix="give both splits the same classes, in the same order",
     )

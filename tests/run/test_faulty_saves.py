@@ -119,7 +119,7 @@ def test_what_one_rank_cannot_write_ends_all_at_the_next_step(done: dict[str, Do
     assert words in first
     assert f".tmp-{step_name(4)}/tensors/rank-0000{name[-1]}-00000.safetensors" in first
     assert f"the last good checkpoint is {told.root / step_name(2)}" in first.replace("\n", "")
-    assert "(rank 0 tells more)" in told.texts[1]
+    assert "(see rank 0)" in told.texts[1]
     for text in told.texts:
         assert "the checkpoint folder cannot be written" in text
         assert "Traceback" not in text
@@ -371,7 +371,7 @@ def test_what_one_rank_cannot_read_ends_all(loaded: dict[str, Done]) -> None:
     told = loaded["unreadable"]
     assert told.codes == [2, 2], told.texts
     assert "rank-00001-00000.safetensors" in told.texts[0]
-    assert "(rank 0 tells more)" in told.texts[1]
+    assert "(see rank 0)" in told.texts[1]
     for text in told.texts:
         assert "the checkpoint cannot be read: Input/output error" in text
         assert "Traceback" not in text

@@ -13,10 +13,13 @@ import pytest
 from shapes import COLORS, SHAPES, draw
 
 from m3i_scale.config import load_run
-from m3i_scale.errors import ConfigError, DataError, UserError
+from m3i_scale.errors import CheckpointError, ConfigError, DataError, UserError
 from m3i_scale.files import read_json
 from m3i_scale.run.check import errors_of
+from m3i_scale.run.setup import run_yaml
+from m3i_scale.shards.image_folders import holds_shards
 from m3i_scale.tasks.packed_folders import RunFolders, pack_folders
+from m3i_scale.text import yaml_string
 
 TINY = (
     "{hidden_size: 64, num_hidden_layers: 2, num_attention_heads: 2, intermediate_size: 128, image_size: 32, "
@@ -65,6 +68,12 @@ def listing(folder: Path) -> set[Path]:
     return set(folder.rglob("*"))
 
 
+def shards_of(folder: Path, name: str = "main") -> Path:
+    """The only folder of packed images of a dataset."""
+    (only,) = (folder / "out" / "shards").glob(f"{name}-*")
+    return only
+
+
 def steps_of(folder: Path) -> list[int]:
     lines = (folder / "out" / "metrics.jsonl").read_text().splitlines()
     return [line["step"] for line in map(json.loads, lines) if line["kind"] == "train"]
@@ -76,7 +85,7 @@ def test_a_run_on_a_folder_resumes_by_the_same_command_and_from_its_written_conf
     run = write_config(tmp_path)
     first = command("train", run)
     assert first.returncode == 0, first.stderr
-    shards = tmp_path / "out" / "shards" / "main"
+    shards = shards_of(tmp_path)
     made = {path: path.stat().st_mtime_ns for path in shards.rglob("*.tar")}
     manifest = read_json(shards / "train" / "manifest.json")
     counts = {key: sum(facts[key] for facts in manifest["shards"].values()) for key in ("samples", "with_caption")}
@@ -104,7 +113,7 @@ def test_launch_packs_before_two_ranks_start(tmp_path: Path) -> None:
     launched = command("launch", run, "--with", "local", "--ranks-per-node", 2, "data.num_workers=0")
     assert launched.returncode == 0, launched.stdout + launched.stderr
     assert steps_of(tmp_path) == [1, 2]
-    assert load_run(str(tmp_path / "out" / "run.yaml")).data.datasets["main"].path.endswith("out/shards/main/train")
+    assert load_run(str(tmp_path / "out" / "run.yaml")).data.datasets["main"].path == str(shards_of(tmp_path) / "train")
 
 
 def test_a_rank_of_a_launcher_packs_nothing_and_reuses_packed_images(
@@ -120,37 +129,127 @@ def test_a_rank_of_a_launcher_packs_nothing_and_reuses_packed_images(
     assert listing(tmp_path) == before
     monkeypatch.delenv("RANK")
     packed = pack_folders(run, [])
-    assert packed == [f'{KEY}="{tmp_path / "out" / "shards" / "main" / "train"}"']
+    assert packed == [f'{KEY}="{shards_of(tmp_path) / "train"}"']
     monkeypatch.setenv("RANK", "0")
     assert pack_folders(run, None) == packed
 
 
-def test_images_that_changed_are_packed_again_without_a_checkpoint(tmp_path: Path) -> None:
+def samples_in(packed: list[str]) -> int:
+    _, _, shards = packed[-1].partition("=")
+    manifest = read_json(Path(json.loads(shards)) / "manifest.json")
+    return sum(facts["samples"] for facts in manifest["shards"].values())
+
+
+def test_images_that_changed_are_packed_next_to_the_earlier_shards(tmp_path: Path) -> None:
     make_photos(tmp_path / "photos")
     run = str(write_config(tmp_path))
-    shards = tmp_path / "out" / "shards" / "main" / "train"
-
-    def samples() -> int:
-        return sum(facts["samples"] for facts in read_json(shards / "manifest.json")["shards"].values())
-
-    pack_folders(run, None)
-    assert samples() == 24
+    first = pack_folders(run, None)
     draw("bar", "red", 3).save(tmp_path / "photos" / "bar" / "new.png")
-    pack_folders(run, None)
-    assert samples() == 25
+    second = pack_folders(run, None)
+    assert (samples_in(first), samples_in(second)) == (24, 25)
     (tmp_path / "photos" / "bar" / "new.txt").write_text("a caption counts, too")
     assert RunFolders(run, None).unpacked
+    (tmp_path / "photos" / "bar" / "new.txt").unlink()
+    (tmp_path / "photos" / "bar" / "new.png").unlink()
+    assert pack_folders(run, None) == first
 
 
-def test_a_folder_of_other_shards_is_left_as_it_is(tmp_path: Path) -> None:
+@pytest.mark.parametrize("theirs", ["file", "link", "folder"])
+def test_something_else_at_the_place_of_the_shards_is_left_as_it_is(tmp_path: Path, theirs: str) -> None:
     make_photos(tmp_path / "photos")
     run = str(write_config(tmp_path))
-    theirs = tmp_path / "out" / "shards" / "main" / "notes.txt"
-    theirs.parent.mkdir(parents=True)
-    theirs.write_text("mine")
-    with pytest.raises(ConfigError):
+    pack_folders(run, None)
+    place = shards_of(tmp_path)
+    shutil.rmtree(place)
+    if theirs == "file":
+        place.write_text("mine")
+    elif theirs == "link":
+        place.symlink_to(tmp_path / "nowhere")
+    else:
+        (place / "train").mkdir(parents=True)
+    before = listing(tmp_path)
+    with pytest.raises(ConfigError) as caught:
         pack_folders(run, None)
-    assert theirs.read_text() == "mine"
+    assert caught.value.where == str(place)
+    assert listing(tmp_path) == before
+
+
+def test_a_folder_of_two_datasets_is_packed_once(tmp_path: Path) -> None:
+    make_photos(tmp_path / "photos")
+    run = str(write_config(tmp_path))
+    validated = [f"data.validation.check.path={tmp_path}/photos/", "evaluation.every_steps=2"]
+    packed = pack_folders(run, validated)
+    shards = yaml_string(str(shards_of(tmp_path) / "train"))
+    assert packed[1:] == [f"{KEY}={shards}", f"data.validation.check.path={shards}"]
+    assert pack_folders(run, validated) == packed
+    assert errors_of(run, packed) == []
+
+
+def resuming(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A run with packed images and a checkpoint, as far as packing is concerned."""
+    make_photos(tmp_path / "photos")
+    run = str(write_config(tmp_path))
+    checkpoint = tmp_path / "checkpoint"
+    checkpoint.mkdir()
+    (checkpoint / "run.yaml").write_text(run_yaml(load_run(run, pack_folders(run, None))))
+    monkeypatch.setattr("m3i_scale.tasks.packed_folders.find_resume", lambda run, contents: (checkpoint, []))
+    return run
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_checkpoint_is_not_resumed_on_other_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: bool
+) -> None:
+    run = resuming(tmp_path, monkeypatch)
+    shards = shards_of(tmp_path) / "train"
+    if not kept:
+        shutil.rmtree(shards.parent)
+    draw("bar", "red", 3).save(tmp_path / "photos" / "bar" / "new.png")
+    with pytest.raises(CheckpointError) as caught:
+        pack_folders(run, None)
+    assert (f"{KEY}={shards}" in str(caught.value.fix)) == kept
+    (tmp_path / "photos" / "bar" / "new.png").unlink()
+    assert pack_folders(run, None) == [f"{KEY}={yaml_string(str(shards))}"]
+    assert shards.is_dir()
+
+
+def test_a_run_resumes_on_its_shards_if_the_images_are_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = resuming(tmp_path, monkeypatch)
+    shutil.rmtree(tmp_path / "photos")
+    shards = shards_of(tmp_path) / "train"
+    assert pack_folders(run, None) == [f"{KEY}={yaml_string(str(shards))}"]
+    assert str(shards) in capsys.readouterr().err
+
+
+def test_too_many_damaged_images_are_an_error(tmp_path: Path) -> None:
+    make_photos(tmp_path / "photos")
+    for number in range(3):
+        (tmp_path / "photos" / "disc" / f"damaged{number}.jpg").write_bytes(b"no image")
+    run = str(write_config(tmp_path))
+    with pytest.raises(DataError) as caught:
+        pack_folders(run, None)
+    assert "data.max_corrupt_fraction" in str(caught.value.fix)
+    assert samples_in(pack_folders(run, ["data.max_corrupt_fraction=0.2"])) == 24
+
+
+def test_linked_folders_are_not_left_out(tmp_path: Path) -> None:
+    make_photos(tmp_path / "photos")
+    (tmp_path / "photos" / "disc").rename(tmp_path / "disc")
+    (tmp_path / "photos" / "disc").symlink_to(tmp_path / "disc")
+    with pytest.raises(ConfigError, match="links"):
+        pack_folders(str(write_config(tmp_path)), None)
+
+
+def test_a_stray_archive_makes_no_shards_of_a_folder_of_images(tmp_path: Path) -> None:
+    make_photos(tmp_path / "photos")
+    (tmp_path / "photos" / "backup").mkdir()
+    (tmp_path / "photos" / "backup" / "x.tar").write_bytes(b"")
+    assert not holds_shards(tmp_path / "photos")
+    (tmp_path / "shards" / "train").mkdir(parents=True)
+    (tmp_path / "shards" / "train" / "x.tar").write_bytes(b"")
+    assert holds_shards(tmp_path / "shards")
 
 
 def test_check_reads_a_folder_and_writes_nothing(tmp_path: Path) -> None:
@@ -181,6 +280,8 @@ def test_an_error_of_the_config_comes_before_the_packing(tmp_path: Path) -> None
     before = listing(tmp_path)
     with pytest.raises(ConfigError):
         pack_folders(run, ["backbone.config.patch_size=7"])
+    with pytest.raises(ConfigError):
+        pack_folders(run, None, 3)  # ranks, which the batch size must be a multiple of
     assert listing(tmp_path) == before
 
 
@@ -197,10 +298,8 @@ def test_splits_are_not_classes(tmp_path: Path) -> None:
         "evaluation.every_steps=2",
     ]
     pack_folders(run, validated)
-    assert {path.name for path in (tmp_path / "out" / "shards").iterdir() if not path.name.startswith(".")} == {
-        "main",
-        "validation-main",
-    }
+    assert (shards_of(tmp_path) / "train").is_dir()
+    assert (shards_of(tmp_path, "validation-main") / "train").is_dir()
 
 
 @pytest.mark.parametrize("damaged", [True, False])
@@ -211,9 +310,10 @@ def test_folders_without_a_usable_image(tmp_path: Path, damaged: bool) -> None:
             (tmp_path / "photos" / f"{number}.jpg").write_bytes(b"no image")
     run = str(write_config(tmp_path, "mae", text=False))
     if damaged:
-        with pytest.raises(DataError, match="none of the 8 images"):
-            pack_folders(run, None)
-        assert not (tmp_path / "out" / "shards" / "main").exists()
+        for limit in (0.05, 1):
+            with pytest.raises(DataError):
+                pack_folders(run, [f"data.max_corrupt_fraction={limit}"])
+        assert not any((tmp_path / "out" / "shards").glob("main*"))
     else:
         assert pack_folders(run, None) == []
         assert any(KEY in str(error.where) for error in errors_of(run))

@@ -16,6 +16,7 @@ from launch import environment
 from shapes import make_shapes, run_overrides
 
 import m3i_scale
+from m3i_scale.errors import AggregateError, ConfigError, DataError, load_error, save_error
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +102,53 @@ def test_an_error_of_the_run_is_raised_with_its_fix(shards, tmp_path, capfd) -> 
     assert "nowhere" in str(caught.value.where)
     assert caught.value.fix
     assert caught.value.what in capfd.readouterr().out
+
+
+def test_the_error_of_a_rank_keeps_its_class_and_its_parts(shards, tmp_path) -> None:
+    overrides = [*settings(shards), "optim.micro_batch_size=3", "data.datasets.main.path=/nowhere", "optim.steps=0.5"]
+    with pytest.raises(m3i_scale.ConfigError):
+        m3i_scale.train("m3i", overrides, output_dir=tmp_path / "out")
+    overrides[-1] = "optim.steps=2"
+    with pytest.raises(AggregateError) as caught:
+        m3i_scale.train("m3i", overrides, output_dir=tmp_path / "out")
+    assert all(error.fix for error in caught.value.errors)
+    assert {type(error) for error in caught.value.errors} == {ConfigError, DataError}
+
+
+def test_the_first_saved_error_is_loaded(tmp_path) -> None:
+    file = tmp_path / "error.json"
+    assert load_error(file) is None
+    first = DataError("first\nfix: no fix", where="a\nb", why="because", fix="this")
+    save_error(first, file)
+    save_error(ConfigError("second"), file)
+    loaded = load_error(file)
+    assert (type(loaded), str(loaded)) == (DataError, str(first))
+
+
+def failing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
+    """Replace the interpreter by a shell script."""
+    program = tmp_path / "python"
+    program.write_text(f"#!/bin/sh\n{script}\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+
+
+def test_another_failure_does_not_print_secrets(shards, tmp_path, monkeypatch) -> None:
+    failing(tmp_path, monkeypatch, "exit 3")
+    address = "https://host/images.tar?X-Amz-Signature=verysecret"
+    with pytest.raises(subprocess.CalledProcessError) as caught:
+        m3i_scale.train("m3i", settings(shards), data=address, output_dir=tmp_path / "\U0001f600")
+    assert caught.value.returncode == 3
+    assert "verysecret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("code", "error"), [(75, KeyboardInterrupt), (1, subprocess.CalledProcessError)])
+def test_an_interrupted_run_that_fails_is_a_failure(
+    shards, tmp_path, monkeypatch, code: int, error: type[BaseException]
+) -> None:
+    failing(tmp_path, monkeypatch, f"trap 'exit {code}' INT; sleep 1; kill -INT $PPID; while true; do sleep 0.1; done")
+    with pytest.raises(error):
+        m3i_scale.train("m3i", settings(shards), data=shards / "train", output_dir=tmp_path / "out")
 
 
 def test_data_of_several_datasets_are_ambiguous(shards) -> None:

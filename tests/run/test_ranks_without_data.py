@@ -55,7 +55,7 @@ def told_by_rank_0(job: Job) -> str:
     assert "Traceback" not in "".join(logs)
     for rank, log in enumerate(logs[1:], start=1):
         (line,) = [line for line in log.splitlines() if f"[rank {rank}]" in line]
-        assert re.search(r"error: .* \(rank 0 tells more\)$", line)
+        assert re.search(r"error: .* \(see rank 0\)$", line)
         assert "fix:" not in log
     return logs[0]
 

@@ -12,7 +12,7 @@ from m3i_scale.cli import app
 from m3i_scale.config import find_run_file, load_run, run_values
 from m3i_scale.errors import ConfigError, UserError
 from m3i_scale.run.check import errors_of
-from m3i_scale.tasks.init_command import fitting_sizes
+from m3i_scale.tasks.init_command import Machine, fitting_sizes
 from m3i_scale.tasks.packed_folders import RunFolders
 
 
@@ -94,16 +94,38 @@ def test_folders_that_are_no_images(tmp_path: Path, kind: str) -> None:
     assert not (tmp_path / "run.yaml").exists()
 
 
+def test_runs_of_two_folders_do_not_share_an_output_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = []
+    for folder in ("cats/train", "dogs/train", "cats/train", "2024", "no \U0001f600"):
+        photos = make_images(tmp_path / folder)
+        assert init(photos, "--output", "run.yaml", "--overwrite").exit_code == 0
+        run = load_run("run.yaml")
+        assert Path(run.data.datasets["main"].path) == photos
+        run.output_dir.mkdir(parents=True)
+        names.append(run.name)
+    assert names == ["cats-train", "dogs-train", "cats-train-2", "2024", "no"]
+
+
+@pytest.mark.parametrize("gpus", [2, 3, 6])
+def test_the_file_fits_the_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpus: int) -> None:
+    monkeypatch.setattr(Machine, "of_this", staticmethod(lambda: Machine(gpus, "zero3_cpu_fp32")))
+    photos, file = make_images(tmp_path / "photos", 40), tmp_path / "run.yaml"
+    assert init(photos, "--output", file).exit_code == 0
+    assert errors_of(str(file), None, gpus, RunFolders(str(file), None).facts) == []
+
+
 @pytest.mark.parametrize("images", [2, 7, 40, 1_000, 49_999, 200_000, 5_000_000])
 @pytest.mark.parametrize("side", [17, 32, 63, 64, 100, 4_000])
-@pytest.mark.parametrize("gpus", [0, 1, 2, 8])
+@pytest.mark.parametrize("gpus", [0, 1, 2, 3, 6, 8, 16])
 def test_sizes_fit_the_images(images: int, side: int, gpus: int) -> None:
     sizes = fitting_sizes(images, side, gpus)
     assert sizes.batch_size <= images
     assert sizes.image_size <= max(side, 16)
     assert sizes.image_size % sizes.patch_size == 0
     ranks = max(gpus, 1)
-    if ranks <= sizes.batch_size:
+    if ranks <= images:
+        assert sizes.streams % ranks == 0
         assert sizes.batch_size % (sizes.micro_batch_size * ranks) == 0
         assert sizes.micro_batch_size % (sizes.streams // ranks) == 0
     assert sizes.epochs <= 320 or sizes.steps == 2
