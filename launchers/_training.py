@@ -37,7 +37,15 @@ class TrainingPlan:
     def command(self, port: int) -> list[str]:
         """The command line of a launch; both launches differ in the port alone."""
         launcher = str(Path(sys.executable).with_name("deepspeed"))
-        launch = [launcher, "--num_accelerators", str(self.ranks), "--master_port", str(port), "--no_local_rank"]
+        launch = [
+            launcher,
+            "--num_accelerators",
+            str(self.ranks),
+            "--master_port",
+            str(port),
+            "--no_local_rank",
+            "--quiet",
+        ]
         return [*launch, "--module", "m3i_scale", "train", self.run_file, *self.overrides]
 
 
