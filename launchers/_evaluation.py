@@ -20,7 +20,7 @@ from m3i_scale.config import RunConfig
 from m3i_scale.errors import UserError
 
 COMMAND = [sys.executable, "-m", "m3i_scale"]
-PROBES = ("--measure", "knn", "--measure", "linear", "--measure", "dense")
+ASKED = ("--measure", "retrieval", "--measure", "dense", "--measure", "linear")
 PICTURES, DENSE_PCA = "evaluation_pictures", "dense_pca.jpg"
 MODEL_PREFIXES = {".": "student.model.", "text": "text.model."}
 """Names of the training module begin with these, by folder of an export."""
@@ -34,7 +34,6 @@ class Measure:
     name: str
     label: str
     """In the documents of `evaluate` and `compare`."""
-    chance: float | None = None
 
     @property
     def is_probe(self) -> bool:
@@ -43,11 +42,10 @@ class Measure:
 
 
 MEASURES = (
-    Measure("image class: kNN (k = 20), accuracy", "knn", "k=20"),
-    Measure("image class: linear probe, accuracy", "linear", "accuracy"),
-    Measure("patch class: dense probe, mean IoU", "dense", "mean_iou"),
     Measure("image → text retrieval, R@10", "retrieval", "image_to_text R@10"),
     Measure("text → image retrieval, R@10", "retrieval", "text_to_image R@10"),
+    Measure("class of a patch: linear probe, mean IoU", "dense", "mean_iou"),
+    Measure("class of an image: linear probe, accuracy", "linear", "accuracy"),
 )
 
 
@@ -97,9 +95,9 @@ def evaluate(run: RunConfig, model: Path, shards: Path) -> list[str]:
     data.mkdir()
     for split, source in {"train": "train", "val": "style"}.items():
         (data / split).symlink_to((shards / source).resolve(), target_is_directory=True)
-    evaluation = ("evaluate", str(model), "--data", str(data / "val"), "--train-data", str(data / "train"), *PROBES)
-    evaluation += ("--measure", "retrieval", "--baseline", "pixels", "--pictures", str(pictures))
-    comparison = ("compare", str(random), str(model), "--data", str(data), *PROBES, "--measure", "retrieval")
+    evaluation = ("evaluate", str(model), "--data", str(data / "val"), "--train-data", str(data / "train"), *ASKED)
+    evaluation += ("--baseline", "pixels", "--pictures", str(pictures))
+    comparison = ("compare", str(random), str(model), "--data", str(data), *ASKED)
     with ThreadPoolExecutor() as pool:  # one process per CPU core is faster than two threads in each
         documents = [pool.submit(tool, *command, processes=2) for command in (evaluation, comparison)]
         for name, document in zip(("evaluation.json", "comparison.json"), documents, strict=True):

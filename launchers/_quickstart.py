@@ -1,7 +1,7 @@
-"""The quickstart after installation: shards, a killed and resumed training, export, evaluation, reload, report, table.
+"""The quickstart after installation: make shards, train, kill, resume, export, evaluate, reload, report.
 
-Started by quickstart.sh in the checkout. A stage whose inputs have not changed since it was done is not done again; its
-inputs are the settings, the code it runs and the stage before it.
+quickstart.sh starts it in the checkout. A stage is skipped if its inputs have not changed: the settings, the code and
+the previous stage.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ LIBRARIES = ("torch", "deepspeed", "transformers", "scikit-learn")
 
 @dataclass
 class Row:
-    """One line of the closing table."""
+    """A line of the table of stages."""
 
     stage: str
     ran: str
@@ -57,7 +57,7 @@ class Row:
 
 
 class Stages:
-    """Runs stages in order and remembers what is done in FOLDER/NAME.json."""
+    """Stages in order. Completed stages are recorded in FOLDER/NAME.json."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -65,7 +65,7 @@ class Stages:
         self.rows: list[Row] = []
 
     def key(self, inputs: dict[str, Any], code: tuple[str, ...]) -> str:
-        """What the result of a stage depends on, as a hash; `code` are files and folders of this checkout."""
+        """Return a hash of the inputs of a stage. `code` are files and folders of this checkout."""
         digest = hashlib.sha256(json.dumps([self.before, inputs], sort_keys=True).encode())
         for path in map(Path, code):
             if not path.exists():
@@ -75,7 +75,7 @@ class Stages:
         return digest.hexdigest()
 
     def done(self, name: str, key: str) -> Row | None:
-        """The row of a stage that was done with the same inputs."""
+        """Return the row of a stage that was completed with the same inputs."""
         stamp = self.folder / f"{name}.json"
         if not stamp.is_file():
             return None
@@ -85,11 +85,11 @@ class Stages:
     def run(
         self, name: str, ran: str, where: Path, work: Callable[[], list[str]], key: str, *, present: bool = True
     ) -> None:
-        """Do the stage, unless it is done and its result is `present`."""
+        """Run the stage, unless it is completed and its result is `present`."""
         row = self.done(name, key) if present else None
         if row is not None:
             row.again = True
-            CONSOLE.print(f"[bold]{name}[/]: done before, in {row.seconds:.0f} s")
+            CONSOLE.print(f"[bold]{name}[/]: already completed in {row.seconds:.0f} s")
         else:
             CONSOLE.rule(f"[bold]{name}[/]", align="left")
             started = time.monotonic()
@@ -102,10 +102,10 @@ class Stages:
 
 
 def make_shards(output: Path) -> list[str]:
-    """The emoji set, unless a folder of that name holds it already."""
+    """Make the emoji shards, unless the folder exists."""
     if output.exists():
         if not (output / "train" / "manifest.json").is_file():
-            raise DataError("the folder of the shards is there, and holds none", where=str(output), fix="remove it")
+            raise DataError("the folder exists, but has no shards", where=str(output), fix="remove the folder")
     else:
         font = os.environ.get("M3I_NOTO_FONT")
         command = [sys.executable, EMOJI, "--output", str(output), *(["--noto-font", font] if font else [])]
@@ -117,11 +117,11 @@ def make_shards(output: Path) -> list[str]:
 
 
 def plan_training(folder: Path, overrides: list[str]) -> tuple[TrainingPlan, RunConfig]:
-    """Ranks, DeepSpeed file and overrides for this machine: GPUs where there are some, else two ranks on the CPU."""
+    """Choose ranks, DeepSpeed config and overrides: all GPUs, or two CPU ranks if there is no GPU."""
     run = load_run(RUN_FILE, overrides)
     batch, streams, gpus = run.optim.batch_size, run.data.streams, torch.cuda.device_count()
     even = [count for count in range(1, (gpus or 2) + 1) if streams % count == 0 and batch % count == 0]
-    ranks = max(even)  # streams and batch are shared out evenly
+    ranks = max(even)  # streams and batch must be divisible by it
     deepspeed = "zero3_cpu_fp32"  # many CPUs have no bf16 instructions
     if gpus:
         deepspeed = "zero3_bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "zero3_fp16"
@@ -136,17 +136,17 @@ def plan_training(folder: Path, overrides: list[str]) -> tuple[TrainingPlan, Run
 
 
 def export(run: RunConfig, to: Path) -> list[str]:
-    """The student, with what is known about it by now in its model card."""
+    """Export the student weights. The model card shows the evaluation, if there is one."""
     facts = tool("export", str(run.output_dir), "--output", str(to), "--weights", "student", "--overwrite")
     largest = max(facts["verified"]["largest_output_difference"].values())
     return [
         f"step {facts['step']}, {facts['parameters'] / 1e6:.2f}M parameters",
-        f"fresh process against checkpoint: outputs differ by at most {largest:.1g}",
+        f"verified in a new process: outputs differ from the checkpoint by at most {largest:.1g}",
     ]
 
 
 def reload(model: Path, folder: Path) -> list[str]:
-    """Stock transformers in an isolated process that never sees this package."""
+    """Load the export with stock transformers, in an isolated process without this package."""
     command = [sys.executable, "-I", "launchers/_reload.py", str(model), str(folder / "style")]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
@@ -155,17 +155,17 @@ def reload(model: Path, folder: Path) -> list[str]:
 
 
 def report(run: RunConfig, to: Path) -> list[str]:
-    """Write a page that shows the run, for a browser."""
+    """Write the report of the run with the pictures of the evaluation."""
     made = tool("report", str(run.output_dir), "--output", str(to), "--pictures", str(run.output_dir / PICTURES))
     return [f"{len(made['charts'])} charts, {made['bytes'] / 1e6:.1f} MB; open it in a browser"]
 
 
 def set_aside(run: RunConfig) -> None:
-    """A run with other settings or other code keeps its results under another name."""
+    """Rename the folder of an earlier run with other settings or code."""
     if run.output_dir.exists():
         other = run.output_dir.with_name(f"{run.output_dir.name}-before-{time.strftime('%Y%m%d-%H%M%S')}")
         shutil.move(run.output_dir, other)
-        CONSOLE.print(f"settings or code have changed: training anew; the earlier run lies in {other}")
+        CONSOLE.print(f"settings or code have changed: the earlier run is now in {other}")
 
 
 def stage_table(rows: list[Row]) -> Table:
@@ -182,6 +182,8 @@ def stage_table(rows: list[Row]) -> Table:
 
 def main(overrides: list[str]) -> None:
     """See the module."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise, DeepSpeed warns about it in every process
     folder = Path(os.environ["M3I_EMOJI_FOLDER"])
     plan, run = plan_training(folder, overrides)
     done, model, page = Stages(run.output_dir / "quickstart"), run.output_dir / "export", run.output_dir / "report.html"
@@ -218,7 +220,7 @@ def main(overrides: list[str]) -> None:
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
-    sys.exit(128 + number)  # through `finally`, so that no rank is left behind
+    sys.exit(128 + number)  # runs `finally`, which kills the ranks
 
 
 if __name__ == "__main__":

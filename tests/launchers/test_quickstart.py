@@ -78,7 +78,7 @@ def test_lost_steps_are_compared_to_the_bit(tmp_path):
     training = Training(TrainingPlan(RUN_FILE, [], run, 2))
     lines(training.metrics, (200, 5.0), (210, 4.5), (220, 4.25))
     lines(training.replaced, (210, 4.5), (220, 4.25))
-    assert training._repeated(200) == "2 lost records repeated: identical to the bit"
+    assert training._repeated(200) == "2 lost records repeated: bit-identical"
     lines(training.replaced, (210, 4.5), (220, 4.250000000000001))
     with pytest.raises(UserError) as caught:
         training._repeated(200)
@@ -139,7 +139,7 @@ def test_a_failed_stage_leaves_no_stamp(tmp_path):
 
 
 def test_a_folder_without_shards_is_refused(tmp_path):
-    with pytest.raises(DataError, match="holds none"):
+    with pytest.raises(DataError, match="has no shards"):
         make_shards(tmp_path)
 
 
