@@ -37,7 +37,15 @@ class TrainingPlan:
     def command(self, port: int) -> list[str]:
         """The command line of a launch; both launches differ in the port alone."""
         launcher = str(Path(sys.executable).with_name("deepspeed"))
-        launch = [launcher, "--num_accelerators", str(self.ranks), "--master_port", str(port), "--no_local_rank"]
+        launch = [
+            launcher,
+            "--num_accelerators",
+            str(self.ranks),
+            "--master_port",
+            str(port),
+            "--no_local_rank",
+            "--quiet",
+        ]
         return [*launch, "--module", "m3i_scale", "train", self.run_file, *self.overrides]
 
 
@@ -102,15 +110,15 @@ class Training:
         steps = sorted(lost) if started % self.run.log.every_steps == 0 else sorted(lost)[1:]
         different = [step for step in steps if lost[step] != again.get(step)]
         if not steps:
-            return "no whole record to compare with"
+            return "no complete record to compare with"
         if different and self.run.deepspeed.startswith("zero3_cpu"):
             step = different[0]
             raise UserError(
                 f"step {step} was lost with loss {lost[step]!r} and repeated with {again.get(step)!r}",
                 where=str(self.replaced),
-                why="a resumed run must be the run that was killed, to the bit",
+                why="a resumed run must repeat the lost steps bit-identically",
             )
-        return f"{len(steps)} lost records repeated: {'differ' if different else 'identical to the bit'}"
+        return f"{len(steps)} lost records repeated: {'different' if different else 'bit-identical'}"
 
     def _passed(self, middle: int) -> bool:
         name = self._latest()

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # From a fresh checkout to an exported model: environment, shards, training on two ranks (killed half-way, resumed),
-# export, evaluation, and a reload by stock transformers. What has been done is not done again.
+# export, evaluation, reload with stock transformers, report. Completed stages are skipped.
 #
 #   bash launchers/quickstart.sh [section.key=value …]       overrides of launchers/quickstart.yaml
 #
 # Environment: PYTHON            the Python to make .venv with
-#              M3I_EMOJI_FOLDER  where the shards lie or are made (data/emoji)
-#              M3I_NOTO_FONT     a NotoColorEmoji.ttf, where apt-get cannot fetch it
+#              M3I_EMOJI_FOLDER  folder of the shards, made if it does not exist (data/emoji)
+#              M3I_NOTO_FONT     path of NotoColorEmoji.ttf, if apt-get cannot fetch it
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . launchers/_environment.sh

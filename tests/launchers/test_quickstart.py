@@ -1,17 +1,24 @@
 """The quickstart's own logic: stamps, the moment of the kill, the kill, and what a machine lacks."""
 
+import io
 import json
 import os
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import _evaluation
 import psutil
 import pytest
+import torch
 from _count import count, read_suites, slowest, unfinished
-from _quickstart import Stages, make_shards
+from _evaluation import MEASURES, results, results_table, write_random_weights
+from _quickstart import EVALUATION_CODE, EXPORT_CODE, RELOAD_CODE, REPORT_CODE, TRAINING_CODE, Stages, make_shards
 from _training import Training, TrainingPlan, half_way, kill_all, read_lines
+from rich.console import Console
+from safetensors.torch import load_file, save_file
 
 from m3i_scale.config import load_run
 from m3i_scale.errors import DataError, UserError
@@ -71,7 +78,7 @@ def test_lost_steps_are_compared_to_the_bit(tmp_path):
     training = Training(TrainingPlan(RUN_FILE, [], run, 2))
     lines(training.metrics, (200, 5.0), (210, 4.5), (220, 4.25))
     lines(training.replaced, (210, 4.5), (220, 4.25))
-    assert training._repeated(200) == "2 lost records repeated: identical to the bit"
+    assert training._repeated(200) == "2 lost records repeated: bit-identical"
     lines(training.replaced, (210, 4.5), (220, 4.250000000000001))
     with pytest.raises(UserError) as caught:
         training._repeated(200)
@@ -132,8 +139,63 @@ def test_a_failed_stage_leaves_no_stamp(tmp_path):
 
 
 def test_a_folder_without_shards_is_refused(tmp_path):
-    with pytest.raises(DataError, match="holds none"):
+    with pytest.raises(DataError, match="has no shards"):
         make_shards(tmp_path)
+
+
+def test_all_code_that_stages_depend_on_exists():
+    for code in (TRAINING_CODE, EXPORT_CODE, EVALUATION_CODE, RELOAD_CODE, REPORT_CODE):
+        assert all((ROOT / path).exists() for path in code), code
+
+
+def test_random_weights_replace_the_trained_ones(tmp_path, monkeypatch):
+    initial = {"student.model.a": torch.ones(2), "text.model.b": torch.ones(3), "pool.c": torch.ones(4)}
+    trained = {".": "a", "text": "b", "heads": "pool.c"}
+    for folder, name in trained.items():
+        (tmp_path / "export" / folder).mkdir(parents=True, exist_ok=True)
+        save_file({name: torch.zeros(1)}, tmp_path / "export" / folder / "model.safetensors")
+    (tmp_path / "export" / "export.json").write_text("{}")
+    monkeypatch.setattr(_evaluation, "build_objective", lambda run: SimpleNamespace(state_dict=lambda: initial))
+    write_random_weights(a_run(tmp_path), tmp_path / "export", tmp_path / "random")
+    for folder, name in trained.items():
+        weights = load_file(tmp_path / "random" / folder / "model.safetensors")
+        assert list(weights) == [name]
+        assert weights[name].sum() == weights[name].numel() > 1
+    assert not (tmp_path / "random" / "export.json").exists()  # it is no export of the run
+
+
+def write_results(folder, *, over_random, over_pixels):
+    def estimate(low):
+        return {"value": low + 0.1, "low": low, "high": low + 0.2}
+
+    by_name = {measure.name: {measure.label: estimate(0.3)} for measure in MEASURES if measure.is_probe}
+    gains = {measure.name: {measure.label: estimate(over_pixels)} for measure in MEASURES if measure.is_probe}
+    chances = {way: {"R@10": {"chance": 0.006}} for way in ("image_to_text", "text_to_image")}
+    compared = {"before": estimate(0.1), "after": estimate(0.4), "difference": estimate(over_random)}
+    evaluation = {"measures": {"retrieval": chances}, "baseline": {"measures": by_name, "advantage_of_model": gains}}
+    comparison = {"sets": {"data": {"measures": {f"{measure.name} {measure.label}": compared for measure in MEASURES}}}}
+    (folder / "evaluation.json").write_text(json.dumps(evaluation))
+    (folder / "comparison.json").write_text(json.dumps(comparison))
+
+
+def test_a_gain_is_clear_beyond_both_intervals(tmp_path):
+    write_results(tmp_path, over_random=0.05, over_pixels=-0.01)
+    clear = {row.title for row in results(tmp_path) if row.is_clear}
+    assert clear == {row.title for row in results(tmp_path) if row.pixels is None}  # raw pixels read no text
+    write_results(tmp_path, over_random=0.05, over_pixels=0.01)
+    assert all(row.is_clear for row in results(tmp_path))
+    write_results(tmp_path, over_random=-0.01, over_pixels=0.01)
+    assert not any(row.is_clear for row in results(tmp_path))
+
+
+def test_the_table_of_results_names_the_picture_and_all_metrics(tmp_path):
+    write_results(tmp_path, over_random=0.05, over_pixels=0.01)
+    console = Console(width=400, record=True, file=io.StringIO())
+    console.print(results_table(tmp_path))
+    text = console.export_text()
+    assert "dense_pca.jpg" in text
+    assert all(row.title in text for row in results(tmp_path))
+    assert "+0.150 (+0.050 … +0.250)" in text
 
 
 def test_reports_add_up():
