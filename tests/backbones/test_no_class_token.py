@@ -177,7 +177,7 @@ def test_images_that_patches_do_not_fill_get_a_size_with_the_same_grid(tmp_path:
     with pytest.raises(ConfigError) as caught:
         backbone_config(section(tmp_path))
     assert caught.value.where == "backbone.config"
-    assert caught.value.fix == "image_size: 32"
+    assert caught.value.fix == "set backbone.config.image_size=32"
     assert planned(tmp_path, image_size=32).report["resized"] == {}
 
 

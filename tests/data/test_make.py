@@ -371,7 +371,7 @@ def test_what_cannot_be_made(photos, tmp_path):
         imagefolder_input(photos / "none")
     assert str(caught.value.where).endswith("/photos/none")
     bad = ListedInput([Record("k", b"", problem=DataError("broken"))], [])
-    with pytest.raises(DataError, match="no usable sample"):
+    with pytest.raises(DataError, match="can be used"):
         make_shards(bad, tmp_path / "out", options=ShardOptions(skip_bad=True))
 
 

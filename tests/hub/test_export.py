@@ -190,7 +190,7 @@ def test_libraries_are_silent(run_dir, tmp_path, same_process, capfd):
 
 @pytest.mark.parametrize("name", ["", "checkpoints", "checkpoints/step-00000010"])
 def test_nothing_to_export(tmp_path, name):
-    with pytest.raises(CheckpointError):
+    with pytest.raises((CheckpointError, ConfigError)):
         export(tmp_path / name, tmp_path / "out")
     assert left_behind(tmp_path / "out") == []
 
@@ -239,8 +239,10 @@ def test_wrong_options(run_dir, tmp_path, wrong):
 def test_another_tokenizer_is_refused(make_run, shards, tmp_path):
     folder, _ = make_run(tmp_path / "run", vocab_size=500)
     tokens = len(PreTrainedTokenizerFast.from_pretrained(shards / "tokenizer"))
-    with pytest.raises(ExportError, match=f"has {tokens}the 500 tokens of the text tower"):
+    with pytest.raises(ExportError) as caught:
         export(folder, tmp_path / "out")
+    assert "500" in caught.value.what
+    assert str(tokens) in caught.value.what
 
 
 def test_empty_tensor_in_the_checkpoint(run_dir, tmp_path, monkeypatch):

@@ -202,7 +202,7 @@ def test_a_custom_target_without_an_export_is_an_error():
     custom = SimpleNamespace(modality="mask", title="a custom target")
     with pytest.raises(ExportError) as caught:
         plan_parts(SimpleNamespace(recipe=SimpleNamespace(targets=[custom])), ExportContents("segmentation"), None)
-    assert caught.value.fix == "--task features"
+    assert "--task features" in str(caught.value.fix)
 
 
 def test_several_label_sets_are_named(make_run, tmp_path, same_process):
@@ -257,7 +257,7 @@ def test_weights_are_read_one_at_a_time(runs, tmp_path, monkeypatch, same_proces
     ("change", "message"),
     [
         (lambda tensor: tensor.new_zeros(0), "has no elements"),
-        (lambda tensor: torch.full_like(tensor, torch.nan), "not finite"),
+        (lambda tensor: torch.full_like(tensor, torch.nan), "non-finite"),
         (lambda tensor: tensor.half(), "must be float32, got float16"),
         (lambda tensor: tensor[:1], "does not fill a ViTModel"),
         (torch.zeros_like, "all values"),

@@ -160,7 +160,7 @@ def test_whatever_a_model_raises_is_an_error_of_the_configuration(shards: Path, 
 def test_the_text_tower_is_built_before_anything_starts(shards: Path, tmp_path: Path) -> None:
     run_file = str(write_run(tmp_path, shards, "m3i"))
     assert places(run_file, "text.config.hidden_act=gelru") == ["text.config.hidden_act: 'gelru'"]
-    assert places(run_file, "text.config.num_attention_heads=3") == ["text.config"]
+    assert places(run_file, "text.config.num_attention_heads=3") == ["text.config.hidden_size"]
     assert find_tokenizer(load_run(run_file).data.datasets, None).pad_token_id == 0
 
 
@@ -223,7 +223,9 @@ def test_the_commands(forks: Forks, tmp_path: Path) -> None:
     assert set(fault) == {"where", "message", "fix"}
     assert fault["where"] == "data.datasets"
 
-    done = command("config", "m3i", "optim.steps=10", "data.datasets.a.path=https://user:pass@host/a/0.tar")
+    done = command(
+        "config", "--resolved", "m3i", "optim.steps=10", "data.datasets.a.path=https://user:pass@host/a/0.tar"
+    )
     assert done.returncode == 0, done.stderr
     assert "pass" not in done.stdout
     path = tmp_path / "shown.yaml"
@@ -233,7 +235,7 @@ def test_the_commands(forks: Forks, tmp_path: Path) -> None:
     assert shown.recipe == run.recipe
     assert set(yaml.safe_load(done.stdout)) == set(type(run).model_fields)
 
-    again = command("config", str(path), "--json")
+    again = command("config", "--resolved", str(path), "--json")
     assert json.loads(again.stdout) == yaml.safe_load(done.stdout)
 
 

@@ -192,12 +192,12 @@ def test_a_cpu_needs_a_compiler_and_headers(machine: Machine) -> None:
     with pytest.raises(ConfigError) as caught:
         check_compile()
     assert caught.value.where == "backbone.compile"
-    assert caught.value.fix.startswith("apt-get install g++ && apt-get install python3-dev, ")
+    assert "apt-get install g++ && apt-get install python3-dev" in caught.value.fix
     machine.has("g++")
     with pytest.raises(ConfigError) as caught:
         check_compile()
     assert caught.value.where == "backbone.compile"
-    assert caught.value.fix.startswith("apt-get install python3-dev, ")
+    assert "`apt-get install python3-dev`" in caught.value.fix
     machine.has(headers=True)
     check_compile()
 

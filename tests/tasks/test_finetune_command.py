@@ -453,10 +453,8 @@ def test_a_pool_that_no_class_exports_is_refused_where_another_would_do(data: Pa
     start = export(tmp_path / "export", eps=1e-12)
     with pytest.raises(ConfigError) as caught:
         prepared(start, data, f"output_dir={tmp_path / 'out'}")
-    assert caught.value.fix == "task.pool=class_token"
-    assert (
-        prepared(start, data, f"output_dir={tmp_path / 'out'}", str(caught.value.fix)).export_task == "classification"
-    )
+    pool = str(caught.value.fix).removeprefix("set ")
+    assert prepared(start, data, f"output_dir={tmp_path / 'out'}", pool).export_task == "classification"
 
 
 def test_without_timm_its_install_is_offered_beside_the_other_pool(

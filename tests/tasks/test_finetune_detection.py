@@ -309,7 +309,7 @@ def test_masks_are_not_learnt_where_some_objects_have_none(start: Path, root: Pa
         with pytest.raises(ConfigError) as caught:
             prepared(start, data, tmp_path)
         assert caught.value.where == "task.head.masks"
-        assert prepared(start, data, tmp_path, str(caught.value.fix)).data.without_mask == "some"
+        assert prepared(start, data, tmp_path, str(caught.value.fix).removeprefix("set ")).data.without_mask == "some"
 
 
 def test_an_evaluation_without_anything_to_find_is_refused_before_the_training(
@@ -337,7 +337,7 @@ def test_masks_are_not_learnt_of_boxes_alone(start: Path, root: Path, tmp_path: 
         with pytest.raises(ConfigError) as caught:
             prepared(start, data, tmp_path)
         assert caught.value.where == "task.head.masks"
-    assert prepared(start, root, tmp_path, str(caught.value.fix)).data.without_mask == "all"
+    assert prepared(start, root, tmp_path, str(caught.value.fix).removeprefix("set ")).data.without_mask == "all"
 
 
 @pytest.mark.parametrize(
