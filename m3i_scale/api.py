@@ -87,7 +87,9 @@ def open_stream(run: RunConfig, *, validation: bool = False) -> TrainStream:
     ranks = _ranks()
     checked = _checked(run, ranks, "open_stream")
     if validation and not run.data.validation:
-        raise ConfigError("the run has no validation data", where="data.validation")
+        raise ConfigError(
+            "the run has no validation data", where="data.validation", fix="data.validation.NAME.path=/data/shards/val"
+        )
     return data_checks.open_stream(checked, ranks, validation=validation)
 
 
@@ -207,7 +209,7 @@ def _checked(run: RunConfig, ranks: Ranks, where: str) -> data_checks.RunWithDat
         )
     if run.task is not None:
         raise ConfigError(
-            "a run of a task has no recipe to train in a loop of your own",
+            "a run of a task has no recipe to train in a custom loop",
             where="task",
             fix="m3i-scale finetune, or a run file with a recipe",
         )

@@ -13,9 +13,11 @@ from launch import TESTS, environment
 from typer.testing import CliRunner
 
 from m3i_scale.cli import app
+from m3i_scale.config import load_run
 from m3i_scale.errors import UserError
 from m3i_scale.launch.local import count_processes
 from m3i_scale.rank_variables import limit_threads, under_launcher, without_thread_limits
+from m3i_scale.run.summary import finished_text
 
 sys.path.insert(0, str(TESTS / "run"))
 from shapes import make_shapes, write_run
@@ -89,6 +91,13 @@ def test_a_batch_that_the_gpus_do_not_divide_is_an_error_before_any_process_star
     assert error.where == "optim.batch_size: 24, on 4 ranks"
     assert "optim.batch_size to 16 or 32" in str(error.fix)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_run_without_a_checkpoint_has_nothing_to_export(tmp_path: Path) -> None:
+    run = load_run("m3i", [f"output_dir={tmp_path}"])
+    assert "export" not in finished_text(run, 5)
+    (tmp_path / "checkpoints" / "step-00000005").mkdir(parents=True)
+    assert "m3i-scale export" in finished_text(run, 5)
 
 
 def test_two_processes_train_as_one_command(shards: Path, tmp_path: Path) -> None:

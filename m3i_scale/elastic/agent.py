@@ -36,6 +36,8 @@ from m3i_scale.run.software import code
 
 _TICK_S = 0.1
 _PREFIX = "m3i-scale-agent-"
+_START_S = 3600.0
+"""Age of a record folder without an owner that is not about to get one."""
 _OWNER = "owner"
 _CHUNK = 1 << 16
 _HEARTBEAT_TIMEOUT_S = 60.0
@@ -296,6 +298,10 @@ def _remove_stale(parent: Path) -> None:
     for folder in parent.glob(f"{_PREFIX}*"):
         with contextlib.suppress(OSError):  # in use, of another agent that removes it, or not readable
             if folder.is_symlink() or folder.lstat().st_uid != os.getuid():
+                continue
+            if not (folder / _OWNER).exists():  # an agent that starts, or one that was killed as it started
+                if time.time() - folder.stat().st_mtime > _START_S:
+                    shutil.rmtree(folder)
                 continue
             with (folder / _OWNER).open("rb") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

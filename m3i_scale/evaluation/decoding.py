@@ -99,7 +99,7 @@ class Decoder:
             instances = None if self.categories is None else read_instances(members, self.categories, image.size)
             if instances is not None:
                 check_turned(orientation(image))
-            pixels = full_extent_pixels(image) if self.image_size is None else centre_pixels(image, self.image_size)
+            pixels = full_extent_pixels(image) if self.image_size is None else center_pixels(image, self.image_size)
         except BadSampleError as bad:
             decoded.reason = bad.reason
             return decoded
@@ -111,7 +111,7 @@ class Decoder:
     ) -> NDArray[np.uint8] | None:
         """Return the sample's mask. Without a usable mask, the sample is still used for other metrics."""
         try:
-            return centre_mask(open_mask(members, _MAX_PIXELS, image.size), self.image_size, orientation(image))
+            return center_mask(open_mask(members, _MAX_PIXELS, image.size), self.image_size, orientation(image))
         except BadSampleError as bad:
             decoded.bad_mask = bad.reason
             return None
@@ -122,7 +122,7 @@ def decode_file(path: Path, key: str, label: int, image_size: int) -> DecodedSam
     decoded = DecodedSample((0, 0), key)
     try:
         image = open_encoded(path.read_bytes(), _MAX_PIXELS)
-        decoded.sample = Sample(key, centre_pixels(image, image_size), None, label, {})
+        decoded.sample = Sample(key, center_pixels(image, image_size), None, label, {})
     except BadSampleError as bad:
         decoded.reason = bad.reason
     except OSError as error:
@@ -130,7 +130,7 @@ def decode_file(path: Path, key: str, label: int, image_size: int) -> DecodedSam
     return decoded
 
 
-def centre_pixels(image: Image.Image, size: int) -> NDArray[np.uint8]:
+def center_pixels(image: Image.Image, size: int) -> NDArray[np.uint8]:
     """Return the center square of an opened image, resized: (3, S, S)."""
     pixels_CHW: NDArray[np.uint8] = _view_maker(size)(image, 0).pixels_VCHW[0]
     return pixels_CHW
@@ -148,7 +148,7 @@ def full_extent_pixels(image: Image.Image) -> NDArray[np.uint8]:
         return np.asarray(upright(on_white(image), lies), dtype=np.uint8).transpose(2, 0, 1)
 
 
-def centre_mask(mask: Image.Image | None, size: int | None, lies: int = 1) -> NDArray[np.uint8] | None:
+def center_mask(mask: Image.Image | None, size: int | None, lies: int = 1) -> NDArray[np.uint8] | None:
     """Crop the mask, in the stored orientation, to the center square of the image, without mixing classes; size None:
     the full mask. `lies` is the orientation of the image."""
     if mask is None:

@@ -123,7 +123,8 @@ def load_vision(folder: Path, pool: Pool, device: torch.device) -> VisionModel:
         raise ExportError(
             "no preprocessor_config.json in the model folder",
             where=str(folder),
-            why="without it nobody knows the size and the normalisation that the model was trained with",
+            why="it contains the image size and the normalization of the training",
+            fix="give the folder of an export, or add the file of the original model",
         )
     with loading(folder, "model"):
         model, info = AutoModel.from_pretrained(
@@ -141,7 +142,8 @@ def load_vision(folder: Path, pool: Pool, device: torch.device) -> VisionModel:
             f"{len(missing)} tensors are missing and {len(info['mismatched_keys'])} have another shape, e.g."
             f" {(missing or sorted(info['mismatched_keys']))[0]}",
             where=str(folder),
-            why="they would be random numbers, and so would the measures",
+            why="they would be random numbers",
+            fix="download or export the model again",
         )
     if getattr(model.config, "text_config", None) is not None:
         raise ExportError(
@@ -160,7 +162,9 @@ def loading(folder: Path, name: str) -> Iterator[None]:
             yield
     except (OSError, ValueError, RuntimeError, TypeError, AttributeError, LookupError, ArithmeticError) as error:
         first_line = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ExportError(f"the {name} does not load: {first_line}", where=str(folder)) from None
+        raise ExportError(
+            f"the {name} does not load: {first_line}", where=str(folder), fix="download or export it again"
+        ) from None
 
 
 def load_stock(kind: Any, folder: Path, name: str) -> Any:
@@ -171,7 +175,11 @@ def load_stock(kind: Any, folder: Path, name: str) -> Any:
         )
     faulty = sorted([*info["missing_keys"], *info["mismatched_keys"]], key=str)
     if faulty:
-        raise ExportError(f"{len(faulty)} tensors do not fill the {name}, e.g. {faulty[0]}", where=str(folder))
+        raise ExportError(
+            f"{len(faulty)} tensors of the {name} are missing or have another shape, e.g. {faulty[0]}",
+            where=str(folder),
+            fix="download or export it again",
+        )
     return model
 
 

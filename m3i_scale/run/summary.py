@@ -10,6 +10,7 @@ from m3i_scale.backbones.build import backbone_config
 from m3i_scale.backbones.families import DEFAULT_PRESET
 from m3i_scale.checkpoint.layout import checkpoints, step_of
 from m3i_scale.config import RunConfig
+from m3i_scale.data.remote.access import is_remote
 from m3i_scale.engine.activations import describe_policy
 from m3i_scale.engine.deepspeed.rules import precision
 from m3i_scale.engine.device import compute_dtype
@@ -71,9 +72,13 @@ def summary_of_check(checked: CheckedRun, ranks: int | None) -> list[str]:
 
 
 def time_line(stages: Sequence[ResolvedRun], work: Work, start: int, ranks: int) -> str:
-    """Return a lower bound of the remaining time: its FLOPs at the peak rate of all devices; only the FLOPs if the peak
-    of a CPU was measured. `start` is the number of
-    completed steps, and `work` the result of `count_work` for the first stage."""
+    """Return a lower bound of the remaining time: its FLOPs at the peak rate of all devices. If the peak of a CPU was
+    measured, return only the FLOPs.
+
+    Args:
+        work: result of `count_work` for the first stage.
+        start: number of completed steps.
+    """
     run, peak = stages[0].run, work.peak
     ends = [*_starts_of(stages)[1:], run.optim.steps]
     flop = 0.0
@@ -101,7 +106,7 @@ def finished_text(run: RunConfig, step: int) -> str:
     steps = f"{step:,} steps" if step >= run.optim.steps else f"{step:,} of {run.optim.steps:,} steps, no data is left"
     newest = next(iter(checkpoints(run.output_dir / "checkpoints")), None)
     text = f"finished: {steps}" + ("" if newest is None else f". Checkpoint: {newest}")
-    if run.task is not None:  # `finetune` evaluates the model
+    if run.task is not None or newest is None:  # `finetune` evaluates the model
         return text
     folder = shlex.quote(str(run.output_dir))
     return f"{text}\nnext: m3i-scale export {folder} --output {shlex.quote(str(run.output_dir / 'export'))}"
@@ -115,7 +120,8 @@ def _data(run: RunConfig, counts: Mapping[str, int | None]) -> str:
     number = f"{len(counts)} dataset" + ("" if len(counts) == 1 else "s")
     known = [count for count in counts.values() if count is not None]
     if len(known) < len(counts):
-        return f"{number}, number of images unknown: no manifest.json"
+        remote = any(is_remote(run.data.datasets[name].path) for name, count in counts.items() if count is None)
+        return f"{number}, number of images unknown: {'remote data not read' if remote else 'no manifest.json'}"
     used = run.optim.steps * run.optim.batch_size
     limits = [source.epochs for source in run.data.datasets.values()]
     if all(limits):

@@ -255,4 +255,4 @@ def test_a_palette_of_few_bits_holds_its_indices():
     picture.save(buffer, "PNG", bits=2)
     assert buffer.getvalue()[24] == 2
     opened = open_mask({"mask.png": buffer.getvalue()}, 10_000, (SIDE, SIDE))
-    assert set(decoding.centre_mask(opened, 8).ravel()) == {2}
+    assert set(decoding.center_mask(opened, 8).ravel()) == {2}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 
@@ -10,15 +11,17 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 import torch
+from deepspeed.accelerator import get_accelerator
 from PIL import Image
 from typer.testing import CliRunner
 
 import m3i_scale
 from m3i_scale.cli import app
+from m3i_scale.engine.device import has_fast_bf16
 from m3i_scale.errors import ConfigError, DataError, UserError
 from m3i_scale.evaluation import feature_files
 from m3i_scale.evaluation.embed import embed
-from m3i_scale.evaluation.features import load_vision
+from m3i_scale.evaluation.features import VisionModel, load_vision
 from m3i_scale.evaluation.job import read_side
 from m3i_scale.evaluation.samples import open_table, read_samples
 from m3i_scale.shards.image_folders import imagefolder_input
@@ -173,3 +176,28 @@ def test_a_folder_whose_splits_are_not_clear_names_an_option_of_embed(vit_folder
         embed(vit_folder, str(tmp_path))
     assert "--data" in caught.value.fix
     assert "--layout" not in caught.value.fix
+
+
+def test_only_the_output_is_reported_as_not_written(vit_folder, folder, tmp_path, monkeypatch) -> None:
+    def unreadable(*_: object) -> None:
+        raise OSError(errno.EIO, "Input/output error", "/data/images")
+
+    monkeypatch.setattr(VisionModel, "encode", unreadable)
+    with pytest.raises(OSError, match="/data/images"):
+        embed(vit_folder, str(folder), tmp_path / "features.npz")
+
+
+def test_out_of_memory_names_a_smaller_batch(vit_folder, folder, monkeypatch) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(VisionModel, "encode", full)
+    with pytest.raises(UserError) as caught:
+        embed(vit_folder, str(folder), batch_size=8)
+    assert caught.value.fix == "--batch-size 4"
+
+
+def test_emulated_bf16_is_not_chosen(monkeypatch) -> None:
+    monkeypatch.setattr(get_accelerator(), "device_name", lambda: "cuda")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    assert not has_fast_bf16()

@@ -1,6 +1,7 @@
 """Folders that a killed agent leaves in memory are removed by the next agent of the host, those in use are not."""
 
 import os
+import shutil
 import subprocess
 import sys
 from contextlib import ExitStack, contextmanager
@@ -40,3 +41,17 @@ def test_a_killed_agents_folder_is_removed_by_the_next_agent(tmp_path):
         assert not left.exists()
         assert running.is_dir()
         assert next_one.is_dir()
+
+
+def test_a_folder_without_an_owner_is_removed_when_it_is_old(tmp_path):
+    """Its agent was killed before it created the lock."""
+    with ExitStack() as stack:
+        parent = folder_of(stack.enter_context(agent("first", tmp_path / "a"))).parent
+        old, new = (parent / f"m3i-scale-agent-test-{age}-{os.getpid()}" for age in ("old", "new"))
+        for folder in (old, new):
+            folder.mkdir()
+            stack.callback(shutil.rmtree, folder, ignore_errors=True)
+        os.utime(old, (0, 0))
+        stack.enter_context(agent("second", tmp_path / "b"))
+        assert not old.exists()
+        assert new.exists()

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 from shapes import COLORS, SHAPES, draw
+from typer.testing import CliRunner
 
+from m3i_scale.cli import app
 from m3i_scale.config import load_run
 from m3i_scale.errors import CheckpointError, ConfigError, DataError, UserError
 from m3i_scale.files import read_json
@@ -114,6 +116,19 @@ def test_launch_packs_before_two_ranks_start(tmp_path: Path) -> None:
     assert launched.returncode == 0, launched.stdout + launched.stderr
     assert steps_of(tmp_path) == [1, 2]
     assert load_run(str(tmp_path / "out" / "run.yaml")).data.datasets["main"].path == str(shards_of(tmp_path) / "train")
+
+
+def test_launch_packs_into_the_output_directory_of_the_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_photos(tmp_path / "photos")
+    run = write_config(tmp_path, "m3i_no_text", text=False)
+    (tmp_path / "work").mkdir()
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setattr("m3i_scale.launch_command.run_plan", lambda *_: 0)
+    words = ["launch", str(run), "--with", "local", "--ranks-per-node", "2", "--workdir", str(tmp_path / "work")]
+    assert CliRunner().invoke(app, [*words, "output_dir=out"]).exit_code == 0
+    assert (shards_of(tmp_path / "work") / "train").is_dir()
+    assert listing(tmp_path / "here") == set()
 
 
 def test_a_rank_of_a_launcher_packs_nothing_and_reuses_packed_images(
