@@ -148,8 +148,9 @@ def export(run: RunConfig, to: Path) -> list[str]:
 def reload(model: Path, folder: Path) -> list[str]:
     """Load the export with stock transformers, in an isolated process without this package."""
     command = [sys.executable, "-I", "launchers/_reload.py", str(model), str(folder / "style")]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
+        sys.stderr.write(done.stderr)
         raise UserError("stock transformers cannot load the export", where=str(model), why="see above")
     return done.stdout.strip().splitlines()
 
@@ -171,7 +172,8 @@ def set_aside(run: RunConfig) -> None:
 def stage_table(rows: list[Row]) -> Table:
     """Return a row per stage."""
     table = Table("stage", "seconds", "result", "where", title="quickstart: stages", show_lines=True)
-    table.columns[1].justify, table.columns[3].overflow = "right", "fold"
+    table.columns[1].justify = "right"
+    table.columns[2].overflow = table.columns[3].overflow = "fold"
     for row in rows:
         seconds = f"{row.seconds:.0f}" + ("\n(earlier)" if row.again else "")
         table.add_row(f"[bold]{row.stage}[/]\n{row.ran}", seconds, "\n".join(row.figures), row.where)
