@@ -113,7 +113,7 @@ def test_a_stage_is_done_once_per_inputs(tmp_path, monkeypatch):
 
 def test_a_stage_depends_on_the_one_before_and_on_its_code(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    room = tmp_path / "m3i_scale" / "export"
+    room = tmp_path / "m3i_scale" / "exports"
     room.mkdir(parents=True)
     (room / "a.py").write_text("1")
     stages = Stages(tmp_path / "stamps")

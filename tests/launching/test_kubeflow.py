@@ -91,7 +91,7 @@ def test_what_kubernetes_would_refuse_is_refused_here():
     assert "--container-image" in str(caught.value.fix)
     with pytest.raises(ConfigError) as caught:
         documents(f"name={'a' * 41}", **FIELDS["kubeflow"])
-    assert caught.value.where == f"name: {'a' * 41}"
+    assert str(caught.value.where).startswith("name")
     with pytest.raises(ConfigError) as caught:
         documents(output_dir="/data/runs/first", data_claim="shards", **FIELDS["kubeflow"])
     assert caught.value.where == "output_dir: /data/runs/first"
