@@ -307,7 +307,7 @@ def test_a_garbage_file_of_a_run_is_told_and_the_rest_is_shown(tmp_path):
         "run.yaml: ",
         str(run / "attempts.json"),
         "1 lines of metrics.jsonl",
-        str(run / "evaluation.json"),
+        "not an evaluation",
         "step-00000200: ",
     ):
         assert words in garbage.text, words
