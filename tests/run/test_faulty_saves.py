@@ -318,15 +318,15 @@ LOSS = r"the loss of 2 stored samples was \d\S*, and is now \d"
 CHANGES: dict[str, tuple[Callable[[dict[str, torch.Tensor]], None], str]] = {
     "unchanged": (lambda tensors: None, ""),
     "turned weights": (turn("weight/student"), LOSS),
-    "swapped weights": (swap("weight"), r"the norm of 'weight/\S+' was \d\S*, and is \d"),
+    "swapped weights": (swap("weight"), r"the norm of 'weight/\S+' was \d\S*, and is now \d"),
     "swapped weights, vouched for": (swap("weight"), LOSS),
-    "swapped first moments": (swap("exp_avg"), r"the norm of 'exp_avg/\S+' was \d\S*, and is \d"),
-    "swapped second moments": (swap("exp_avg_sq"), r"the norm of 'exp_avg_sq/\S+' was \d\S*, and is \d"),
-    "swapped averages": (swap("average"), r"the norm of 'average/\S+' was \d\S*, and is \d"),
-    "scaled weights": (scale("weight"), r"the norm of 'weight/\S+' was \d\S*, and is \d"),
-    "scaled first moments": (scale("exp_avg"), r"the norm of 'exp_avg/\S+' was \d\S*, and is \d"),
-    "scaled second moments": (scale("exp_avg_sq"), r"the norm of 'exp_avg_sq/\S+' was \d\S*, and is \d"),
-    "scaled averages": (scale("average"), r"the norm of 'average/\S+' was \d\S*, and is \d"),
+    "swapped first moments": (swap("exp_avg"), r"the norm of 'exp_avg/\S+' was \d\S*, and is now \d"),
+    "swapped second moments": (swap("exp_avg_sq"), r"the norm of 'exp_avg_sq/\S+' was \d\S*, and is now \d"),
+    "swapped averages": (swap("average"), r"the norm of 'average/\S+' was \d\S*, and is now \d"),
+    "scaled weights": (scale("weight"), r"the norm of 'weight/\S+' was \d\S*, and is now \d"),
+    "scaled first moments": (scale("exp_avg"), r"the norm of 'exp_avg/\S+' was \d\S*, and is now \d"),
+    "scaled second moments": (scale("exp_avg_sq"), r"the norm of 'exp_avg_sq/\S+' was \d\S*, and is now \d"),
+    "scaled averages": (scale("average"), r"the norm of 'average/\S+' was \d\S*, and is now \d"),
 }
 
 
