@@ -15,8 +15,9 @@ from m3i_scale.engine.activations import describe_policy
 from m3i_scale.engine.deepspeed.rules import precision
 from m3i_scale.engine.device import compute_dtype
 from m3i_scale.engine.peak import Peak, device_name, named_peak
+from m3i_scale.run import flops
 from m3i_scale.run.check import CheckedRun
-from m3i_scale.run.flops import Work, step_flop
+from m3i_scale.run.flops import Work
 from m3i_scale.run.run_warnings import manifest_counts
 from m3i_scale.run.setup import ResolvedRun
 from m3i_scale.text import duration_text, redact_text
@@ -151,7 +152,7 @@ def _model(resolved: ResolvedRun) -> str:
 
 
 def _flop_of(stage: ResolvedRun) -> dict[str, float]:
-    return step_flop(stage.run, stage.label_sets, stage.vocab_size)
+    return flops.step_flop(stage.run, stage.label_sets, stage.vocab_size)
 
 
 def _peak_text(peak: Peak) -> str:

@@ -285,7 +285,7 @@ def test_a_plan_near_the_limit_says_so(limit, said):
 
 
 def test_batch_arithmetic_and_heads_are_refused():
-    with pytest.raises(ConfigError, match="accumulation"):
+    with pytest.raises(ConfigError, match="must be a multiple"):
         plan_run(tiny_run("m3i", "optim.batch_size=10", "optim.micro_batch_size=4"), machine(), samples=None)
     bad = tiny_run(
         "sim",
