@@ -211,7 +211,7 @@ class _Canvas:
         self.pieces: list[int | None] = []
 
     def paste(self, category: int | None, picture: Image.Image, center: NDArray[np.float64]) -> None:
-        """Put a picture there; `center` is a share of the height and of the width.
+        """Draw a picture; `center` is relative to height and width.
 
         Soft edges mix with what is below; a pixel is the piece's where it is at least half opaque.
         """

@@ -112,7 +112,7 @@ def test_inputs_of_one_recipe_have_masks_of_their_own() -> None:
 
 def test_block_masks_cluster_and_random_masks_do_not() -> None:
     def clustering(form: str) -> float:
-        """How often the right-hand neighbor of a hidden patch is hidden."""
+        """Return the fraction of masked patches whose right neighbor is masked, too."""
         spec = one_masked(0.5, form, torch.arange(200), (14, 14))
         hidden = torch.zeros(200, 196).scatter_(1, spec.hidden_BM, 1.0).view(200, 14, 14)
         return float((hidden[:, :, 1:] * hidden[:, :, :-1]).sum() / hidden[:, :, :-1].sum())

@@ -97,7 +97,7 @@ def painted(mask: np.ndarray) -> Image.Image:
 
 @pytest.mark.parametrize("side", ["short", "long"])
 def test_boxes_lie_round_what_the_view_shows(side: str) -> None:
-    """Of random views, with flips and padding: the colored pixels have the box, and the mask is theirs."""
+    """In random views with flips and padding, box and mask fit the colored pixels."""
     config = AugmentConfig(color_jitter_p=0.0, grayscale=0.0, scale_jitter=(0.5, 2.0), scale_jitter_side=side)
     maker = ViewMaker(config, views=1, image_size=SIDE, augment=True, reads="boxes_and_masks")
     instances, flips, found, scales = instances_of(annotation(1, 0, ell())), 0, 0, []
