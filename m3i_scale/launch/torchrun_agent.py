@@ -58,7 +58,7 @@ def _start(job: Job, host: str, place: int) -> Command:
     message = shlex.quote(
         f"{host} does not see {script}\n"
         "  why: launch files and checkpoints lie in the output directory, which all hosts share\n"
-        "  fix: set output_dir to a folder of a file system that all hosts have mounted"
+        "  fix: set output_dir to a folder of a file system that all hosts mount"
     )
     unseen = f"{{ printf '%s\\n' {message} >&2; exit {EXIT_USER_ERROR}; }}"
     line = f"[ -r {path} ] || {unseen}; exec env {TIED}={PARENT} /bin/bash {path} {place}"

@@ -141,7 +141,7 @@ def test_hosts_without_a_shared_output_folder_are_told_before_the_first_step(
     done = hosts.run("node0", launch(hosts, run, "--with", "deepspeed"), env=variables(), log=tmp_path / "log")
     assert done.returncode == 2, done.stdout[-6000:]
     assert "the ranks must share the output directory: rank 1 on node1 does not see what rank 0 wrote" in done.stdout
-    assert "fix: set output_dir to a folder of a file system that all hosts have mounted" in done.stdout
+    assert "fix: set output_dir to a folder of a file system that all hosts mount" in done.stdout
     assert "Traceback" not in done.stdout
     assert not (tmp_path / "out" / "metrics.jsonl").exists()
     assert hosts.left() == {}

@@ -26,7 +26,7 @@ def test_a_host_that_does_not_see_the_script_says_so(tmp_path):
     blind = subprocess.run(["sh", "-c", line], capture_output=True, text=True, check=False)
     assert blind.returncode == 2
     assert blind.stderr.splitlines()[0] == f"node2 does not see {script}"
-    assert "fix: set output_dir to a folder of a file system that all hosts have mounted" in blind.stderr
+    assert "fix: set output_dir to a folder of a file system that all hosts mount" in blind.stderr
 
     script.parent.mkdir(parents=True)
     script.write_text('echo "place $1"\nexit 7\n')
