@@ -20,7 +20,7 @@ from m3i_scale.config import RunConfig
 from m3i_scale.errors import UserError
 
 COMMAND = [sys.executable, "-m", "m3i_scale"]
-ASKED = ("--measure", "retrieval", "--measure", "dense", "--measure", "linear")
+ASKED = tuple(word for name in ("retrieval", "dense", "few_shot", "linear") for word in ("--measure", name))
 PICTURES, DENSE_PCA = "evaluation_pictures", "dense_pca.jpg"
 MODEL_PREFIXES = {".": "student.model.", "text": "text.model."}
 """Names of the training module begin with these, by folder of an export."""
@@ -45,6 +45,7 @@ MEASURES = (
     Measure("image → text retrieval, R@10", "retrieval", "image_to_text R@10"),
     Measure("text → image retrieval, R@10", "retrieval", "text_to_image R@10"),
     Measure("class of a patch: linear probe, mean IoU", "dense", "mean_iou"),
+    Measure("class of an image: 5 training images per class, accuracy", "few_shot", "k=5"),
     Measure("class of an image: linear probe, accuracy", "linear", "accuracy"),
 )
 

@@ -86,8 +86,8 @@ def evaluate(
         model: a folder from `export`, or any folder with a vision model of `transformers`.
         data: test shards.
         train_data: training shards of kNN and the linear probes.
-        measures: knn, linear, dense, classifier, zero_shot, retrieval; or segmenter or detector. Default: all that the
-            model supports.
+        measures: knn, few_shot, linear, dense, classifier, zero_shot, retrieval; or segmenter or detector. Default: all
+            that the model supports.
         pool: image features of kNN and linear probe: mean of the patch tokens, class token, or both.
         batch_size: images per forward pass.
         device: auto, cpu, cuda, cuda:1, …

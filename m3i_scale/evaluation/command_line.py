@@ -23,14 +23,14 @@ from m3i_scale.text import without_secrets
 if TYPE_CHECKING:
     from m3i_scale.run.callbacks import Picture
 
-_PROBES = ("knn", "linear", "dense")
+_PROBES = ("knn", "few_shot", "linear", "dense")
 _TEXT = ("zero_shot", "retrieval")
 Pooling = Annotated[
     str, typer.Option(**choices("mean", "cls", "both"), help="Image features of kNN and linear probe: which tokens.")
 ]
 BatchSize = Annotated[int | None, typer.Option(metavar="N", help="Images per forward pass; default: 64.")]
 Device = Annotated[str, typer.Option(metavar="DEVICE", help="auto, cpu, cuda, cuda:1, …")]
-_COLUMNS = ("measure", "before", "after", "difference", "interval", "change")
+_COLUMNS = ("metric", "before", "after", "difference", "interval", "change")
 
 
 def evaluate(
@@ -76,7 +76,7 @@ def evaluate(
     imports: Imports = None,
     as_json: AsJson = False,
 ) -> None:
-    """Evaluate frozen features with kNN, linear and dense probes, zero-shot classification and retrieval.
+    """Evaluate frozen features with kNN, few-shot, linear and dense probes, zero-shot classification and retrieval.
 
     The accuracy of a trained head is evaluated, too: top-1 and top-5, mIoU of a segmenter, AP of a detector. All
     results have bootstrap confidence intervals.
@@ -160,7 +160,7 @@ def comparison_table(document: dict[str, Any]) -> RenderableType:
     for name, of_set in document["sets"].items():
         table = Table(title=Text(_title(name, of_set)), title_justify="left")
         for column in _COLUMNS:
-            table.add_column(column, justify="left" if column in ("measure", "change") else "right")
+            table.add_column(column, justify="left" if column in ("metric", "change") else "right")
         for row in _rows(of_set):
             table.add_row(*row)
         parts += [table, *(Text(line) for line in _lines(document, of_set))]

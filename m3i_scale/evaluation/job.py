@@ -24,7 +24,12 @@ from m3i_scale.evaluation.towers import TEMPLATES, Towers
 from m3i_scale.files import read_json
 from m3i_scale.rank_variables import usable_cores
 
-PROBES = {"knn": measure.measure_knn, "linear": measure.measure_linear, "dense": measure.measure_dense}
+PROBES = {
+    "knn": measure.measure_knn,
+    "few_shot": measure.measure_few_shot,
+    "linear": measure.measure_linear,
+    "dense": measure.measure_dense,
+}
 """Metrics that need training data."""
 WITH_TEXT = ("zero_shot", "retrieval")
 """Metrics that need a text tower."""

@@ -13,7 +13,7 @@ from m3i_scale.evaluation import NotMeasuredError
 from m3i_scale.evaluation.dense import Patches, mean_iou
 from m3i_scale.evaluation.features import unit_rows
 from m3i_scale.evaluation.intervals import Clusters, Statistic, clusters_of, mean_of
-from m3i_scale.evaluation.probes import LinearProbe, knn_predict, linear_probe
+from m3i_scale.evaluation.probes import LinearProbe, few_shot_predict, knn_predict, linear_probe
 from m3i_scale.evaluation.samples import Table
 from m3i_scale.evaluation.towers import (
     DEPTHS,
@@ -25,6 +25,9 @@ from m3i_scale.evaluation.towers import (
 )
 
 NEIGHBOURS = (10, 20)
+SHOTS = (1, 5)
+DRAWS = 10
+"""Number of random training subsets that few-shot accuracy is averaged over."""
 
 Statistics = dict[str, Statistic]
 """By metric, for comparisons on the same samples."""
@@ -73,6 +76,22 @@ def measure_knn(encoder: str, train: Side | None, test: Side, clusters: Clusters
     right = {f"k={k}": mean_of(predicted[k] == truth, clusters.take(asked)) for k in NEIGHBOURS}
     figures = {label: found.estimate.as_dict() for label, found in right.items()}
     return {**figures, **guessing(side.table.label_array[fit], truth)}, right
+
+
+def measure_few_shot(
+    encoder: str, train: Side | None, test: Side, clusters: Clusters
+) -> tuple[dict[str, Any], Statistics]:
+    """Compute few-shot accuracy for every number of shots that all classes have, as a mean over random subsets."""
+    fit, asked, side = _labelled_sides(train, test)
+    labels, truth = side.table.label_array[fit], test.table.label_array[asked]
+    smallest = np.unique(labels, return_counts=True)[1].min()
+    right: Statistics = {}
+    for shots in (shots for shots in SHOTS if shots <= smallest):
+        features = side.features[encoder][fit], labels, test.features[encoder][asked]
+        predicted = few_shot_predict(*features, shots=shots, draws=DRAWS)
+        right[f"k={shots}"] = mean_of((predicted == truth).mean(axis=0), clusters.take(asked))
+    figures = {label: found.estimate.as_dict() for label, found in right.items()}
+    return {**figures, **guessing(labels, truth), "draws": DRAWS}, right
 
 
 def measure_linear(

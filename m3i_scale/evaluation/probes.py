@@ -1,5 +1,5 @@
-"""Probes of frozen features: k nearest neighbors, and logistic regression with regularization selected without the test
-data."""
+"""Probes of frozen features: k nearest neighbors, nearest class means of few samples, and logistic regression with
+regularization selected without the test data."""
 
 from __future__ import annotations
 
@@ -60,6 +60,34 @@ def knn_predict(
             votes = torch.zeros(len(part), classes).scatter_add_(1, labels[index[:, :k]], weights[:, :k])
             predicted[k].append(votes.argmax(dim=1).numpy())
     return {k: np.concatenate(parts) for k, parts in predicted.items()}
+
+
+def few_shot_predict(
+    train_ND: NDArray[np.float32],
+    train_labels_N: NDArray[np.int64],
+    test_MD: NDArray[np.float32],
+    *,
+    shots: int,
+    draws: int,
+) -> NDArray[np.int64]:
+    """Predict classes (draws, M), each time from `shots` random training samples per class.
+
+    A test sample gets the class of the nearest mean, after the mean of all training features is subtracted and features
+    are scaled to unit length: CL2N of SimpleShot (https://arxiv.org/abs/1911.04623). There is nothing to tune.
+    Raise NotMeasuredError if features are not finite.
+    """
+    _check_finite(train_ND, test_MD)
+    center_D = train_ND.mean(axis=0)
+    train, test = unit_rows(train_ND - center_D), unit_rows(test_MD - center_D)
+    classes = np.unique(train_labels_N)
+    predicted = []
+    for draw in range(draws):
+        generator = np.random.default_rng([_SEED, draw])
+        of_class = [generator.permutation(np.flatnonzero(train_labels_N == label))[:shots] for label in classes]
+        means_KD = np.stack([train[chosen].mean(axis=0) for chosen in of_class])
+        distance_MK = (means_KD**2).sum(axis=1) - 2 * test @ means_KD.T  # without the constant |test|²
+        predicted.append(classes[distance_MK.argmin(axis=1)])
+    return np.stack(predicted)
 
 
 @dataclass(frozen=True)

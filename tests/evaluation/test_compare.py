@@ -106,7 +106,16 @@ def test_what_it_does_is_told_while_it_does_it(vit_folder, shards):
 def test_a_model_is_no_better_than_itself(vit_folder, masked):
     document, pictures = compare(vit_folder, vit_folder, str(masked))
     found = document["sets"]["data"]["measures"]
-    assert set(found) == {"knn k=10", "knn k=20", "linear accuracy", "dense accuracy", "dense mean_iou"}
+    probes = {
+        "knn k=10",
+        "knn k=20",
+        "few_shot k=1",
+        "few_shot k=5",
+        "linear accuracy",
+        "dense accuracy",
+        "dense mean_iou",
+    }
+    assert set(found) == probes
     for figures in found.values():
         difference = figures["difference"]
         assert (difference["value"], difference["low"], difference["high"]) == (0, 0, 0)

@@ -39,7 +39,7 @@ def test_probes_learn_colours(result):
 
 def test_the_advantage_over_pixels_is_that_on_the_same_samples(result):
     advantage = result["baseline"]["advantage_of_model"]
-    assert set(advantage) == {"knn", "linear"}
+    assert set(advantage) == {"knn", "few_shot", "linear"}
     for name, figures in advantage.items():
         ours, theirs = (block[name] for block in (result["measures"], result["baseline"]["measures"]))
         for label, figure in figures.items():
@@ -63,6 +63,7 @@ def test_equal_predictions_leave_no_doubt_and_opposite_ones_do():
 def test_what_lacks_is_listed(result):
     assert set(result["measures"]) | set(result["not_measured"]) == {
         "knn",
+        "few_shot",
         "linear",
         "dense",
         "classifier",
