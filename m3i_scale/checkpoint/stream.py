@@ -243,7 +243,7 @@ def expected_bytes(objective: nn.Module, config: dict[str, Any]) -> int:
     """Return the size of a checkpoint's tensors: weights and two moments of trained parameters, frozen weights, fp32
     EMA weights, buffers. `objective` is the complete model, e.g. on `meta`, `config` the resolved DeepSpeed config."""
     master, moment = state_bytes(config)
-    sizes = {"trained": master + 2 * moment, "momentum": 4, "teacher": 0, "frozen": BYTES[precision(config)]}
+    sizes = {"trained": master + 2 * moment, "ema": 4, "teacher": 0, "frozen": BYTES[precision(config)]}
     total = sum(sizes[role_of(name, parameter)] * parameter.numel() for name, parameter in objective.named_parameters())
     return total + sum(buffer.nbytes for buffer in buffers_of(objective).values())
 

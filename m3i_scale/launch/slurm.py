@@ -121,9 +121,9 @@ def _body(job: Job) -> list[str]:
     if cluster.requeue:
         lines += [
             "",
-            "# The ranks were asked to stop and have saved. A job that was cancelled stays cancelled.",
+            "# The ranks were stopped and have saved a checkpoint. A canceled job is not requeued.",
             f'if [ "$code" -eq {EXIT_PREEMPTED} ] && [ "$(squeue -h -j "$SLURM_JOB_ID" -o %T)" = RUNNING ]; then',
-            '  echo "job $SLURM_JOB_ID was asked to stop and has saved: back into the queue"',
+            '  echo "job $SLURM_JOB_ID was stopped after saving a checkpoint: requeuing it"',
             '  scontrol requeue "$SLURM_JOB_ID"',
             "fi",
         ]

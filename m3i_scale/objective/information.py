@@ -32,7 +32,7 @@ from m3i_scale.objective.targets.text import gather_targets
 
 EMA_PREFIX, TEACHERS_PREFIX = "momentum.", "teachers."
 """Prefixes of the parameter names of an `Objective`'s EMA teacher and of its frozen teachers."""
-Role = Literal["trained", "momentum", "teacher", "frozen"]
+Role = Literal["trained", "ema", "teacher", "frozen"]
 
 
 class Objective(nn.Module):
@@ -309,7 +309,7 @@ class Objective(nn.Module):
 def role_of(name: str, parameter: nn.Parameter) -> Role:
     """Return the role of a parameter of an `Objective`."""
     if name.startswith(EMA_PREFIX):
-        return "momentum"
+        return "ema"
     if name.startswith(TEACHERS_PREFIX):
         return "teacher"
     return "trained" if parameter.requires_grad else "frozen"

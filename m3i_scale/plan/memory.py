@@ -17,9 +17,9 @@ from m3i_scale.plan.settings import (
     Parameter,
     Settings,
     buckets,
+    ema_state_bytes,
     flat_groups,
     local_elements,
-    momentum_state_bytes,
     numel_of,
     places_of,
     share,
@@ -28,14 +28,14 @@ from m3i_scale.plan.settings import (
 )
 from m3i_scale.plan.trace import Trace
 
-PARAMETERS, MOMENTUM, TEACHER = "parameters", "EMA teacher", "teacher"
+PARAMETERS, EMA, TEACHER = "parameters", "EMA teacher", "teacher"
 GRADIENTS, OPTIMIZER, BUCKETS = "gradients", "optimizer", "reduce buckets"
 GATHERED, KEPT = "gathered parameters", "gathered parameters kept for the backward pass"
 SECOND = "second copies of parameters"
 SNAPSHOT = "snapshot"
 """Host staging buffer of a background save, reused by the next one."""
 ACTIVATIONS, COLLECTIVES, WORKSPACE = "activations", "collectives", "temporaries"
-_OF_ROLE: dict[Role, str] = {"trained": PARAMETERS, "momentum": MOMENTUM, "teacher": TEACHER, "frozen": PARAMETERS}
+_OF_ROLE: dict[Role, str] = {"trained": PARAMETERS, "ema": EMA, "teacher": TEACHER, "frozen": PARAMETERS}
 HOLES = 0.36
 """Heap fragmentation of a rank on a CPU, as a fraction of the peak; glibc keeps freed memory (`engine/device.py`).
 It depends on all allocations of a process and is therefore measured (docs/benchmarks/scaling.md)."""
@@ -99,14 +99,14 @@ def fresh_engine(parameters: tuple[Parameter, ...], settings: Settings) -> tuple
     device, host = Parts(), Parts()
     states = host if settings.optimizer_on_host else device
     shards, largest = _shards(parameters, settings), _largest(parameters)
-    size, ema_bytes = settings.parameter_bytes, momentum_state_bytes(settings.precision)
+    size, ema_bytes = settings.parameter_bytes, ema_state_bytes(settings.precision)
     if settings.stage == 3:
         shards_on = host if settings.parameters_on_host else device
         for parameter in parameters:
             numel = share(parameter.numel, settings.world)
             shards_on[_OF_ROLE[parameter.role]] += numel * size
-            if parameter.role == "momentum":
-                device[MOMENTUM] += numel * ema_bytes
+            if parameter.role == "ema":
+                device[EMA] += numel * ema_bytes
             if settings.hpz > 1:
                 shards_on[SECOND] += numel * settings.world * size // settings.hpz
         device[BUCKETS] += settings.reduce_bucket * settings.communication_bytes
@@ -116,11 +116,11 @@ def fresh_engine(parameters: tuple[Parameter, ...], settings: Settings) -> tuple
             device[_OF_ROLE[parameter.role]] += parameter.numel * size
         for group, numel in flat_groups(parameters, settings.world):
             device[PARAMETERS] += (numel - sum(parameters[place].numel for place in group)) * size
-            averaged = sum(p.numel for p in parameters if p.role == "momentum" and p.follows in group)
+            averaged = sum(p.numel for p in parameters if p.role == "ema" and p.follows in group)
             if averaged and shares_ema(settings):  # laid out like the group
-                device[MOMENTUM] += (numel - averaged) * size + numel // settings.world * ema_bytes
+                device[EMA] += (numel - averaged) * size + numel // settings.world * ema_bytes
             else:
-                device[MOMENTUM] += averaged * ema_bytes
+                device[EMA] += averaged * ema_bytes
         if settings.bf16_optimizer:
             device[GRADIENTS] += sum(shards) * settings.world * settings.accumulation_bytes
         elif settings.optimizer_on_host:
@@ -299,7 +299,7 @@ def snapshot_sizes(parameters: tuple[Parameter, ...], settings: Settings, rank: 
     local = local_elements(parameters, settings, rank)
     for place in places_of(parameters, "trained"):
         sizes += [local[place] * size for size in (settings.master_bytes, settings.state_bytes, settings.state_bytes)]
-    for place in places_of(parameters, "momentum"):
+    for place in places_of(parameters, "ema"):
         sizes += [local[place] * size for size in ((2, 2) if settings.precision == "bf16" else (4,))]
     sizes += [local[place] * settings.parameter_bytes for place in places_of(parameters, "frozen")]
     return [size for size in sizes if size]

@@ -99,7 +99,7 @@ def plan_table(document: dict[str, Any]) -> Group:
     peak, limit = document["peak_gib_per_rank"], document["memory_gib"]
     verdict, style = _verdict(peak, limit)
     ranks = f"{document['ranks']:,} rank" + ("s" if document["ranks"] != 1 else "")
-    head = Text(f"{document['name']} on {ranks}: {peak:.2f} of {limit:g} GiB a rank, {verdict}")
+    head = Text(f"{document['name']} on {ranks}: {peak:.2f} of {limit:g} GiB per rank, {verdict}")
     head.stylize(f"bold {style}")
     memory = _memory(document, max(peak, limit))
     return Group(
@@ -116,16 +116,16 @@ def plan_table(document: dict[str, Any]) -> Group:
 def _stage(number: int, stage: dict[str, Any]) -> Text:
     """Return the requirements of one stage of a run. Everything below is for the stage with the largest peak."""
     return Text(
-        f"stage {number}: {stage['steps']:,} steps, images of {stage['image_size']} pixels, micro-batches of "
-        f"{stage['micro_batch_size']}: {stage['peak_gib_per_rank']:.2f} GiB a rank, {stage['step_time_s']:.3g} s "
-        f"a step, {duration_text(86_400 * stage['days'])}",
+        f"stage {number}: {stage['steps']:,} steps, {stage['image_size']} px, micro-batch size "
+        f"{stage['micro_batch_size']}: {stage['peak_gib_per_rank']:.2f} GiB per rank, {stage['step_time_s']:.3g} s "
+        f"per step, {duration_text(86_400 * stage['days'])}",
         style="" if stage["fits"] else "red",
     )
 
 
 def _planned(choice: dict[str, Any], ranks: int) -> Text:
     accumulation = choice["accumulation"]
-    batch = f"{choice['micro_batch_size'] * accumulation * ranks:,} samples a step"
+    batch = f"{choice['micro_batch_size'] * accumulation * ranks:,} samples per step"
     return Text(
         f"planned: deepspeed={choice['deepspeed']} (ZeRO-{choice['stage']} in {choice['precision']}), {batch} = "
         f"{choice['micro_batch_size']} × {accumulation} × {ranks:,} ranks, "
@@ -137,7 +137,7 @@ def _verdict(peak: float, limit: float) -> tuple[str, str]:
     if peak > limit:
         return "does not fit", "red"
     if peak > (1 - _PLAN_ERROR) * limit:
-        return f"fits if the plan errs by less than {limit / peak - 1:.1%}: leave more room", "yellow"
+        return f"fits if the estimate is off by less than {limit / peak - 1:.1%}: leave a larger margin", "yellow"
     return "fits", "green"
 
 
@@ -150,14 +150,14 @@ def _memory(document: dict[str, Any], width: float) -> Table:
         start += size
     most = document["activations_gib"]
     if most > document["parts"].get("activations", 0.0):
-        table.add_row("activations, at their most", f"{most:.2f}", "not at the moment of the peak")
+        table.add_row("activations (maximum)", f"{most:.2f}", "at another time than the peak")
     for name, size in document["host_parts"].items():
-        table.add_row(f"in host memory: {name}", f"{size:.2f}", "")
+        table.add_row(f"host memory: {name}", f"{size:.2f}", "")
     node, limit = document["host_gib_per_node"], document["host_memory_gib"]
-    checked = Text("size not given, not checked (--host-memory-gib)")
+    checked = Text("not checked: set --host-memory-gib")
     if limit is not None:
         checked = Text(f"of {limit:g}: does not fit", "red") if node > limit else Text(f"of {limit:g}", "green")
-    table.add_row("host memory of a node", f"{node:.2f}", checked)
+    table.add_row("host memory per node", f"{node:.2f}", checked)
     return table
 
 
@@ -166,35 +166,35 @@ def _figures(document: dict[str, Any]) -> Table:
     table = Table("", "", box=None, show_header=False)
     parameters = ", ".join(f"{count / 1e6:,.1f}M {role}" for role, count in counts.items() if count)
     table.add_row("parameters", parameters)
-    table.add_row("arithmetic", f"{document['flop_per_sample'] / 1e12:.3g} TFLOP a sample, recomputation included")
-    traffic = f"{links['intra']:.3g} GiB within a node, {links['inter']:.3g} GiB between nodes, a rank and step"
+    table.add_row("compute", f"{document['flop_per_sample'] / 1e12:.3g} TFLOP/sample, including recomputation")
+    traffic = f"{links['intra']:.3g} GiB within a node, {links['inter']:.3g} GiB between nodes, per rank and step"
     table.add_row("communication", traffic)
     for kind, size in document["comm_gib_per_step_by_kind"].items():
         table.add_row("", f"{kind}: {size:.3g} GiB")
-    seconds = f"{document['step_time_s']:.3g} s ({document['compute_s']:.3g} s arithmetic, "
-    seconds += f"{document['communication_s']:.3g} s communication, {document['host_s']:.3g} s of the host)"
+    seconds = f"{document['step_time_s']:.3g} s ({document['compute_s']:.3g} s compute, "
+    seconds += f"{document['communication_s']:.3g} s communication, {document['host_s']:.3g} s host)"
     table.add_row("step", seconds)
-    table.add_row("samples a day", f"{document['samples_per_day']:,.0f}")
+    table.add_row("samples/day", f"{document['samples_per_day']:,.0f}")
     hours = document["gpu_hours"]
     rank_hours = f"{hours:,.0f}" if hours >= 100 else f"{hours:.3g}"
     rank_hours += " CPU-rank hours" if document["on_host"] else " GPU hours"
     table.add_row(f"{document['samples']:,} samples", f"{duration_text(86_400 * document['days'])}, {rank_hours}")
     table.add_row("checkpoint", f"{document['checkpoint_gib']:.3g} GiB")
-    table.add_row("assumed", f"hardware {document['hardware']} (--hardware), {document['memory_gib']:g} GiB a rank")
-    table.add_row("assumed", f"a rank reaches {document['mfu']:g} of {document['tflops_per_rank']:g} TFLOP/s (--mfu)")
+    table.add_row("assumed", f"hardware {document['hardware']} (--hardware), {document['memory_gib']:g} GiB per rank")
+    table.add_row("assumed", f"MFU {document['mfu']:g} of {document['tflops_per_rank']:g} TFLOP/s (--mfu)")
     for text in document["assumed"]:
-        table.add_row("assumed", f"{text}: the run's shards are not here")
+        table.add_row("assumed", f"{text}: there are no local shards")
     return table
 
 
 def _suggestion(document: dict[str, Any]) -> list[Text]:
     found = document["suggestion"]
     if found is None:
-        return [Text("nothing that was tried fits", style="red")]
+        return [Text("no setting that was tried fits", style="red")]
     fastest = [_choice(f"fastest with {each['deepspeed']}", each) for each in document["compared"]]
     return [*fastest, _choice("suggested", found)]
 
 
 def _choice(what: str, choice: dict[str, Any]) -> Text:
-    times = f"{choice['step_time_s']:.3g} s a step, {choice['host_s']:.3g} s of the host"
+    times = f"{choice['step_time_s']:.3g} s per step, {choice['host_s']:.3g} s host"
     return Text(f"{what} ({choice['peak_gib_per_rank']:.2f} GiB, {times}): {' '.join(choice['overrides'])}")

@@ -127,8 +127,8 @@ def read_vocabulary(run: RunConfig, recipe: Recipe, classes: int | None, tokens:
     """Return label spaces and vocabulary size from the arguments, else from local shards, else from assumptions."""
     assumed = []
     folders = [shard_folder(source.path) for source in run.data.datasets.values()]
-    # Plans contact no server: remote shards count as missing, and the resulting assumptions are reported.
-    there = bool(folders) and all(isinstance(folder, Path) and folder.is_dir() for folder in folders)
+    # Plans contact no server and pack no images: both kinds of data count as missing, and assumptions are reported.
+    there = bool(folders) and all(isinstance(folder, Path) and any(folder.glob("*.tar")) for folder in folders)
     label_sets: dict[str, list[str]] = {}
     if recipe.labels_file is not None:
         if classes is None and there:

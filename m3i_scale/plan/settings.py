@@ -44,7 +44,7 @@ def groups_of(parameters: Sequence[Parameter], trained: Iterable[int]) -> list[l
     return [groups[key] for key in sorted(groups, reverse=True)]
 
 
-def momentum_state_bytes(precision: str) -> int:
+def ema_state_bytes(precision: str) -> int:
     """Return the bytes per element that the EMA target stores in addition to its compute copy (see `ShardedEma`). The
     copy is the EMA in fp32, its upper half in bf16, and no part of it in fp16."""
     return {"fp32": 0, "bf16": 2, "fp16": 4}[precision]
@@ -164,7 +164,7 @@ def local_elements(parameters: Sequence[Parameter], settings: Settings, rank: in
             start = end
     if shares_ema(settings):
         for place, parameter in enumerate(parameters):
-            if parameter.role == "momentum" and parameter.follows is not None:
+            if parameter.role == "ema" and parameter.follows is not None:
                 local[place] = local[parameter.follows]
     return local
 

@@ -80,7 +80,7 @@ def _unpartitioned(traffic: Traffic, parameters: tuple[Parameter, ...], trace: T
     computed = set().union(*trace.forward)
     for group, numel in flat_groups(parameters, settings.world):
         traffic.add("update", numel * size)
-        averaged = (place for place, p in enumerate(parameters) if p.role == "momentum" and p.follows in group)
+        averaged = (place for place, p in enumerate(parameters) if p.role == "ema" and p.follows in group)
         if shares_ema(settings) and computed.intersection(averaged):
             traffic.add(AVERAGED, numel * size)
 
@@ -133,7 +133,7 @@ def _partitioned(traffic: Traffic, parameters: tuple[Parameter, ...], trace: Tra
 
 def _persists(parameter: Parameter, settings: Settings) -> bool:
     """Return whether a parameter stays gathered from one update to the next."""
-    return parameter.numel <= settings.persistence and parameter.role != "momentum"
+    return parameter.numel <= settings.persistence and parameter.role != "ema"
 
 
 def _gathers(parameters: tuple[Parameter, ...], trace: Trace, settings: Settings) -> Iterator[tuple[str, list[int]]]:

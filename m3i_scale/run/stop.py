@@ -46,7 +46,7 @@ def stop(run: str, overrides: list[str], *, wait: bool, tell: Callable[[str], No
             fix="end that process, or wait for it",
         )
     request_stop(folder, holder)
-    text = f"asked {holder}: it finishes its step, saves and leaves"
+    text = f"sent a stop request to {holder}: the run finishes its step, saves a checkpoint and exits"
     if not wait:
         return _result("asked", folder, text)
     tell(text)
@@ -57,7 +57,7 @@ def stop(run: str, overrides: list[str], *, wait: bool, tell: Callable[[str], No
         return _result("stopped", folder, stopped_words(folder / "checkpoints"))
     if status == "finished":
         return _result("finished", folder, "the run has completed its last step: there is nothing to resume")
-    return _result("ended", folder, "the run has ended by something else: what it printed says why")
+    return _result("ended", folder, "the run ended for another reason: see its output")
 
 
 def _last_status(folder: Path) -> str | None:

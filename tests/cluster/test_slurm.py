@@ -153,7 +153,7 @@ def test_near_its_limit_requeued_by_hand_and_off_a_lost_node_it_stays_one_run(
         cluster.wait(lambda: all(signaled(rank, signal.SIGUSR2) for rank in ranks), job.told, WAIT_S)
     job.wait_for_state("PENDING")
     assert job.log().count("Exited with exit code 75") == 2
-    assert "has saved: back into the queue" in job.log()
+    assert "after saving a checkpoint: requeuing it" in job.log()
     done = len(job.steps())
     assert 1 <= done < STEPS - 4
     cluster.command("scontrol", "update", f"jobid={job.number}", "timelimit=10")

@@ -100,8 +100,8 @@ def test_a_plan_says_what_was_planned_and_what_activations_take():
     live = max(found.model.trace("full", 4).live) / 2**30
     assert document["activations_gib"] == pytest.approx(live)
     shown = text_of(plan_table(document | {"parts": document["parts"] | {"activations": 0.0}}))
-    assert "activations, at their most" in shown
-    assert "activations, at their most" not in text_of(plan_table(document | {"activations_gib": 0.0}))
+    assert "activations (maximum)" in shown
+    assert "activations (maximum)" not in text_of(plan_table(document | {"activations_gib": 0.0}))
 
 
 def text_of(table) -> str:
@@ -193,7 +193,7 @@ def test_a_save_in_the_background_is_planned_and_one_in_the_foreground_takes_not
     host, less = (plan_run(run, machine(name="cpu"), samples=None).planned for run in (background, foreground))
     # Pools are a device's; a host has the bytes themselves: 12 a trained parameter, 4 an averaged one.
     numel = document["parameters"]
-    wanted = (12 * numel["trained"] + 4 * numel["momentum"]) / 2
+    wanted = (12 * numel["trained"] + 4 * numel["ema"]) / 2
     assert host.parts["snapshot"] == pytest.approx(wanted, rel=1e-3)
     assert "snapshot" not in less.parts
     assert host.peak_bytes > less.peak_bytes
@@ -240,7 +240,7 @@ def test_a_host_without_the_memory_is_refused_with_what_would_do(monkeypatch):
 @pytest.mark.parametrize("recipe", ["sim", "moco"])
 def test_a_checkpoint_has_weights_moments_averages_and_buffers(recipe):
     found = plan_run(tiny_run(recipe, *SMALL, "deepspeed=zero1_bf16"), machine(), samples=None)
-    numel, averaged = (numel_of(found.model.parameters, role) for role in ("trained", "momentum"))
+    numel, averaged = (numel_of(found.model.parameters, role) for role in ("trained", "ema"))
     size = 12 * numel + 4 * averaged + found.model.remembered_bytes
     assert found.document()["checkpoint_gib"] == size / 2**30
 
@@ -276,7 +276,7 @@ def test_more_nodes_are_named_with_sizes_that_divide():
     assert plan_run(tiny_run("m3i", *sizes), room, samples=None).fits
 
 
-@pytest.mark.parametrize(("limit", "said"), [(4.1, "leave more room"), (8.0, "fits"), (3.9, "does not fit")])
+@pytest.mark.parametrize(("limit", "said"), [(4.1, "larger margin"), (8.0, "fits"), (3.9, "does not fit")])
 def test_a_plan_near_the_limit_says_so(limit, said):
     document = plan_of_sim().document()
     printed = Console(width=200, record=True, file=io.StringIO())
@@ -305,11 +305,11 @@ def test_the_command_prints_a_table_and_refuses_with_its_numbers():
     assert shown.exit_code == 0, shown.output
     assert "at the peak" in shown.output
     assert "on 2 ranks: " in shown.output
-    assert "a rank reaches 0.21 of 989 TFLOP/s (--mfu)" in shown.output
+    assert "MFU 0.21 of 989 TFLOP/s (--mfu)" in shown.output
     assert "ZeRO-3 in bf16" in shown.output
-    assert "64 samples a step = 4 × 8 × 2 ranks" in " ".join(shown.output.split())  # lines break at 80 columns
+    assert "64 samples per step = 4 × 8 × 2 ranks" in " ".join(shown.output.split())  # lines break at 80 columns
     assert "days" not in shown.output  # ten steps of a tiny model
-    assert "in host memory: snapshot" in shown.output
+    assert "host memory: snapshot" in shown.output
     assert "of 64" in shown.output
     assert re.search(r"checkpoint +[\d.]+ GiB", shown.output)
     refused = CliRunner().invoke(

@@ -132,7 +132,7 @@ def test_a_plan_counts_what_learns_what_is_frozen_and_what_is_averaged(
     numbers = {name: plan["parameters"] for name, plan in plans.items()}
     assert numbers["frozen"]["trained"] + numbers["frozen"]["frozen"] == numbers["all"]["trained"]
     assert 0 < numbers["frozen"]["trained"] < numbers["frozen"]["frozen"]
-    assert numbers["averaged"]["momentum"] == numbers["averaged"]["trained"] == numbers["all"]["trained"]
+    assert numbers["averaged"]["ema"] == numbers["averaged"]["trained"] == numbers["all"]["trained"]
     assert plans["frozen"]["flop_per_sample"] < plans["all"]["flop_per_sample"] / 2
     sizes = [plans[name]["checkpoint_gib"] for name in ("frozen", "all", "averaged")]
     assert sizes == sorted(sizes)

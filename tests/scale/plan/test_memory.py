@@ -11,7 +11,7 @@ from small_trace import GPU, trace_of
 
 from m3i_scale.checkpoint.saver import plan_pools
 from m3i_scale.plan.memory import BUCKETS, Memory, Parts, fresh_engine, memory_of, snapshot_sizes
-from m3i_scale.plan.settings import Parameter, Settings, buckets, momentum_state_bytes, settings_of, share
+from m3i_scale.plan.settings import Parameter, Settings, buckets, ema_state_bytes, settings_of, share
 from m3i_scale.plan.trace import Trace
 
 
@@ -20,7 +20,7 @@ def peak(parameters: tuple[Parameter, ...], engine: Settings, activation: int = 
 
 
 models = st.lists(
-    st.tuples(st.integers(1, 3_000), st.sampled_from(["trained", "momentum", "teacher"]), st.booleans()),
+    st.tuples(st.integers(1, 3_000), st.sampled_from(["trained", "ema", "teacher"]), st.booleans()),
     min_size=1,
     max_size=12,
 ).map(lambda rows: (Parameter(64, "trained"), *(Parameter(*row) for row in rows)))
@@ -79,7 +79,7 @@ def test_what_stays_is_what_the_formulas_say(stage):
     parameters = (
         Parameter(4_096, "trained"),
         Parameter(1_024, "trained", False),
-        Parameter(4_096, "momentum", follows=0),
+        Parameter(4_096, "ema", follows=0),
     )
     engine = replace(GPU, stage=stage, bf16_optimizer=stage == 1, persistence=0, world=4)
     found = memory_of(parameters, trace_of(parameters, 0), engine)
@@ -89,7 +89,7 @@ def test_what_stays_is_what_the_formulas_say(stage):
     forward = found.moments["forward"]
     assert forward["parameters"] == 2 * whole
     assert forward["optimizer"] == 12 * trained // divided
-    assert forward["EMA teacher"] == 2 * copies + momentum_state_bytes("bf16") * 4_096 // divided
+    assert forward["EMA teacher"] == 2 * copies + ema_state_bytes("bf16") * 4_096 // divided
     gradients = {1: 4 * trained + 2 * trained, 2: 0, 3: 4 * trained // divided}
     assert forward["gradients"] == gradients[stage]
     assert (
@@ -146,7 +146,7 @@ def test_copies_of_a_save_are_all_of_the_states_without_padding(stage, world):
     parameters = (
         Parameter(4_099, "trained"),
         Parameter(1_021, "trained", False),
-        Parameter(4_099, "momentum", follows=0),
+        Parameter(4_099, "ema", follows=0),
     )
     engine = replace(GPU, stage=stage, bf16_optimizer=stage == 1, world=world, snapshot=10)
     copies = [snapshot_sizes(parameters, engine, rank) for rank in range(world)]
@@ -159,14 +159,14 @@ def test_copies_of_a_save_are_all_of_the_states_without_padding(stage, world):
 
 
 def test_copies_of_a_save_lie_beside_the_next_step_on_a_host():
-    parameters = (Parameter(4_096, "trained"), Parameter(2_048, "momentum"))
+    parameters = (Parameter(4_096, "trained"), Parameter(2_048, "ema"))
     host = replace(GPU, on_host=True, world=2)
     kept = peak(parameters, replace(host, snapshot=0)) - peak(parameters, host)
     assert kept == (12 * 4_096 + 4 * 2_048) // 2
 
 
 def test_second_copies_take_a_share_of_all_parameters():
-    parameters = (*(Parameter(960, "trained") for _ in range(4)), Parameter(480, "momentum"), Parameter(240, "teacher"))
+    parameters = (*(Parameter(960, "trained") for _ in range(4)), Parameter(480, "ema"), Parameter(240, "teacher"))
     plain = replace(GPU, world=16)
     assert (
         peak(parameters, replace(plain, hpz=4)) == peak(parameters, plain) + 2 * sum(p.numel for p in parameters) // 4

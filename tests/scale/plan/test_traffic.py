@@ -69,8 +69,8 @@ def test_averages_are_gathered_group_by_group_where_masters_are_divided_and_para
     parameters = (
         Parameter(4_096, "trained"),
         Parameter(1_024, "trained", False),
-        Parameter(4_096, "momentum", follows=0),
-        Parameter(1_024, "momentum", False, follows=1),
+        Parameter(4_096, "ema", follows=0),
+        Parameter(1_024, "ema", False, follows=1),
     )
     engine = replace(GPU, stage=stage, precision=precision, bf16_optimizer=stage == 1 and precision == "bf16")
     found = counted(parameters, replace(engine, accumulation_steps=2))  # once a step, whatever the micro-batches
@@ -82,7 +82,7 @@ def test_averages_are_gathered_group_by_group_where_masters_are_divided_and_para
 
 def test_second_copies_keep_gathers_in_their_group():
     """Every parameter leaves one when it is released, until the optimizer or the EMA teacher has changed it."""
-    parameters = (*(Parameter(960, "trained") for _ in range(4)), Parameter(480, "momentum"), Parameter(240, "teacher"))
+    parameters = (*(Parameter(960, "trained") for _ in range(4)), Parameter(480, "ema"), Parameter(240, "teacher"))
     plain = replace(GPU, world=16, persistence=0, max_reuse=0, max_live=0)
     links = Links(4, 4, 100.0, 10.0, 0.0)
 
