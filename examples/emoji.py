@@ -4,7 +4,7 @@
 
 Three styles are for training; the fourth (Noto) is held out, and so are whole families of concepts, so that a probe can
 ask for what was learnt rather than what was seen. The art is fetched: npm packages at fixed versions, and the Noto font
-from Debian. Needs `pip install 'm3i-scale[emoji]'`.
+from Debian. Needs `pip install -e '.[emoji]'`.
 """
 
 from __future__ import annotations
@@ -385,7 +385,7 @@ def _require_extra() -> None:
         import fontTools  # noqa: F401
         import resvg_py  # noqa: F401
     except ImportError as error:
-        raise DataError(f"the emoji set needs '{error.name}'", fix="pip install 'm3i-scale[emoji]'") from None
+        raise DataError(f"the emoji set needs '{error.name}'", fix="pip install -e '.[emoji]'") from None
 
 
 # -------------------- packages

@@ -5,7 +5,7 @@
 Art is cut out and pasted onto a background, where it occludes other art. Only visible pixels are labeled, so labels are
 exact. A family of art is in one split only, and in the same one as in `emoji.py`, whose cache holds the art. Some
 pieces have no label: other art, and outlines with the wrong inside, so that an edge alone is not the answer. The same
-seed gives the same bytes. Needs `pip install 'm3i-scale[emoji]'`.
+seed gives the same bytes. Needs `pip install -e '.[emoji]'`.
 """
 
 from __future__ import annotations

@@ -141,7 +141,8 @@ def check(
     checked = examine(run, overrides, ranks, folders.facts)
     errors = ErrorCollector()
     errors.errors = checked.errors
-    warnings = warnings_of(run, overrides, ask_servers=not errors.errors)
+    unpacked = checked.unpacked_counts
+    warnings = folders.warnings + warnings_of(run, overrides, ask_servers=not errors.errors, unpacked=unpacked)
     if as_json:
         print_json({"errors": [error.to_json() for error in errors.errors], "warnings": warnings})
         if errors.errors:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
@@ -9,7 +10,6 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
-from pydantic.fields import FieldInfo
 
 from m3i_scale.config.sections import Kind, Section, SectionT
 from m3i_scale.errors import AggregateError, ConfigError, did_you_mean
@@ -20,6 +20,21 @@ KeyPath = tuple[int | str, ...]
 WhereOf = Callable[[KeyPath], str]
 _BRANCHES = ("float", "int", "str", "constrained-float")
 """Path components that pydantic adds for the members of a union, as if they were keys."""
+
+_PLAIN = {
+    r"^\w+ should": "must",
+    r"^Input is not a valid path.*": "must be a path",
+    r" valid|, (unable|got).*| after validation.*": "",
+    "a integer": "an integer",
+    "a boolean": "true or false",
+    "a tuple": "a list",
+    "greater than or equal to": "at least",
+    "less than or equal to": "at most",
+    "True": "true",
+    "False": "false",
+}
+"""Replacements in pydantic's messages."""
+_EXAMPLES = {"integer": 100, "number": 0.5, "list": "[A,B]", "dictionary": "{A: B}", "string": "NAME", "path": "FOLDER"}
 
 HINTS = {
     "epochs": "optim.steps (samples × epochs / optim.batch_size); of one dataset: data.datasets.NAME.epochs",
@@ -145,10 +160,9 @@ def _explain(kind: type[BaseModel], values: Any, detail: Any, where: str, below:
     key = ".".join([*([below] if below and loc else []), *map(str, loc)])
     if detail["type"] == "extra_forbidden":
         return ConfigError(f"unknown key '{key}'", where=where, fix=_nearest(kind, values, detail["loc"]))
+    usual = _usual_value(kind, values, detail["loc"], key)
     if detail["type"] == "missing":
-        *above, name = detail["loc"]
-        field = _section_at(kind, values, tuple(above)).model_fields.get(str(name))
-        return ConfigError(f"'{key}' is missing", where=where, fix=_choices_of(field) or f"set {key}")
+        return ConfigError(f"'{key}' is missing", where=where, fix=usual or f"set {key}")
     if detail["type"] == "model_type":
         section = _section_at(kind, values, detail["loc"])
         required = [name for name, field in section.model_fields.items() if field.is_required()]
@@ -159,11 +173,18 @@ def _explain(kind: type[BaseModel], values: Any, detail: Any, where: str, below:
     if detail["type"] == "value_error":  # one of our rules: its message is complete
         rule = detail["ctx"]["error"]
         return ConfigError(f"'{key}': {rule}" if key else str(rule), where=where, fix=getattr(rule, "fix", None))
-    return ConfigError(
-        f"'{key}': {detail['msg']} (got {redact_text(repr(detail['input']))})",
-        where=where,
-        fix=f"correct the value of {key}",
-    )
+    context, rule = detail.get("ctx", {}), detail["msg"]
+    for pattern, plain in _PLAIN.items():
+        rule = re.sub(pattern, plain, rule)
+    value = context.get("leaf", detail["input"])
+    got = "null" if value is None else redact_text(repr(value))
+    if isinstance(value, bool):
+        got = "true (YAML reads on, yes as true)" if value else "false (YAML reads off, no as false)"
+    limit = context.get("ge", context.get("le", "VALUE"))
+    fix = usual or f"e.g. {key}={next((example for word, example in _EXAMPLES.items() if word in rule), limit)}"
+    if detail["type"] == "literal_error":
+        fix = did_you_mean(str(value), re.findall(r"[^', ]+", rule.removeprefix("must be ").replace(" or ", ", ")))
+    return ConfigError(f"'{key}{context.get('key', '')}' {rule}, got {got}", where=where, fix=fix)
 
 
 def _nearest(kind: type[BaseModel], values: Any, path: KeyPath) -> str:
@@ -195,10 +216,19 @@ def _keys_of(kind: type[BaseModel], above: str = "") -> list[str]:
     return keys
 
 
-def _choices_of(field: FieldInfo | None) -> str | None:
-    """Return the allowed values of a field or the kinds of its section, or None if they are not enumerable."""
-    annotation = field.annotation if field is not None else None
-    values: Sequence[Any] = get_args(annotation) if get_origin(annotation) is Literal else ()
-    if isinstance(annotation, type) and issubclass(annotation, Kind):
-        values = annotation.choices()
-    return f"use one of: {', '.join(map(str, values))}" if values else None
+def _usual_value(kind: type[BaseModel], values: Any, path: KeyPath, key: str) -> str | None:
+    """Suggest a value for a key: the allowed values of its field, the kinds of its section, or the default. Return None
+    if there are none."""
+    loc = _without_branches(path)
+    while loc and isinstance(loc[-1], int):  # an item of a list
+        loc.pop()
+    field = _section_at(kind, values, tuple(loc[:-1])).model_fields.get(str(loc[-1])) if loc else None
+    if field is None:
+        return None
+    choices: Sequence[Any] = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
+    if isinstance(field.annotation, type) and issubclass(field.annotation, Kind):
+        choices = field.annotation.choices()
+    if choices:
+        return f"use one of: {', '.join(map(str, choices))}"
+    default = json.dumps(field.default, separators=(",", ":"), default=lambda _: "null").strip('"')
+    return None if default in ("", "null") else f"{re.sub(r'([.][0-9]+)+$', '', key)}={default} (the default)"

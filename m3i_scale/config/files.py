@@ -14,6 +14,7 @@ from typing import Any, Literal
 import yaml
 
 from m3i_scale.errors import ConfigError, ErrorCollector, did_you_mean, error_prefix
+from m3i_scale.files import similar_path
 from m3i_scale.text import redact_text
 from m3i_scale.upgrade import upgrade_config
 
@@ -64,11 +65,11 @@ def find_run_file(name_or_path: str) -> Path:
             where=str(path.absolute()),
             fix=f"`m3i-scale init {shlex.quote(name_or_path)}` writes a config file for a folder of images",
         )
-    raise ConfigError(
-        f"no config file '{name_or_path}'",
-        where=str(path.absolute()),
-        fix=did_you_mean(name_or_path, built_in, f"use a path, or one of: {', '.join(sorted(built_in))}"),
-    )
+    what = f"no config file '{redact_text(name_or_path)}', and no built-in config of that name"
+    if "=" in name_or_path:
+        raise ConfigError(what, fix="put the config file first, then settings, e.g. `run.yaml optim.lr=3e-4`")
+    fix = did_you_mean(name_or_path, built_in, similar_path(path, "check the path."))
+    raise ConfigError(what, where=str(path.absolute()), fix=f"{fix} `m3i-scale recipes` lists the built-in recipes")
 
 
 def run_values(
@@ -153,13 +154,13 @@ def _set(values: dict[str, Any], override: str) -> None:
         raise ConfigError(
             f"'{key}' must have a value, got none",
             why="a shell gives this for a variable that is not set",
-            fix=f"set the variable, or write {key}=null for the default",
+            fix="set the variable, or leave the override out",
         )
     try:
         value = parse_yaml(text, f"'{key}'")
     except NOT_YAML as error:
         raise ConfigError(
-            f"the value of '{key}' is not YAML: {redact_text(str(error))}",
+            f"the value of '{key}' is not YAML: {redact_text(str(getattr(error, 'problem', None) or error))}",
             fix=f"quote the value, e.g. '{key}=\"VALUE\"'",
         ) from None
     if isinstance(value, str) and text.strip() == value and _is_number(value):
@@ -241,7 +242,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         values = parse_yaml(path.read_text(encoding="utf-8"), str(path))
     except (OSError, *NOT_YAML) as error:
         raise ConfigError(
-            f"cannot read the config file: {redact_text(str(error))}",
+            f"cannot read the config file: {redact_text(str(error)).replace('<unicode string>', str(path))}",
             where=str(path),
             fix="correct the YAML, or make the file readable",
         ) from None

@@ -23,6 +23,7 @@ from pydantic import (
     model_serializer,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
 from typing_extensions import Self
 
 from m3i_scale.errors import ConfigError, did_you_mean
@@ -85,7 +86,7 @@ class Section(BaseModel):
         types = set(_types_in(annotation))
         for key, leaf in _leaves(value):
             if isinstance(leaf, bool) and types & {int, float} and bool not in types:
-                raise ValueError(f"{leaf} is no number" + (f" ({key})" if key else ""))
+                raise PydanticCustomError("float_type", "must be a number", {"key": key and f".{key}", "leaf": leaf})
         return value
 
 

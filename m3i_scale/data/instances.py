@@ -93,7 +93,7 @@ class Instances:
             raise ConfigError(
                 "faster-coco-eval is not installed",
                 why="masks given as polygons need it",
-                fix="run `pip install 'm3i-scale[detection]'`",
+                fix="run `pip install -e '.[detection]'`",
             ) from None
         parts = library.frPyObjects([part.tolist() for part in segmentation], self.height, self.width)
         return Rle(size=[self.height, self.width], counts=library.merge(parts)["counts"].decode("ascii"))

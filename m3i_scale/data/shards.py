@@ -61,8 +61,7 @@ def _no_shards(folder: Path, where: str) -> DataError:
         return DataError(
             "the folder contains images, not .tar shards",
             where=where,
-            fix=f"run `m3i-scale shards make imagefolder --input {folder} --output SHARDS` and use SHARDS/train as "
-            "path; `m3i-scale train` does this for the datasets of a run",
+            fix=f"run `m3i-scale shards make imagefolder --input {folder} --output SHARDS` and use SHARDS/train",
         )
     return DataError(
         "the folder contains neither .tar shards nor images",

@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,11 +31,23 @@ def compute_dtype(ds_config: dict[str, Any]) -> torch.dtype:
 
 
 def has_fast_bf16() -> bool:
-    """Return whether the accelerator has bf16 instructions. `is_bf16_supported` of DeepSpeed also accepts CUDA devices
-    that emulate bf16, such as V100 and T4, where it is slower than fp32."""
-    if get_accelerator().device_name() == "cuda":
+    """Return whether the accelerator has bf16 instructions. `is_bf16_supported` of DeepSpeed also accepts devices that
+    emulate bf16, such as V100, T4 and many CPUs, where it is slower than fp32."""
+    name = get_accelerator().device_name()
+    if name == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    if name == "cpu":
+        cpu = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").split()
+        return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(cpu)  # x86 and ARM
     return bool(get_accelerator().is_bf16_supported())
+
+
+def precision_warnings(ds_config: dict[str, Any]) -> list[str]:
+    """Return a warning if a run in bf16 is on a device that emulates it: on a CPU, training took ten times longer."""
+    if precision(ds_config) != "bf16" or has_fast_bf16():
+        return []
+    device, other = ("CPU", "zero3_cpu_fp32") if get_accelerator().device_name() == "cpu" else ("GPU", "zero3_fp16")
+    return [f"this {device} has no bf16 instructions, and emulating them is slow. Fix: deepspeed={other}"]
 
 
 def dtype_name(dtype: torch.dtype | None) -> str:

@@ -4,6 +4,7 @@ it."""
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import secrets
 import shutil
@@ -86,7 +87,8 @@ def start_ranks(
         awaited = awaited_build(builder.name)
         if awaited is not None and os.environ["LOCAL_RANK"] == "0":
             tell(awaited)
-    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=timeout)
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints that it has loaded an extension, on every rank
+        deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=timeout)
     join_host_group(timeout)
     if local is not None:
         os.environ["LOCAL_SIZE"] = local  # else the CPU accelerator would call `lscpu` for every gradient bucket

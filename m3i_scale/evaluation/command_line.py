@@ -4,6 +4,7 @@ functions."""
 from __future__ import annotations
 
 import base64
+import json
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,7 +16,9 @@ from rich.table import Table
 from rich.text import Text
 
 from m3i_scale import __version__
+from m3i_scale.errors import ConfigError
 from m3i_scale.evaluation.report import render, warning_lines
+from m3i_scale.files import atomic_write
 from m3i_scale.options import AsJson, Imports, choices, reading_bar, writes_to
 from m3i_scale.output import print_result
 from m3i_scale.text import without_secrets
@@ -73,6 +76,10 @@ def evaluate(
     picture_samples: Annotated[
         str | None, typer.Option(metavar="KEYS", help="At most eight samples to show: shard.tar/key,shard.tar/key,…")
     ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(callback=writes_to, help="JSON file to write or replace: RUN_DIR/evaluation.json for the report."),
+    ] = None,
     imports: Imports = None,
     as_json: AsJson = False,
 ) -> None:
@@ -86,6 +93,8 @@ def evaluate(
     from m3i_scale.evaluation.towers import TEMPLATES
 
     import_given(imports)
+    if output is not None and not output.parent.is_dir():
+        raise ConfigError("no such folder", where=f"--output {output}", fix=f"mkdir -p {output.parent}")
     with reading_bar() as progress:
         result = run_evaluation(
             model_dir,
@@ -103,6 +112,8 @@ def evaluate(
             picture_samples=picture_samples.split(",") if picture_samples is not None else None,
             progress=progress,
         )
+    if output is not None:
+        atomic_write(output, json.dumps(result, indent=1, allow_nan=False))
     print_result(as_json, result, lambda: render(result))
 
 

@@ -12,14 +12,16 @@ from rich.text import Text
 from m3i_scale.options import AsJson, choices, reading_bar, writes_to
 from m3i_scale.output import leave_out_accelerator_warning, print_result
 
-_READ_WITH = {".parquet": "pandas.read_parquet({!r})", ".npz": "numpy.load({!r})"}
+_READ_WITH = {".parquet": "pyarrow.parquet.read_table({!r})", ".npz": "numpy.load({!r})"}
 _SHOWN = 5
 
 
 def embed(
     model: Annotated[str, typer.Argument(help="An exported folder, any folder of a vision model, or a Hub id.")],
     data: Annotated[str, typer.Option(help="A folder of images, searched recursively, or shards.")],
-    output: Annotated[Path, typer.Option(callback=writes_to, help="File to write: features.parquet or features.npz.")],
+    output: Annotated[
+        Path, typer.Option(callback=writes_to, help="File to write or replace: features.parquet or .npz.")
+    ],
     pool: Annotated[
         str, typer.Option(**choices("mean", "cls", "both"), help="Patch tokens, class token, or both.")
     ] = "mean",

@@ -111,7 +111,7 @@ def measure_linear(
     document = {
         "accuracy": accuracy.estimate.as_dict(),
         **guessing(side.table.label_array[fit], truth),
-        **_chosen(probe, families, "linear probe"),
+        **_chosen(probe, families, f"linear probe of {encoder}"),
     }
     return document, {"accuracy": accuracy}
 
@@ -140,7 +140,7 @@ def measure_dense(
         **guessing(fitted.labels_P, asked.labels_P),
         "patches_fitted": len(fitted.labels_P),
         "images": len(np.unique(asked.image_P)),
-        **_chosen(probe, families, "dense probe"),
+        **_chosen(probe, families, f"dense probe of {encoder}"),
     }
     return document, found
 

@@ -77,6 +77,7 @@ def render_card(source: Source, provenance: dict[str, Any], config: dict[str, An
         max_tokens=source.run.text.max_tokens,
         vocab_size=source.vocab_size,
         recipe=source.recipe.summary(),
+        description=source.run.description,
         optim=source.run.optim.model_dump(mode="json"),
         curve=_table(provenance["curve"]),
         evaluation_rows=list(evaluation_rows(evaluation["measures"])) if evaluation else [],

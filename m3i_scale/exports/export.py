@@ -198,7 +198,7 @@ def check_contents(wanted: ExportContents) -> None:
             f"unknown format '{wanted.format}'", where="--format", fix=did_you_mean(wanted.format, FORMATS)
         )
     if wanted.format == "timm" and find_spec("timm") is None:
-        raise ExportError("timm is not installed", where="--format timm", fix="run `pip install 'm3i-scale[timm]'`")
+        raise ExportError("timm is not installed", where="--format timm", fix="run `pip install -e '.[timm]'`")
     if wanted.format == "onnx":
         check_onnx()
     check_shard_size(wanted.max_shard_size)

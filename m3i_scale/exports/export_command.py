@@ -107,10 +107,10 @@ def _export_table(facts: dict[str, Any], pushed: list[tuple[str, str]]) -> Group
     for name, text in (*rows.items(), *pushed):
         if text is not None:
             table.add_row(Text(name), Text(str(text), "yellow" if name == "warning" else ""))
-    trains = " --train-data /data/shards/train" if facts["task"] == "features" else ""
+    trains = " --train-data SHARDS/train" if facts["task"] == "features" else ""
     return Group(
         table,
         Text(f"\nexported to {folder}", "bold"),
         Text(f"load with transformers: see 'How to load' in {folder}/README.md"),
-        Text(f"evaluate: m3i-scale evaluate {shlex.quote(folder)} --data /data/shards/val{trains}"),
+        Text(f"evaluate: m3i-scale evaluate {shlex.quote(folder)} --data SHARDS/val{trains}"),
     )

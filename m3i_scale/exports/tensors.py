@@ -106,7 +106,7 @@ def empty(build: Callable[[], PreTrainedModel]) -> PreTrainedModel:
     except ImportError:
         raise ExportError(
             "timm is not installed; only timm has a model with the pooling of this recipe",
-            fix="run `pip install 'm3i-scale[timm]'`",
+            fix="run `pip install -e '.[timm]'`",
         ) from None
 
 

@@ -203,7 +203,7 @@ def check_onnx() -> None:
     missing = [name for name in _NEEDED_FOR_ONNX if importlib.util.find_spec(name) is None]
     if missing:
         raise ExportError(
-            f"{' and '.join(missing)} not installed", where="--format onnx", fix="run `pip install 'm3i-scale[onnx]'`"
+            f"{' and '.join(missing)} not installed", where="--format onnx", fix="run `pip install -e '.[onnx]'`"
         )
 
 

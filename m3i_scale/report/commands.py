@@ -109,5 +109,5 @@ def _check_installed() -> None:
     if missing:
         raise ConfigError(
             f"the packages of `report` and `watch` are not installed: {', '.join(missing)}",
-            fix="run `pip install 'm3i-scale[report]'`",
+            fix="run `pip install -e '.[report]'`",
         )

@@ -52,6 +52,8 @@ class DataFacts:
     tokenizer: PreTrainedTokenizerBase | None = None
     unpacked: frozenset[str] = frozenset()
     """Paths of datasets that are not in shards yet."""
+    sample_counts: dict[str, int] = field(default_factory=dict)
+    """Number of images of these datasets, by path."""
 
 
 @dataclass

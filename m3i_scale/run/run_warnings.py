@@ -3,7 +3,7 @@ that are used twice."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
 
@@ -52,25 +52,32 @@ def _unscaled_rate(run: RunConfig, name_or_path: str, overrides: Sequence[str]) 
         )
 
 
-def warnings_of(name_or_path: str, overrides: list[str] | None = None, *, ask_servers: bool = True) -> list[str]:
+def warnings_of(
+    name_or_path: str,
+    overrides: list[str] | None = None,
+    *,
+    ask_servers: bool = True,
+    unpacked: Mapping[str, int] | None = None,
+) -> list[str]:
     """Return warnings about a config file, or [] if it cannot be read. `ask_servers` lists remote shards. Pass False if
-    the run has errors, e.g. an unreachable server."""
+    the run has errors, e.g. an unreachable server. For `unpacked`, see `manifest_counts`."""
     try:
         run = load_run(name_or_path, overrides)
     except UserError:  # reported by `errors_of`
         return []
-    return command_warnings(run, name_or_path, overrides or []) + run_warnings(run, ask_servers=ask_servers)
+    warnings = command_warnings(run, name_or_path, overrides or [])
+    return warnings + run_warnings(run, ask_servers=ask_servers, unpacked=unpacked)
 
 
-def run_warnings(run: RunConfig, *, ask_servers: bool = True) -> list[str]:
+def run_warnings(run: RunConfig, *, ask_servers: bool = True, unpacked: Mapping[str, int] | None = None) -> list[str]:
     """Return warnings about a run whose recipe, weights and data may have errors, which are reported elsewhere. See
-    `warnings_of` for `ask_servers`."""
+    `warnings_of` for the other arguments."""
     errors = ErrorCollector()
     recipe = errors.collect(parse_recipe, run.recipe)
     access = errors.collect(lambda: check_access(run.data, run.data.datasets).at_start()) if ask_servers else None
     warnings = [] if recipe is None else [*config_warnings(run, recipe)]
     warnings += errors.collect(lambda: [*_image_warnings(run)]) or []
-    return [*warnings, *_epoch_warnings(run, access), *_source_warnings(run, access)]
+    return [*warnings, *_epoch_warnings(run, manifest_counts(run, access, unpacked)), *_source_warnings(run, access)]
 
 
 def config_warnings(run: RunConfig, recipe: Recipe) -> Iterator[str]:
@@ -160,23 +167,28 @@ def _image_warnings(run: RunConfig) -> Iterator[str]:
         )
 
 
-def manifest_counts(run: RunConfig, access: Access | None = None) -> dict[str, int | None]:
+def manifest_counts(
+    run: RunConfig, access: Access | None = None, unpacked: Mapping[str, int] | None = None
+) -> dict[str, int | None]:
     """Return the number of samples by dataset; None without a manifest.json. Without `access`, remote servers are not
-    contacted."""
-    return {
-        name: None if access is None and is_remote(source.path) else read_sample_count(source.path, "samples", access)
-        for name, source in run.data.datasets.items()
-    }
+    contacted. `unpacked` are the numbers of images of datasets that are not in shards yet, by path."""
+
+    def count(path: str) -> int | None:
+        if unpacked and path in unpacked:
+            return unpacked[path]
+        return None if access is None and is_remote(path) else read_sample_count(path, "samples", access)
+
+    return {name: count(source.path) for name, source in run.data.datasets.items()}
 
 
-def _epoch_warnings(run: RunConfig, access: Access | None) -> Iterator[str]:
+def _epoch_warnings(run: RunConfig, counts: Mapping[str, int | None]) -> Iterator[str]:
     """Yield a warning for each dataset with too many epochs, except datasets with a limit or a scheduled weight."""
     sources, optim = run.data.datasets, run.optim
     weights = {name: source.weight for name, source in sources.items()}
     if any(isinstance(weight, list) for weight in weights.values()):
         return
     total = sum(weight for weight in weights.values() if not isinstance(weight, list))
-    for name, count in manifest_counts(run, access).items():
+    for name, count in counts.items():
         weight = weights[name]
         if not count or sources[name].epochs is not None or isinstance(weight, list) or not total:
             continue

@@ -62,7 +62,8 @@ def summary_of_check(checked: CheckedRun, ranks: int | None) -> list[str]:
     if resolved is None:
         raise ValueError("a run with errors has no summary")
     run = resolved.run
-    *lines, _ = summary_lines(resolved, manifest_counts(run), ranks, checked.resume_from)  # deepspeed.json comes later
+    counts = manifest_counts(run, unpacked=checked.unpacked_counts)
+    *lines, _ = summary_lines(resolved, counts, ranks, checked.resume_from)  # deepspeed.json comes later
     if run.hardware.peak_tflops is None or ranks is None:
         return [*lines, _line("time", "measured by the run; `m3i-scale plan` estimates it for known GPUs")]
     peak = named_peak(run.hardware.peak_tflops, compute_dtype(resolved.deepspeed.config))

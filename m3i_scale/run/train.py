@@ -17,7 +17,7 @@ from m3i_scale.config import RunConfig
 from m3i_scale.data.loader import TrainStream
 from m3i_scale.data.parts import PartWorkers, started_workers
 from m3i_scale.engine.agree import from_rank_0, together
-from m3i_scale.engine.device import compute_deterministically, nondeterminism_explained
+from m3i_scale.engine.device import compute_deterministically, nondeterminism_explained, precision_warnings
 from m3i_scale.engine.engine import awaited_optimizer, set_micro_batch_size
 from m3i_scale.engine.process_group import check_shared, start_ranks, stop_ranks
 from m3i_scale.errors import UserError
@@ -145,7 +145,8 @@ def train(
         # Open the data before printing the engine tables, so that data errors are not buried below them.
         stream, validation = open_data(resolved.in_stage(0), ranks, workers)
         if ranks.rank == 0:
-            for note in (*notes, *(f"warning: {warning}" for warning in (*warnings, *run_warnings(run)))):
+            found = (*warnings, *run_warnings(run), *precision_warnings(resolved.deepspeed.config))
+            for note in (*notes, *(f"warning: {warning}" for warning in found)):
                 _CONSOLE.print(note, style="yellow", markup=False, highlight=False)
             for line in summary_lines(resolved, stream.sample_counts, ranks.world_size, resume_from):
                 print_rank0(line)

@@ -151,7 +151,7 @@ def _export_task(run: RunConfig, task: Task, classes: list[str]) -> ExportTask:
         return cast(ExportTask, task.kind)
     for field, value in ((field, value) for field, values in task.exportable.items() for value in values):
         if _refusal(run, task.model_copy(update={field: value}), classes) is None:
-            install = "" if find_spec("timm") is not None else "run `pip install 'm3i-scale[timm]'`, or "
+            install = "" if find_spec("timm") is not None else "run `pip install -e '.[timm]'`, or "
             raise ConfigError(
                 f"the result cannot be exported as a {task.model}: {refusal.what}",
                 where=f"task.{field}: {getattr(task, field)}",

@@ -122,7 +122,12 @@ def init(
     name = recipe or fitting
     text = "\n".join(_lines(name, images, sizes, machine)) + "\n"
     _check(text, name, max(machine.gpus, 1))
-    atomic_write(output, text)
+    try:
+        atomic_write(output, text)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot write the config file: {error.strerror}", where=str(output), fix="use another --output"
+        ) from None
     for line in (
         f"{folder}: {images.contents()}, typically {width} × {height} pixels",
         f"recipe {name}: it learns from images"

@@ -144,13 +144,14 @@ class RunFolders:
     def __init__(self, run_file: str, overrides: list[str] | None) -> None:
         self._run_file, self.overrides = run_file, [*(overrides or [])]
         """Overrides that replace packed folders by their shards."""
-        values = ErrorCollector().collect(run_values, run_file, overrides)  # errors are reported with all others
+        ignored = ErrorCollector()  # errors are reported with all others; invalid overrides are left out
+        values = ignored.collect(run_values, run_file, overrides, ignored)
         self._run = None if values is None else valid_part(values)[0]
         self.unpacked: dict[str, ImageFolder] = {}
         """Folders that are still to be packed, by path in the config."""
         self._packings: dict[Path, _Packing] = {}
         """By folder: several datasets may read the same one."""
-        self._notices: list[str] = []
+        self.warnings: list[str] = []
         self._errors = ErrorCollector()
         if self._run is not None:
             self._add_all(self._run)
@@ -172,7 +173,7 @@ class RunFolders:
         saved = (ErrorCollector().collect(_saved_paths, run) or {}).get(key)
         shards = None if saved is None else _packed_folder(run, saved) / TRAIN
         if shards is not None and INPUT_DIGEST in read_manifest(shards):
-            self._notices.append(f"{key}={printable(path)} does not exist: the run resumes on its shards, {shards}")
+            self.warnings.append(f"{key}={printable(path)} does not exist: the run resumes on its shards, {shards}")
             self._replace(key, shards)
 
     def _add(self, run: RunConfig, key: str, path: str, folder: Path) -> None:
@@ -204,12 +205,11 @@ class RunFolders:
 
     def lines(self) -> list[str]:
         """Describe the folders that are still to be packed."""
-        lines = [
+        return [
             f"{one.images.where}: {one.images.contents()}; `m3i-scale train` packs them into {one.output}"
             for one in self._packings.values()
             if one.images in self.unpacked.values()
         ]
-        return [*self._notices, *lines]
 
     def facts(self, run: RunConfig) -> DataFacts | None:
         """Return the properties of the data if folders are still to be packed, otherwise None. Check them against the
@@ -219,7 +219,8 @@ class RunFolders:
             return None
         recipe = ErrorCollector().collect(parse_recipe, run.recipe)  # its errors are reported with all others
         paths = frozenset(self.unpacked)
-        facts = DataFacts(run, unpacked=paths)
+        counts = {path: len(folder.records) for path, folder in self.unpacked.items()}
+        facts = DataFacts(run, unpacked=paths, sample_counts=counts)
         if recipe is None:
             return facts
         if recipe.labels_file not in (None, LABELS):
@@ -231,7 +232,7 @@ class RunFolders:
         classes = {path: folder.classes for path, folder in self.unpacked.items()}
         datasets = run.data.datasets
         if all(source.path in paths for source in datasets.values()):
-            check_streams(run, sum(len(self.unpacked[source.path].records) for source in datasets.values()))
+            check_streams(run, sum(counts[source.path] for source in datasets.values()))
         if recipe.labels_file is not None:
             facts.label_sets = read_label_sets(datasets, unpacked=classes)
             if run.task is not None:
@@ -257,8 +258,8 @@ class RunFolders:
 
     def pack(self, tell: Print, environment: Mapping[str, str], ranks: int | None) -> None:
         """Check the run, then pack the folders that are not packed yet. A rank of a launcher cannot do this."""
-        for notice in self._notices:
-            tell(notice)
+        for warning in self.warnings:
+            tell(f"warning: {warning}")
         if self._run is None or not (self.unpacked or self._errors.errors):
             return
         if under_launcher(environment):

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 import m3i_scale
 from m3i_scale.cli import app
-from m3i_scale.engine.device import has_fast_bf16
+from m3i_scale.engine.device import has_fast_bf16, precision_warnings
 from m3i_scale.errors import ConfigError, DataError, UserError
 from m3i_scale.evaluation import feature_files
 from m3i_scale.evaluation.embed import embed
@@ -195,6 +195,13 @@ def test_out_of_memory_names_a_smaller_batch(vit_folder, folder, monkeypatch) ->
     with pytest.raises(UserError) as caught:
         embed(vit_folder, str(folder), batch_size=8)
     assert caught.value.fix == "--batch-size 4"
+
+
+@pytest.mark.parametrize(("flag", "warned"), [("avx512_bf16", False), ("avx2", True)])
+def test_a_run_on_a_cpu_without_bf16_is_warned(monkeypatch, flag, warned) -> None:
+    monkeypatch.setattr(Path, "read_text", lambda *_, **__: f"flags : fpu {flag} sse")
+    assert bool(precision_warnings({"bf16": {"enabled": True}})) == warned
+    assert not precision_warnings({})
 
 
 def test_emulated_bf16_is_not_chosen(monkeypatch) -> None:

@@ -4,7 +4,9 @@ import json
 import numpy as np
 import pytest
 from rich.console import Console
+from typer.testing import CliRunner
 
+from m3i_scale.cli import app
 from m3i_scale.errors import ConfigError, DataError
 from m3i_scale.evaluation.commands import evaluate
 from m3i_scale.evaluation.intervals import Clusters, mean_of
@@ -24,6 +26,18 @@ def text_of(result):
     console = Console(width=160, file=io.StringIO())
     console.print(render(result), soft_wrap=True)
     return console.file.getvalue()
+
+
+def test_the_command_prints_a_table_and_writes_the_document(vit_folder, shards, tmp_path):
+    arguments = ["evaluate", str(vit_folder), "--data", str(shards / "val"), "--train-data", str(shards / "train")]
+    arguments += ["--measure", "few_shot"]
+    done = CliRunner().invoke(app, [*arguments, "--output", str(tmp_path / "evaluation.json")])
+    assert done.exit_code == 0, done.output
+    assert "few shot k=5" in done.output
+    document = json.loads((tmp_path / "evaluation.json").read_text())
+    assert 0 <= document["measures"]["few_shot"]["k=5"]["value"] <= 1
+    missing = CliRunner().invoke(app, [*arguments, "--output", str(tmp_path / "missing" / "evaluation.json")])
+    assert isinstance(missing.exception, ConfigError)
 
 
 def test_probes_learn_colours(result):

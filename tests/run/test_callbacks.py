@@ -327,7 +327,7 @@ def test_a_missing_package_is_named_with_its_extra(
     monkeypatch.setitem(sys.modules, package, None)  # the import system's own word for "not there"
     with pytest.raises(ConfigError) as caught:
         make()
-    assert f"pip install 'm3i-scale[{package}]'" in str(caught.value)
+    assert f"pip install -e '.[{package}]'" in str(caught.value)
     assert caught.value.where == setting
 
 

@@ -45,7 +45,7 @@ FAULTS = {
     "peak": (
         {"changes": {"perf/flops_per_s": 1e12, "perf/mfu": None}},
         "speed",
-        "the peak that MFU is a share of is wrong",
+        "MFU cannot be computed: the peak of the device is too low",
     ),
 }
 

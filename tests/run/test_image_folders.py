@@ -81,6 +81,7 @@ def steps_of(folder: Path) -> list[int]:
     return [line["step"] for line in map(json.loads, lines) if line["kind"] == "train"]
 
 
+@pytest.mark.slow
 def test_a_run_on_a_folder_resumes_by_the_same_command_and_from_its_written_config(tmp_path: Path) -> None:
     make_photos(tmp_path / "photos")
     (tmp_path / "photos" / "disc" / "damaged.jpg").write_bytes(b"no image")
@@ -109,6 +110,7 @@ def test_a_run_on_a_folder_resumes_by_the_same_command_and_from_its_written_conf
     assert not errors_of(str(run), [f"{KEY}={shards / 'train'}", "optim.steps=4"])
 
 
+@pytest.mark.slow
 def test_launch_packs_before_two_ranks_start(tmp_path: Path) -> None:
     make_photos(tmp_path / "photos")
     run = write_config(tmp_path, "m3i_no_text", text=False)
@@ -235,7 +237,11 @@ def test_a_run_resumes_on_its_shards_if_the_images_are_gone(
     shutil.rmtree(tmp_path / "photos")
     shards = shards_of(tmp_path) / "train"
     assert pack_folders(run, None) == [f"{KEY}={yaml_string(str(shards))}"]
-    assert str(shards) in capsys.readouterr().err
+    warning = f"{KEY}={tmp_path / 'photos'} does not exist: the run resumes on its shards, {shards}"
+    assert f"warning: {warning}" in capsys.readouterr().err
+    assert RunFolders(run, None).warnings == [warning]
+    checked = CliRunner().invoke(app, ["check", run, "--json"])
+    assert warning in json.loads(checked.stdout)["warnings"]
 
 
 def test_too_many_damaged_images_are_an_error(tmp_path: Path) -> None:
@@ -287,6 +293,23 @@ def test_check_reads_a_folder_and_writes_nothing(tmp_path: Path) -> None:
     make_photos(tmp_path / "photos", captions=8, classes=False)
     assert "classes" in errors()[0].what
     assert "24 images" in RunFolders(run, None).lines()[0]
+
+
+def test_check_counts_the_images_of_a_folder(tmp_path: Path) -> None:
+    make_photos(tmp_path / "photos")
+    checked = CliRunner().invoke(app, ["check", str(write_config(tmp_path)), "optim.steps=30"])
+    assert "24 images in 1 dataset, 10 epochs" in checked.stdout
+    checked = CliRunner().invoke(app, ["check", str(write_config(tmp_path)), "optim.steps=30000", "--json"])
+    assert any("24 images 10,000 times" in warning for warning in json.loads(checked.stdout)["warnings"])
+
+
+@pytest.mark.parametrize("override", ["optim.lr", "optim.lr=", "optim.betas=[0.9"])
+def test_an_invalid_override_hides_no_folder(tmp_path: Path, override: str) -> None:
+    make_photos(tmp_path / "photos")
+    run = str(write_config(tmp_path))
+    folders = RunFolders(run, [override])
+    (error,) = errors_of(run, folders.overrides, 2, folders.facts)
+    assert error.where == f"override {override}"
 
 
 def test_an_error_of_the_config_comes_before_the_packing(tmp_path: Path) -> None:

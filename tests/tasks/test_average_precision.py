@@ -202,7 +202,7 @@ def test_the_library_is_named_where_it_is_missing(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError) as caught:
         average_precision(paired([truth(1, [instance(RIGHT, 0)])], []), categories(1))
-    assert "m3i-scale[detection]" in (caught.value.fix or "")
+    assert ".[detection]" in (caught.value.fix or "")
 
 
 # ---------------------------------------------------------------- intervals

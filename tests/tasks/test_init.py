@@ -65,6 +65,13 @@ def test_an_existing_file_is_kept(tmp_path: Path) -> None:
     assert run_values(str(file))["recipe"]["name"] == "mae"
 
 
+def test_a_file_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
+    photos, file = make_images(tmp_path / "photos"), tmp_path / "missing" / "run.yaml"
+    error = init(photos, "--output", file).exception
+    assert isinstance(error, ConfigError)
+    assert error.where == str(file)
+
+
 @pytest.mark.parametrize("recipe", ["clip", "supervised", "segment", "sym"])
 def test_a_recipe_that_does_not_fit_writes_nothing(tmp_path: Path, recipe: str) -> None:
     photos, file = make_images(tmp_path / "photos"), tmp_path / "run.yaml"

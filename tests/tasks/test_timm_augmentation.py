@@ -268,7 +268,7 @@ def test_without_timm_the_run_is_refused(monkeypatch: pytest.MonkeyPatch, augmen
     with pytest.raises(ConfigError) as caught:
         run.task.check(run, backbone_config(run.backbone))
     assert caught.value.where == f"data.augment.{key}"
-    assert "m3i-scale[timm]" in str(caught.value.fix)
+    assert ".[timm]" in str(caught.value.fix)
 
 
 def test_images_are_erased_and_then_mixed() -> None:

@@ -106,7 +106,7 @@ def _empty_model(architecture: str, arguments: str) -> tuple[Shapes, Facts]:
         raise MismatchError(
             f"only timm knows what '{architecture}' is, and it is not installed",
             "heads, activation and norms follow from the name",
-            fix="run `pip install 'm3i-scale[timm]'`",
+            fix="run `pip install -e '.[timm]'`",
         ) from None
     try:
         with torch.device("meta"):

@@ -67,7 +67,7 @@ def _environment(host: HostReport) -> Results:
     names = sorted(name for name in {*answer, *master} if answer.get(name) != master.get(name))
     others = [f"{name}={answer.get(name, '(not set)')}" for name in names]
     why = f"other than on {next(iter(host.answers))}: {listed(others, _MAX_LISTED)}" if others else None
-    yield f"{len(answer)} variables that change a run", {"warning": why, "fix": "send them from here: --env NAME=value"}
+    yield f"{len(answer)} variables compared", {"warning": why, "fix": "send them from here: --env NAME=value"}
 
 
 def _shards(host: HostReport) -> Results:

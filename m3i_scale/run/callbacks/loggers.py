@@ -289,5 +289,5 @@ def _require(package: str, *, extra: str, setting: str) -> ModuleType:
         raise ConfigError(
             f"the package '{error.name}' is not installed",
             where=setting,
-            fix=f"run `pip install 'm3i-scale[{extra}]'`, or switch off {setting}",
+            fix=f"run `pip install -e '.[{extra}]'`, or switch off {setting}",
         ) from None

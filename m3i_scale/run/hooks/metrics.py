@@ -163,10 +163,10 @@ def _warnings(record: StepRecord) -> Iterator[RunWarning]:
     if "perf/flops_per_s" in figures and "perf/mfu" not in figures:
         yield RunWarning(
             "speed",
-            "the peak that MFU is a share of is wrong",
-            f"all ranks compute {figures['perf/flops_per_s'] / 1e12:.3g} TFLOP/s, more than the peak; MFU is left out",
-            "hardware.peak_tflops, in 10¹² FLOP/s of one rank's device; a measured one is too low where other work had "
-            "the machine at the start",
+            "MFU cannot be computed: the peak of the device is too low",
+            f"all ranks compute {figures['perf/flops_per_s'] / 1e12:.3g} TFLOP/s, more than the peak",
+            "hardware.peak_tflops, in TFLOP/s of one device; a measured peak is too low if the machine was busy at the "
+            "start",
         )
     for name in ("dense", "pooled"):
         value = figures.get(f"health/{name}_std")

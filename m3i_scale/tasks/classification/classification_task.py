@@ -249,5 +249,5 @@ def _check_timm(what: str, without: str) -> None:
         raise ConfigError(
             f"{what} timm's, which is not installed",
             where=without.partition("=")[0],
-            fix=f"run `pip install 'm3i-scale[timm]'`, or set {without}",
+            fix=f"run `pip install -e '.[timm]'`, or set {without}",
         )

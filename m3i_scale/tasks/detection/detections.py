@@ -70,7 +70,7 @@ def check_library(where: str = "detection") -> None:
         raise ConfigError(
             "faster-coco-eval, which evaluates boxes and masks, is not installed",
             where=where,
-            fix="run `pip install 'm3i-scale[detection]'`",
+            fix="run `pip install -e '.[detection]'`",
         )
 
 
