@@ -85,10 +85,10 @@ def evaluate(
     Args:
         model: a folder from `export`, or any folder with a vision model of `transformers`.
         data: test shards.
-        train_data: training shards of kNN and the linear probes.
+        train_data: training shards of the probes.
         measures: knn, few_shot, linear, dense, classifier, zero_shot, retrieval; or segmenter or detector. Default: all
             that the model supports.
-        pool: image features of kNN and linear probe: mean of the patch tokens, class token, or both.
+        pool: image features of the probes: mean of the patch tokens, class token, or both.
         batch_size: images per forward pass.
         device: auto, cpu, cuda, cuda:1, …
 

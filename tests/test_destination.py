@@ -22,6 +22,7 @@ WRITERS = {
     "recipes show m3i --output": "recipe.md",
     "init /data/photos --output": "run.yaml",
     "evaluate /data/export --data /data/shards --pictures": "pictures",
+    "evaluate /data/export --data /data/shards --output": "evaluation.json",
     "embed /data/export --data /data/photos --output": "features.npz",
     "compare /data/a /data/b --data /data/shards --output": "page.html",
     "export /data/run --output": "export",

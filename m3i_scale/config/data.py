@@ -167,8 +167,9 @@ class DatasetConfig(Section):
     """Settings of one dataset of the mixture."""
 
     path: Annotated[str, InHome]
-    """Location of the shards: a folder of .tar files, a brace pattern such as /data/cc12m/{00000..01242}.tar, or one
-    shard. Either a path or an address with http(s)://, s3://, gs:// or hf:// (docs/guides/prepare-data.md)."""
+    """Location of the data: a folder of shards (.tar files) or of images, a brace pattern such as
+    /data/cc12m/{00000..01242}.tar, or one shard. Either a path or an address with http(s)://, s3://, gs:// or hf://
+    (docs/guides/prepare-data.md)."""
     weight: float | list[tuple[int, float]] = 1.0
     """Sampling weight relative to the other datasets; 0 disables the dataset. Or a schedule: a list of [samples seen by
     the run, weight], starting at 0 samples, linear between points and constant after the last one."""

@@ -21,20 +21,29 @@ WhereOf = Callable[[KeyPath], str]
 _BRANCHES = ("float", "int", "str", "constrained-float")
 """Path components that pydantic adds for the members of a union, as if they were keys."""
 
-_PLAIN = {
-    r"^\w+ should": "must",
-    r"^Input is not a valid path.*": "must be a path",
-    r" valid|, (unable|got).*| after validation.*": "",
-    "a integer": "an integer",
-    "a boolean": "true or false",
-    "a tuple": "a list",
-    "greater than or equal to": "at least",
-    "less than or equal to": "at most",
-    "True": "true",
-    "False": "false",
+_INTEGER, _NUMBER, _LIST = "must be an integer", "must be a number", "must be a list"
+_RULES = {
+    "int_type": _INTEGER,
+    "int_parsing": _INTEGER,
+    "int_from_float": _INTEGER,
+    "int_parsing_size": "must be a smaller integer",
+    "float_type": _NUMBER,
+    "float_parsing": _NUMBER,
+    "finite_number": "must be a finite number",
+    "bool_type": "must be true or false",
+    "bool_parsing": "must be true or false",
+    "string_type": "must be a string",
+    "path_type": "must be a path",
+    "list_type": _LIST,
+    "tuple_type": _LIST,
+    "dict_type": "must be a section",
+    "literal_error": "must be {expected}",
+    "greater_than": "must be greater than {gt:g}",
+    "greater_than_equal": "must be at least {ge:g}",
+    "less_than": "must be less than {lt:g}",
+    "less_than_equal": "must be at most {le:g}",
 }
-"""Replacements in pydantic's messages."""
-_EXAMPLES = {"integer": 100, "number": 0.5, "list": "[A,B]", "dictionary": "{A: B}", "string": "NAME", "path": "FOLDER"}
+"""Rules by pydantic's type of error; for other types, its message is used."""
 
 HINTS = {
     "epochs": "optim.steps (samples × epochs / optim.batch_size); of one dataset: data.datasets.NAME.epochs",
@@ -128,7 +137,7 @@ def origin(place: KeyPath, overrides: Sequence[str], path: Path) -> str:
 
 
 def _without_branches(place: KeyPath) -> list[int | str]:
-    return [part for part in place if part not in _BRANCHES and not str(part).startswith("list[")]
+    return [part for part in place if part not in _BRANCHES and "[" not in str(part)]  # tuple[float, float]
 
 
 def _section_at(kind: type[BaseModel], values: Any, path: KeyPath) -> type[BaseModel]:
@@ -166,25 +175,33 @@ def _explain(kind: type[BaseModel], values: Any, detail: Any, where: str, below:
     if detail["type"] == "model_type":
         section = _section_at(kind, values, detail["loc"])
         required = [name for name, field in section.model_fields.items() if field.is_required()]
-        keys = " or ".join(f"{key}.{name}=…" for name in required or section.model_fields)
-        return ConfigError(
-            f"'{key}' must be a section, got {redact_text(repr(detail['input']))}", where=where, fix=f"set {keys}"
-        )
+        keys = " or ".join(f"{key}.{name}=…" for name in required or [*section.model_fields][:3])
+        return ConfigError(f"'{key}' must be a section, got {_got(detail['input'])}", where=where, fix=f"set {keys}")
     if detail["type"] == "value_error":  # one of our rules: its message is complete
         rule = detail["ctx"]["error"]
         return ConfigError(f"'{key}': {rule}" if key else str(rule), where=where, fix=getattr(rule, "fix", None))
-    context, rule = detail.get("ctx", {}), detail["msg"]
-    for pattern, plain in _PLAIN.items():
-        rule = re.sub(pattern, plain, rule)
+    context = detail.get("ctx", {})
+    rule = _RULES[detail["type"]].format(**context) if detail["type"] in _RULES else f"is invalid: {detail['msg']}"
     value = context.get("leaf", detail["input"])
-    got = "null" if value is None else redact_text(repr(value))
-    if isinstance(value, bool):
-        got = "true (YAML reads on, yes as true)" if value else "false (YAML reads off, no as false)"
-    limit = context.get("ge", context.get("le", "VALUE"))
-    fix = usual or f"e.g. {key}={next((example for word, example in _EXAMPLES.items() if word in rule), limit)}"
+    fix = usual or f"correct the value of {key}"
     if detail["type"] == "literal_error":
-        fix = did_you_mean(str(value), re.findall(r"[^', ]+", rule.removeprefix("must be ").replace(" or ", ", ")))
-    return ConfigError(f"'{key}{context.get('key', '')}' {rule}, got {got}", where=where, fix=fix)
+        rule = rule.replace("True", "true").replace("False", "false")  # as in YAML
+        fix = _nearest_choice(key, value, context["expected"], fix)
+    return ConfigError(f"'{key}{context.get('key', '')}' {rule}, got {_got(value)}", where=where, fix=fix)
+
+
+def _got(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true (YAML reads on, yes as true)" if value else "false (YAML reads off, no as false)"
+    return "null" if value is None else redact_text(repr(value))
+
+
+def _nearest_choice(key: str, value: Any, expected: str, fix: str) -> str:
+    """Suggest one of the `expected` words: what YAML has read as a boolean, in quotes, or a similar word."""
+    choices, word = re.findall(r"'([^']+)'", expected), "on" if value else "off"
+    if isinstance(value, bool) and word in choices:
+        return f"quote the value, e.g. '{key}=\"{word}\"'"
+    return did_you_mean(value, choices, fix) if isinstance(value, str) and value.lower() != "none" else fix
 
 
 def _nearest(kind: type[BaseModel], values: Any, path: KeyPath) -> str:
@@ -229,6 +246,6 @@ def _usual_value(kind: type[BaseModel], values: Any, path: KeyPath, key: str) ->
     if isinstance(field.annotation, type) and issubclass(field.annotation, Kind):
         choices = field.annotation.choices()
     if choices:
-        return f"use one of: {', '.join(map(str, choices))}"
+        return f"use one of: {', '.join(map(str, choices))}".replace("True", "true").replace("False", "false")
     default = json.dumps(field.default, separators=(",", ":"), default=lambda _: "null").strip('"')
     return None if default in ("", "null") else f"{re.sub(r'([.][0-9]+)+$', '', key)}={default} (the default)"

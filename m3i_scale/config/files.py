@@ -66,7 +66,7 @@ def find_run_file(name_or_path: str) -> Path:
             fix=f"`m3i-scale init {shlex.quote(name_or_path)}` writes a config file for a folder of images",
         )
     what = f"no config file '{redact_text(name_or_path)}', and no built-in config of that name"
-    if "=" in name_or_path:
+    if re.match(r"[A-Za-z_][\w.-]*=", name_or_path):
         raise ConfigError(what, fix="put the config file first, then settings, e.g. `run.yaml optim.lr=3e-4`")
     fix = did_you_mean(name_or_path, built_in, similar_path(path, "check the path."))
     raise ConfigError(what, where=str(path.absolute()), fix=f"{fix} `m3i-scale recipes` lists the built-in recipes")

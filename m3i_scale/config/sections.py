@@ -86,7 +86,8 @@ class Section(BaseModel):
         types = set(_types_in(annotation))
         for key, leaf in _leaves(value):
             if isinstance(leaf, bool) and types & {int, float} and bool not in types:
-                raise PydanticCustomError("float_type", "must be a number", {"key": key and f".{key}", "leaf": leaf})
+                kind = "float_type" if float in types else "int_type"
+                raise PydanticCustomError(kind, "is a boolean", {"key": key and f".{key}", "leaf": leaf})
         return value
 
 

@@ -37,17 +37,21 @@ def has_fast_bf16() -> bool:
     if name == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if name == "cpu":
-        cpu = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").split()
-        return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(cpu)  # x86 and ARM
+        with contextlib.suppress(OSError):
+            flags = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").split()
+            return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(flags)  # x86 and ARM
     return bool(get_accelerator().is_bf16_supported())
 
 
 def precision_warnings(ds_config: dict[str, Any]) -> list[str]:
-    """Return a warning if a run in bf16 is on a device that emulates it: on a CPU, training took ten times longer."""
+    """Return a warning if a run in bf16 is on a device that emulates it, which is several times slower on a CPU."""
     if precision(ds_config) != "bf16" or has_fast_bf16():
         return []
-    device, other = ("CPU", "zero3_cpu_fp32") if get_accelerator().device_name() == "cpu" else ("GPU", "zero3_fp16")
-    return [f"this {device} has no bf16 instructions, and emulating them is slow. Fix: deepspeed={other}"]
+    on_cpu = get_accelerator().device_name() == "cpu"
+    fix = "fp32, e.g. deepspeed=zero3_cpu_fp32" if on_cpu else "fp16, e.g. deepspeed=zero3_fp16"
+    return [
+        f"{'this CPU' if on_cpu else 'this device'} has no bf16 instructions, and emulation is slow. Fix: use {fix}"
+    ]
 
 
 def dtype_name(dtype: torch.dtype | None) -> str:

@@ -87,7 +87,8 @@ def start_ranks(
         awaited = awaited_build(builder.name)
         if awaited is not None and os.environ["LOCAL_RANK"] == "0":
             tell(awaited)
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints that it has loaded an extension, on every rank
+    # On a CPU, every rank prints that it has loaded the extension.
+    with contextlib.nullcontext() if builder is None else contextlib.redirect_stdout(io.StringIO()):
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=timeout)
     join_host_group(timeout)
     if local is not None:

@@ -4,7 +4,6 @@ functions."""
 from __future__ import annotations
 
 import base64
-import json
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -18,7 +17,7 @@ from rich.text import Text
 from m3i_scale import __version__
 from m3i_scale.errors import ConfigError
 from m3i_scale.evaluation.report import render, warning_lines
-from m3i_scale.files import atomic_write
+from m3i_scale.files import write_json
 from m3i_scale.options import AsJson, Imports, choices, reading_bar, writes_to
 from m3i_scale.output import print_result
 from m3i_scale.text import without_secrets
@@ -29,7 +28,7 @@ if TYPE_CHECKING:
 _PROBES = ("knn", "few_shot", "linear", "dense")
 _TEXT = ("zero_shot", "retrieval")
 Pooling = Annotated[
-    str, typer.Option(**choices("mean", "cls", "both"), help="Image features of kNN and linear probe: which tokens.")
+    str, typer.Option(**choices("mean", "cls", "both"), help="Image features of the probes: which tokens.")
 ]
 BatchSize = Annotated[int | None, typer.Option(metavar="N", help="Images per forward pass; default: 64.")]
 Device = Annotated[str, typer.Option(metavar="DEVICE", help="auto, cpu, cuda, cuda:1, …")]
@@ -93,8 +92,10 @@ def evaluate(
     from m3i_scale.evaluation.towers import TEMPLATES
 
     import_given(imports)
-    if output is not None and not output.parent.is_dir():
-        raise ConfigError("no such folder", where=f"--output {output}", fix=f"mkdir -p {output.parent}")
+    if output is not None and (output.is_dir() or not output.parent.is_dir()):
+        raise ConfigError(
+            "--output must be a file in an existing folder", where=str(output), fix="use another --output"
+        )
     with reading_bar() as progress:
         result = run_evaluation(
             model_dir,
@@ -112,9 +113,9 @@ def evaluate(
             picture_samples=picture_samples.split(",") if picture_samples is not None else None,
             progress=progress,
         )
-    if output is not None:
-        atomic_write(output, json.dumps(result, indent=1, allow_nan=False))
     print_result(as_json, result, lambda: render(result))
+    if output is not None:
+        write_json(output, result)
 
 
 def compare(

@@ -49,9 +49,9 @@ def evaluate(
     Args:
         model_dir: a folder from `m3i-scale export`, or any Hub folder of a vision model (then without text metrics).
         data: test shards: a folder, a brace pattern or one .tar.
-        train_data: training shards of the probes; required by kNN and the linear probes.
+        train_data: training shards of the probes; required by them.
         measures: a subset of `MEASURES`, or only one of `MODELS`; default: all that the model supports.
-        pool: image features of kNN and linear probe: mean of the patch tokens, class token, or both.
+        pool: image features of the probes: mean of the patch tokens, class token, or both.
         baseline: `pixels` also runs the probes on the raw 32 × 32 image.
         exclude_groups: skip samples with one of these values as `group` in their json field.
         templates: zero-shot prompts; `{}` is replaced by the class name.

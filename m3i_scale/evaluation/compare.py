@@ -70,7 +70,7 @@ def compare(
         data: a folder with shards in `train` and `val`, as written by `m3i-scale shards make`.
         general: another such folder, to measure catastrophic forgetting.
         measures: a subset of `COMPARED`; default: all.
-        pool: image features of kNN and linear probe: mean of the patch tokens, class token, or both.
+        pool: image features of the probes: mean of the patch tokens, class token, or both.
         batch_size: images per forward pass (default: `IMAGES`).
         device: auto (CUDA if available), cpu, cuda, cuda:1, …
         draw: also draw the patch features of both models side by side.

@@ -91,7 +91,8 @@ def measure_few_shot(
         predicted = few_shot_predict(*features, shots=shots, draws=DRAWS)
         right[f"k={shots}"] = mean_of((predicted == truth).mean(axis=0), clusters.take(asked))
     figures = {label: found.estimate.as_dict() for label, found in right.items()}
-    return {**figures, **guessing(labels, truth), "draws": DRAWS}, right
+    notes = [f"few_shot k={shots}: a class has {smallest} training samples" for shots in SHOTS if shots > smallest]
+    return {**figures, **guessing(labels, truth), "draws": DRAWS, "notes": notes}, right
 
 
 def measure_linear(

@@ -80,12 +80,12 @@ def few_shot_predict(
     center_D = train_ND.mean(axis=0)
     train, test = unit_rows(train_ND - center_D), unit_rows(test_MD - center_D)
     classes = np.unique(train_labels_N)
+    members = [np.flatnonzero(train_labels_N == label) for label in classes]
     predicted = []
     for draw in range(draws):
         generator = np.random.default_rng([_SEED, draw])
-        of_class = [generator.permutation(np.flatnonzero(train_labels_N == label))[:shots] for label in classes]
-        means_KD = np.stack([train[chosen].mean(axis=0) for chosen in of_class])
-        distance_MK = (means_KD**2).sum(axis=1) - 2 * test @ means_KD.T  # without the constant |test|²
+        means_KD = np.stack([train[generator.permutation(of_class)[:shots]].mean(axis=0) for of_class in members])
+        distance_MK = (means_KD**2).sum(axis=1) - test @ (2 * means_KD.T)  # without the constant |test|²
         predicted.append(classes[distance_MK.argmin(axis=1)])
     return np.stack(predicted)
 

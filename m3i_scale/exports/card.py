@@ -13,7 +13,7 @@ from m3i_scale import __version__
 from m3i_scale.backbones.build import backbone_config
 from m3i_scale.backbones.families import family_of
 from m3i_scale.exports.source import Source, model_files, training_records
-from m3i_scale.text import estimates
+from m3i_scale.text import estimates, redact_text
 
 _PIPELINES = {
     "features": "image-feature-extraction",
@@ -77,7 +77,7 @@ def render_card(source: Source, provenance: dict[str, Any], config: dict[str, An
         max_tokens=source.run.text.max_tokens,
         vocab_size=source.vocab_size,
         recipe=source.recipe.summary(),
-        description=source.run.description,
+        description=redact_text(source.run.description),
         optim=source.run.optim.model_dump(mode="json"),
         curve=_table(provenance["curve"]),
         evaluation_rows=list(evaluation_rows(evaluation["measures"])) if evaluation else [],

@@ -61,7 +61,7 @@ def export(
         wanted: model and format of the export; default: features, for `AutoModel`.
         overwrite: replace an earlier export. Any other non-empty folder is an error.
         license_id: license of the weights for the model card, as a Hub license id.
-        evaluation_file: output of `m3i-scale evaluate --json`; default: evaluation.json of the run, if any.
+        evaluation_file: output of `m3i-scale evaluate --output`; default: evaluation.json of the run, if any.
 
     Returns:
         Provenance: checkpoint, step, files with hashes, verification results, skipped checkpoints.

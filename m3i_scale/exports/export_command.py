@@ -48,7 +48,7 @@ def export(
     ] = "other",
     evaluation: Annotated[
         Path | None,
-        typer.Option(help="Output of `evaluate --json` for the model card. Default: evaluation.json of the run."),
+        typer.Option(help="Output of `evaluate --output` for the model card. Default: evaluation.json of the run."),
     ] = None,
     push: Annotated[
         str | None, typer.Option(metavar="USER/NAME", help="Upload to this private repository of the Hub.")

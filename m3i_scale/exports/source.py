@@ -261,7 +261,7 @@ def describe_data(source: Source) -> list[dict[str, Any]]:
 
 
 def evaluation_of(source: Source, weights: str, given: Path | None = None) -> tuple[dict[str, Any] | None, str | None]:
-    """Read the output of `m3i-scale evaluate --json`: the given file, or evaluation.json of the run if it exists.
+    """Read the output of `m3i-scale evaluate --output`: the given file, or evaluation.json of the run if it exists.
 
     Return the document, or None if it is missing. If the run's file is for another model or other weights (`student` or
     `ema`), return None and a warning. For a given file, this is an error.

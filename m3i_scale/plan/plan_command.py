@@ -164,7 +164,9 @@ def _memory(document: dict[str, Any], width: float) -> Table:
 def _figures(document: dict[str, Any]) -> Table:
     counts, links = document["parameters"], document["comm_gib_per_step_by_link"]
     table = Table("", "", box=None, show_header=False)
-    parameters = ", ".join(f"{count / 1e6:,.1f}M {role}" for role, count in counts.items() if count)
+    parameters = ", ".join(
+        f"{count / 1e6:,.1f}M {role.replace('ema', 'EMA')}" for role, count in counts.items() if count
+    )
     table.add_row("parameters", parameters)
     table.add_row("compute", f"{document['flop_per_sample'] / 1e12:.3g} TFLOP/sample, including recomputation")
     traffic = f"{links['intra']:.3g} GiB within a node, {links['inter']:.3g} GiB between nodes, per rank and step"

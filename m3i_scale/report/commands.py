@@ -67,7 +67,7 @@ def report(
     ] = Path("report.html"),
     evaluation: Annotated[
         list[Path] | None,
-        typer.Option(help="Output of `evaluate --json` to add to the results in the run folders."),
+        typer.Option(help="Output of `evaluate --output` to add to the results in the run folders."),
     ] = None,
     pictures: Annotated[
         list[Path] | None,

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from tempfile import TemporaryFile
 from typing import ParamSpec, TypeVar
 
 import torch
@@ -93,7 +92,6 @@ def examine(
             checked.unpacked_counts = {} if checks.unpacked is None else checks.unpacked.sample_counts
         checked.resolved = checks.resolve()
         if ErrorCollector().collect(check_output_dir, run.output_dir) is not None:
-            checks.collect("output_dir", _check_writable, run.output_dir)
             checks.collect("backbone", _check_weights, run)
             if checks.unpacked is None:  # otherwise the tokenizer of the checkpoint is not known yet
                 checked.resume_from = checks.collect(
@@ -102,17 +100,6 @@ def examine(
     for error in errors.errors:
         error.where = error.where or str(find_run_file(name_or_path))
     return checked
-
-
-def _check_writable(output_dir: Path) -> None:
-    """Check that files can be created in the output directory, or in its nearest existing parent."""
-    above = next(path for path in (output_dir, *output_dir.parents) if path.exists())
-    try:
-        TemporaryFile(dir=above).close()  # `os.access` approves /proc for root
-    except OSError as error:
-        what = f"output_dir must be writable, but no file can be created in '{above.absolute()}': {error.strerror}"
-        fix = "make it writable, or set another output_dir"
-        raise ConfigError(what, where=f"output_dir: {output_dir}", fix=fix) from None
 
 
 def _check_weights(run: RunConfig) -> None:

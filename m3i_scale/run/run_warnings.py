@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
+from tempfile import TemporaryFile
 
 from m3i_scale.backbones.build import backbone_source
 from m3i_scale.backbones.families import family_of
@@ -65,8 +66,19 @@ def warnings_of(
         run = load_run(name_or_path, overrides)
     except UserError:  # reported by `errors_of`
         return []
-    warnings = command_warnings(run, name_or_path, overrides or [])
+    warnings = command_warnings(run, name_or_path, overrides or []) + _output_warnings(run)
     return warnings + run_warnings(run, ask_servers=ask_servers, unpacked=unpacked)
+
+
+def _output_warnings(run: RunConfig) -> list[str]:
+    """Return a warning if this machine, which may not be of the run, cannot create files in the output directory."""
+    above = next(path for path in (run.output_dir, *run.output_dir.parents) if path.exists())
+    try:
+        TemporaryFile(dir=above).close()  # `os.access` approves /proc for root
+    except OSError as error:
+        why = f"no file can be created in '{above.absolute()}' on this machine: {error.strerror}"
+        return [f"output_dir: {why}. Fix: make it writable"]
+    return []
 
 
 def run_warnings(run: RunConfig, *, ask_servers: bool = True, unpacked: Mapping[str, int] | None = None) -> list[str]:

@@ -75,3 +75,4 @@ def test_shots_that_a_class_does_not_have_are_not_measured():
     found = measured(per_class=4)
     assert "k=1" in found
     assert "k=5" not in found
+    assert found["notes"] == ["few_shot k=5: a class has 4 training samples"]

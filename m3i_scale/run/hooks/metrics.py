@@ -165,8 +165,8 @@ def _warnings(record: StepRecord) -> Iterator[RunWarning]:
             "speed",
             "MFU cannot be computed: the peak of the device is too low",
             f"all ranks compute {figures['perf/flops_per_s'] / 1e12:.3g} TFLOP/s, more than the peak",
-            "hardware.peak_tflops, in TFLOP/s of one device; a measured peak is too low if the machine was busy at the "
-            "start",
+            "set hardware.peak_tflops to the TFLOP/s of one device; a measured peak is too low if the machine was busy "
+            "at the start",
         )
     for name in ("dense", "pooled"):
         value = figures.get(f"health/{name}_std")
