@@ -32,7 +32,7 @@ def compute_dtype(ds_config: dict[str, Any]) -> torch.dtype:
 
 def has_fast_bf16() -> bool:
     """Return whether the accelerator has bf16 instructions. `is_bf16_supported` of DeepSpeed also accepts devices that
-    emulate bf16, such as V100, T4 and many CPUs, where it is slower than fp32."""
+    emulate bf16, such as V100, T4 and many CPUs, although it is slower than fp32."""
     name = get_accelerator().device_name()
     if name == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))

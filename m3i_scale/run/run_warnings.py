@@ -72,8 +72,9 @@ def warnings_of(
 
 def _output_warnings(run: RunConfig) -> list[str]:
     """Return a warning if this machine, which may not be of the run, cannot create files in the output directory."""
-    above = next(path for path in (run.output_dir, *run.output_dir.parents) if path.exists())
+    above = run.output_dir
     try:
+        above = next(path for path in (run.output_dir, *run.output_dir.parents) if path.exists())
         TemporaryFile(dir=above).close()  # `os.access` approves /proc for root
     except OSError as error:
         why = f"no file can be created in '{above.absolute()}' on this machine: {error.strerror}"

@@ -25,7 +25,7 @@ from m3i_scale.errors import AggregateError, ConfigError, UserError
 from m3i_scale.objective import build
 from m3i_scale.run.check import errors_of, resolve_run
 from m3i_scale.run.flops import Work, step_flop
-from m3i_scale.run.run_warnings import warnings_of
+from m3i_scale.run.run_warnings import _output_warnings, warnings_of
 from m3i_scale.run.summary import time_line
 from m3i_scale.text import duration_text
 
@@ -53,6 +53,17 @@ def test_an_output_directory_that_cannot_be_written_here_is_a_warning(shards: Pa
     assert [text for text in warnings_of(run_file, ["output_dir=/proc/foo/bar"]) if "'/proc'" in text]
     (error,) = errors_of(run_file, [f"output_dir={write_run(tmp_path, shards, 'm3i') / 'out'}"])  # below a file
     assert error.fix
+
+
+def test_an_output_directory_below_a_locked_folder_is_a_warning(shards: Path, tmp_path: Path, monkeypatch) -> None:
+    run = load_run(str(write_run(tmp_path, shards, "m3i")))
+
+    def locked(path: Path) -> bool:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "exists", locked)
+    (text,) = _output_warnings(run)
+    assert "Permission denied" in text
 
 
 def test_faults_of_all_kinds_are_told_at_once(shards: Path, tmp_path: Path) -> None:
