@@ -43,6 +43,11 @@ from m3i_scale.errors import ConfigError
             "correct the value of data.augment.scale_jitter",
         ),
         (
+            "data.datasets.a={path: x, weight: [[0, x]]}",  # pydantic adds the union's member to the key
+            "'data.datasets.a.weight.0.1' must be a number, got 'x'",
+            "data.datasets.a.weight=1.0 (the default)",
+        ),
+        (
             "log.wandb=off",
             "'log.wandb' must be 'off', 'offline' or 'online', got false (YAML reads off, no as false)",
             "quote the value, e.g. 'log.wandb=\"off\"'",
