@@ -98,11 +98,12 @@ def train_run(run: str, overrides: list[str], gpus: int | None = None) -> int:
     config, _ = load_run_and_recipe(run, overrides)
     if processes > 1:
         return train_in_processes(config, run, overrides, processes)
+    from m3i_scale.evaluation.online import make_online_evaluation
     from m3i_scale.evaluation.pictures.hook import make_pictures
     from m3i_scale.run.run_warnings import command_warnings
     from m3i_scale.run.train import start
 
-    status = start(config, command_warnings(config, run, overrides), [make_pictures])
+    status = start(config, command_warnings(config, run, overrides), [make_online_evaluation, make_pictures])
     return EXIT_PREEMPTED if status == "preempted" else 0
 
 

@@ -13,6 +13,7 @@ from m3i_scale.checkpoint.commit import discard, point_latest
 from m3i_scale.checkpoint.layout import checkpoints, named_latest, step_of
 from m3i_scale.checkpoint.manifest import verify
 from m3i_scale.config import KeepBestConfig, RetentionConfig, RunConfig
+from m3i_scale.config.run_control import ONLINE_METRICS, PROBES, WITH_TEXT, OnlineEvaluationConfig
 from m3i_scale.errors import CheckpointError, ConfigError, did_you_mean
 from m3i_scale.files import folder_bytes, read_json_lines
 from m3i_scale.host.output_dir import METRICS
@@ -22,7 +23,9 @@ Metrics = Mapping[int, Mapping[str, float]]
 """Evaluation metrics, by step."""
 PREFIX = "evaluation/"
 LAST_GOOD = "the last good one, though larger than the limit"
-_BETTER = {"loss": "min", "nats": "max", "miou": "max", "box_ap": "max", "mask_ap": "max", "top_1": "max"}
+_BETTER = {"loss": "min", "nats": "max", "miou": "max", "box_ap": "max", "mask_ap": "max", "top_1": "max"} | {
+    name: "min" if metric == "patches" else "max" for metric, names in ONLINE_METRICS.items() for name in names
+}
 """Whether lower or higher values are better. Metrics of user-defined targets are not listed."""
 
 
@@ -155,15 +158,15 @@ def _by_weight(
 
 
 def evaluations(output_dir: Path) -> dict[int, dict[str, float]]:
-    """Return the metrics of the last evaluation at each step, from the run's metrics.jsonl. The file no longer has
-    lines of steps that a resumed run repeats, so all metrics belong to current weights."""
+    """Return the metrics of the evaluations at each step, from the run's metrics.jsonl. The file no longer has lines of
+    steps that a resumed run repeats, so all metrics belong to current weights."""
     by_step: dict[int, dict[str, float]] = {}
     path = output_dir / METRICS
     try:
         for record in read_json_lines(path, containing='"kind": "evaluation"'):
             with contextlib.suppress(ValueError, KeyError, TypeError):  # not written by this package
                 figures = {name: float(value) for name, value in record.items() if name.startswith(PREFIX)}
-                by_step[int(record["step"])] = figures
+                by_step.setdefault(int(record["step"]), {}).update(figures)
     except FileNotFoundError:
         return by_step
     except OSError as error:
@@ -187,6 +190,19 @@ def evaluated_metrics(recipe: Recipe) -> set[str]:
     return names
 
 
+def online_metrics(online: OnlineEvaluationConfig, recipe: Recipe) -> set[str]:
+    """Return the names of all metrics that the online evaluation of this recipe can write."""
+    encoders = ["student"] if recipe.ema is None else ["student", "ema"]
+    return {
+        f"{PREFIX}{encoder}/{name}"
+        for metric in online.metrics or ONLINE_METRICS
+        for encoder in (encoders[:1] if metric in WITH_TEXT else encoders)
+        for name in ONLINE_METRICS[metric]
+        if (online.train_data is not None or metric not in PROBES)
+        and (recipe.uses_text_tower or metric not in WITH_TEXT)
+    }
+
+
 def check_retention(run: RunConfig, recipe: Recipe) -> None:
     """Validate that the retention rules of `checkpoint` have an effect and that the run produces their metrics."""
     checkpoint = run.checkpoint
@@ -202,14 +218,20 @@ def check_retention(run: RunConfig, recipe: Recipe) -> None:
 
 
 def _check_best(run: RunConfig, recipe: Recipe, best: KeepBestConfig) -> None:
-    metric = best.metric
-    evaluates, saves = run.evaluation.every_steps, run.checkpoint.every_steps
-    known = evaluated_metrics(recipe)
-    if not evaluates:
+    metric, saves = best.metric, run.checkpoint.every_steps
+    key, evaluates, known = "evaluation.every_steps", run.evaluation.every_steps, set[str]()
+    if evaluates:
+        known |= evaluated_metrics(recipe)
+    if (online := run.evaluation.online) is not None:
+        measured = online_metrics(online, recipe)
+        known |= measured
+        if metric in measured or not evaluates:
+            key, evaluates = "evaluation.online.every_steps", online.every_steps
+    if not known:
         raise ConfigError(
             "checkpoint.keep_best has no effect: the run evaluates nothing",
             where="evaluation.every_steps: 0",
-            fix=f"set evaluation.every_steps={saves} and data.validation",
+            fix=f"set evaluation.every_steps={saves} and data.validation, or evaluation.online",
         )
     if metric not in known:
         near = did_you_mean(metric if metric.startswith(PREFIX) else PREFIX + metric.partition("/")[2], known)
@@ -225,9 +247,9 @@ def _check_best(run: RunConfig, recipe: Recipe, best: KeepBestConfig) -> None:
         )
     if not _meet(saves, evaluates, run.optim.steps):
         raise ConfigError(
-            "checkpoint.keep_best has no effect: no checkpoint is saved at a step that is evaluated",
-            where=f"checkpoint.every_steps: {saves}, evaluation.every_steps: {evaluates}",
-            fix=f"evaluation.every_steps={saves}",
+            "checkpoint.keep_best has no effect: at most the last checkpoint is saved at a step that is evaluated",
+            where=f"checkpoint.every_steps: {saves}, {key}: {evaluates}",
+            fix=f"{key}={saves}",
         )
 
 

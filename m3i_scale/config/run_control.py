@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
-from m3i_scale.config.sections import MAX_WAIT_S, InHome, Section
+from m3i_scale.config.sections import MAX_WAIT_S, FixableError, InHome, Section
 from m3i_scale.text import GIB
 
 
@@ -94,13 +94,62 @@ class TimeoutsConfig(Section):
     """Collective timeout within a training step."""
 
 
+OnlineMetric = Literal["knn", "linear", "rankme", "patches", "zero_shot", "retrieval"]
+ONLINE_METRICS: dict[OnlineMetric, tuple[str, ...]] = {
+    "knn": ("knn",),
+    "linear": ("linear",),
+    "rankme": ("rankme",),
+    "patches": ("patch_similarity", "high_norm_tokens"),
+    "zero_shot": ("zero_shot",),
+    "retrieval": ("image_to_text_r1", "text_to_image_r1"),
+}
+"""Names that the online evaluation writes for each value of `metrics`: evaluation/<student or ema>/<name>."""
+PROBES: tuple[OnlineMetric, ...] = ("knn", "linear")
+"""Online metrics that need labels and `train_data`."""
+WITH_TEXT: tuple[OnlineMetric, ...] = ("zero_shot", "retrieval")
+"""Online metrics that need a text target in the recipe. They are measured for the student only."""
+
+
+class OnlineEvaluationConfig(Section):
+    """Settings of the online evaluation: metrics of frozen features during training, of the student and of the EMA
+    teacher, on the same center crops each time. It does not change the run."""
+
+    every_steps: int = Field(default=1_000, ge=1)
+    """Evaluate every N optimizer steps, and at the first and last step."""
+    data: Annotated[str, InHome]
+    """Test shards: a folder, a brace pattern or a URL. They must not be training data."""
+    train_data: Annotated[str, InHome] | None = None
+    """Labeled shards for knn and linear. They can be training data of the run. Default: knn and linear are omitted."""
+    metrics: list[OnlineMetric] | None = Field(default=None, min_length=1)
+    """Metrics (docs/guides/monitor.md). Default: all that the recipe and the data support."""
+    samples: int = Field(default=2_000, ge=2)
+    """Maximum number of images from `data`, drawn once and kept in CPU memory, distributed over the ranks."""
+    train_samples: int = Field(default=4_000, ge=2)
+    """The same for `train_data`."""
+    pool: Literal["mean", "cls", "both"] = "mean"
+    """Image features: mean of the patch tokens, class token, or both concatenated."""
+
+    @model_validator(mode="after")
+    def _probes_have_training_data(self) -> Self:
+        probes = [name for name in self.metrics or () if name in PROBES]
+        if probes and self.train_data is None:
+            raise FixableError(
+                f"{' and '.join(probes)} must have labeled training images",
+                "set evaluation.online.train_data=/data/shards/train",
+                "train_data",
+            )
+        return self
+
+
 class EvaluationConfig(Section):
-    """Settings of the evaluation during training: losses on data.validation."""
+    """Settings of evaluations during training: losses on data.validation, and metrics of frozen features."""
 
     every_steps: int = Field(default=0, ge=0)
-    """Evaluate every N optimizer steps. 0 disables the evaluation."""
+    """Compute the losses on data.validation every N optimizer steps. 0 disables it."""
     batches: int = Field(default=8, ge=1)
-    """Number of micro-batches per rank. Every evaluation uses the same ones."""
+    """Number of micro-batches per rank for the losses. Every evaluation uses the same ones."""
+    online: OnlineEvaluationConfig | None = None
+    """Metrics of frozen features: kNN, linear probe, RankMe, zero-shot, retrieval. Default: off."""
 
 
 class SpikeConfig(Section):

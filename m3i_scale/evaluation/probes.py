@@ -130,10 +130,28 @@ def linear_probe(
         if _declines(list(selection.values())):
             break
     best = max(selection, key=lambda strength: (selection[strength], -strength))  # ties: the stronger regularization
-    probe, scaler = _probe(), StandardScaler().fit(train_ND)
-    converged = _fit(probe, scaler.transform(train_ND), train_labels_N, best)
-    predicted_M = np.asarray(probe.predict(scaler.transform(test_MD)), dtype=np.int64)
+    predicted_M, converged = linear_predict(train_ND, train_labels_N, test_MD, best)
     return LinearProbe(predicted_M, best, selection, converged)
+
+
+def linear_predict(
+    train_ND: NDArray[np.float32], train_labels_N: NDArray[np.int64], test_MD: NDArray[np.float32], strength: float
+) -> tuple[NDArray[np.int64], bool]:
+    """Fit logistic regression with C = `strength` on standardized features. Return the predicted classes (M), and
+    whether the fit converged. Raise NotMeasuredError if features are not finite."""
+    _check_finite(train_ND, test_MD)
+    probe, scaler = _probe(), StandardScaler().fit(train_ND)
+    converged = _fit(probe, scaler.transform(train_ND), train_labels_N, strength)
+    return np.asarray(probe.predict(scaler.transform(test_MD)), dtype=np.int64), converged
+
+
+def rankme(features_ND: NDArray[np.float32]) -> float:
+    """Return RankMe, exp of the entropy of the normalized singular values, from 1 (collapsed) to min(N, D): equation 2
+    of https://arxiv.org/abs/2210.02885. Raise NotMeasuredError if features are not finite."""
+    _check_finite(features_ND)
+    singular_K = np.linalg.svd(features_ND, compute_uv=False).astype(np.float64)
+    share_K = singular_K / max(singular_K.sum(), np.finfo(np.float64).tiny) + 1e-7
+    return float(np.exp(-(share_K * np.log(share_K)).sum()))
 
 
 def _check_finite(*features: NDArray[np.float32]) -> None:

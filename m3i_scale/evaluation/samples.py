@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from m3i_scale.config import DatasetConfig
 from m3i_scale.data.index import load_index
 from m3i_scale.data.reader import BadSampleError, ShardReader
-from m3i_scale.data.remote.access import Address
+from m3i_scale.data.remote.access import Access, Address
+from m3i_scale.data.scan import ShardIndex
 from m3i_scale.data.shards import expand_shards, read_label_sets
 from m3i_scale.errors import DataError, did_you_mean
 from m3i_scale.evaluation.decoding import DecodedSample, Decoder, EncodedSample, Sample, mapped_ahead
@@ -45,6 +46,10 @@ class Table:
     """Skipped samples, by reason."""
     bad_masks: Counter[str] = field(default_factory=Counter)
     """Unusable masks, by reason; their samples still count."""
+    indices: list[ShardIndex] | None = None
+    """Indices of the shards. None: they are built when samples are read."""
+    access: Access = field(default_factory=Access)
+    """Settings for remote shards."""
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -68,11 +73,11 @@ class Table:
         return None if not values or any(value is None for value in values) else [str(value) for value in values]
 
 
-def open_table(shards: str, where: str) -> Table:
+def open_table(shards: str, where: str, access: Access | None = None) -> Table:
     """Return the (still empty) table of a set of shards."""
-    paths = expand_shards(shards, where)
-    sets = read_label_sets({"data": DatasetConfig(path=shards)})
-    return Table(paths, next(iter(sets.values()), []))
+    paths = expand_shards(shards, where, access)
+    sets = read_label_sets({"data": DatasetConfig(path=shards)}, access)
+    return Table(paths, next(iter(sets.values()), []), access=access or Access())
 
 
 def read_samples(
@@ -119,8 +124,8 @@ def decode_samples(
 
 def _encoded(table: Table, places: Sequence[tuple[int, int]] | None = None) -> Iterator[EncodedSample]:
     """Yield samples of the table's shards without decoding them; see `read_samples`."""
-    with tempfile.TemporaryDirectory() as cache, contextlib.closing(ShardReader()) as reader:
-        indices = load_index(table.shards, Path(cache))
+    with tempfile.TemporaryDirectory() as cache, contextlib.closing(ShardReader(table.access)) as reader:
+        indices = table.indices or load_index(table.shards, Path(cache), access=table.access)
         every = ((shard, number) for shard, index in enumerate(indices) for number in range(len(index)))
         for shard, number in every if places is None else places:
             name = indices[shard].path.name

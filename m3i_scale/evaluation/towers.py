@@ -183,7 +183,8 @@ def class_embeddings(
     classes: list[str], encode: TextEncoder, templates: tuple[str, ...] = TEMPLATES
 ) -> NDArray[np.float32]:
     """Return one unit vector per class (K, E): the normalized mean of its prompts' embeddings."""
-    return unit_rows(np.stack([encode(prompts_of(name, templates)).mean(axis=0) for name in classes]))
+    prompts = [prompt for name in classes for prompt in prompts_of(name, templates)]
+    return unit_rows(encode(prompts).reshape(len(classes), len(templates), -1).mean(axis=1))
 
 
 def zero_shot_predict(images_NE: NDArray[np.float32], classes_KE: NDArray[np.float32]) -> NDArray[np.int64]:

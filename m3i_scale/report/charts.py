@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tsdownsample import MinMaxLTTBDownsampler
 
+from m3i_scale.config.run_control import ONLINE_METRICS
 from m3i_scale.report.run_files import SCORES, RunFiles
 
 PERCENT = "%"
@@ -24,6 +25,7 @@ _SUMMARISED = 6
 """Maximum number of curves with newest values in the text below a chart."""
 Points = tuple[NDArray[np.int64], NDArray[np.float64]]
 _ASKED = "/recent_asked"
+_ONLINE = frozenset(name for names in ONLINE_METRICS.values() for name in names)
 _IN_WORDS = {"": "", PERCENT: "", "0 to 1": " From 0 to 1."}
 
 
@@ -143,7 +145,7 @@ def evaluation_charts(runs: Sequence[RunFiles]) -> list[Chart]:
         Chart(
             f"evaluation_{kind}", "results", f"Evaluation: {SCORES.get(kind, kind.replace('_', ' '))}",
             PERCENT if kind in SCORES else "",
-            "On data.validation during training.",
+            "Features on evaluation.online.data." if kind in _ONLINE else "On data.validation during training.",
             rf"evaluation/(?:(.+)/)?{re.escape(kind)}",
         )
         for kind in kinds

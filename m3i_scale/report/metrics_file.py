@@ -109,11 +109,19 @@ class MetricsFile:
             if record is None:
                 self.unreadable += 1
             elif record["kind"] == "evaluation":
-                facts = {name: record[name] for name in _FACTS}
-                self.records["evaluation"].append(facts | numbers_of(record))
+                self._add_evaluation({name: record[name] for name in _FACTS} | numbers_of(record))
             elif record["kind"] != "train":
                 self.records[record["kind"]].append(record)
         self._add(steps)
+
+    def _add_evaluation(self, record: dict[str, Any]) -> None:
+        """Append an evaluation, or join it with another one of the same step: the losses and the online metrics are
+        separate lines."""
+        evaluations = self.records["evaluation"]
+        if evaluations and evaluations[-1]["step"] == record["step"]:
+            evaluations[-1] |= record
+        else:
+            evaluations.append(record)
 
     def _add(self, new: Steps) -> None:
         """Append the steps that are later than all previous ones, because a run writes no others."""

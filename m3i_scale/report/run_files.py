@@ -25,8 +25,16 @@ from m3i_scale.upgrade import upgrade_config
 
 Record = dict[str, Any]
 """A line of metrics.jsonl."""
-SCORES = {"top_1": "top-1", "miou": "mIoU", "box_ap": "box AP", "mask_ap": "mask AP"}
-"""Task metrics of evaluations during training, from 0 to 1: last part of the metric name, and its label."""
+ONLINE_SCORES = {
+    "knn": "kNN",
+    "linear": "linear probe",
+    "zero_shot": "zero-shot",
+    "image_to_text_r1": "image → text R@1",
+    "text_to_image_r1": "text → image R@1",
+}
+"""Metrics of the online evaluation from 0 to 1: last part of the metric name, and its label."""
+SCORES = {"top_1": "top-1", "miou": "mIoU", "box_ap": "box AP", "mask_ap": "mask AP"} | ONLINE_SCORES
+"""The same for all evaluations during training."""
 _RECENT = 20
 """Number of records for the mean step time, which determines the time left."""
 _LONGEST_LINE = 1 << 20
@@ -77,8 +85,10 @@ class RunFiles:
 
     @property
     def scores(self) -> dict[str, float]:
-        """Return the scores of the newest evaluation by their names in `SCORES`; for several heads, the best one."""
-        newest = self.evaluations[-1] if self.evaluations else {}
+        """Return the newest scores by their names in `SCORES`; of several heads or encoders, the best one."""
+        newest: Record = {}
+        for line in self.evaluations:
+            newest |= line
         found: dict[str, float] = {}
         for key, words in SCORES.items():
             values = [value for name, value in newest.items() if name.rpartition("/")[2] == key]

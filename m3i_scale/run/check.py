@@ -20,7 +20,7 @@ from m3i_scale.engine.compilation import check_compile
 from m3i_scale.engine.deepspeed.resolve import ResolvedConfig, check_accelerator, load_ds_config
 from m3i_scale.engine.device import check_deterministic, compute_dtype
 from m3i_scale.engine.peak import named_peak
-from m3i_scale.errors import ConfigError, ErrorCollector, UserError, error_prefix
+from m3i_scale.errors import ErrorCollector, UserError, error_prefix
 from m3i_scale.host.output_dir import check_output_dir
 from m3i_scale.objective.build import build_on_meta
 from m3i_scale.objective.fit import check_fit
@@ -29,6 +29,7 @@ from m3i_scale.objective.recipe import Recipe, load_run_and_recipe, parse_recipe
 from m3i_scale.objective.teacher import FrozenTeacher
 from m3i_scale.run.callbacks.loggers import trackers_of
 from m3i_scale.run.data_checks import DataFacts, check_batch, check_text, find_shards, read_facts
+from m3i_scale.run.evaluation_checks import check_evaluation, check_online
 from m3i_scale.run.resume import check_resume, find_resume
 from m3i_scale.run.setup import ResolvedRun, resolve_engine
 from m3i_scale.run.spike import check_guard
@@ -200,6 +201,8 @@ class Checks:
         facts = self.unpacked or DataFacts(run)
         if recipe is not None:
             self._check_without_data(recipe)
+            if run.evaluation.online is not None:
+                self.collect("evaluation data optim", check_online, run, recipe, run.evaluation.online)
             if self.holds("data"):
                 read = read_facts(run, recipe, access, self.errors, text=self.holds("text"))
                 facts = read if self.unpacked is None else self.unpacked
@@ -228,7 +231,7 @@ class Checks:
     def _check_without_data(self, recipe: Recipe) -> None:
         run = self.run
         self.errors.collect(check_text, run, recipe)
-        self.collect("evaluation data optim", _check_evaluation, run)
+        self.collect("evaluation data optim", check_evaluation, run)
         self.collect("evaluation data optim checkpoint", check_retention, run, recipe)
         if self.ranks is not None:
             self.collect("optim", check_batch, run, recipe, self.ranks)
@@ -297,18 +300,3 @@ def _of_stage(number: int, stage: Stage) -> Iterator[None]:
                 key = f"stages.{number}.micro_batch_size"
                 error.fix = error.fix and error.fix.replace("optim.micro_batch_size", key)
             raise
-
-
-def _check_evaluation(run: RunConfig) -> None:
-    """Check that evaluations have validation data and happen during the run."""
-    every, steps = run.evaluation.every_steps, run.optim.steps
-    if every and not run.data.validation:
-        raise ConfigError(
-            "evaluation.every_steps needs data.validation", fix="data.validation.val.path=/data/shards/val"
-        )
-    if every > steps:
-        raise ConfigError(
-            f"the run has {steps} steps: nothing would ever be evaluated",
-            where=f"evaluation.every_steps: {every}",
-            fix=f"evaluation.every_steps={steps} or less",
-        )

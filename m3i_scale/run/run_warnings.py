@@ -221,16 +221,19 @@ def _epoch_warnings(run: RunConfig, counts: Mapping[str, int | None]) -> Iterato
 def _source_warnings(run: RunConfig, access: Access | None) -> Iterator[str]:
     """Yield warnings about the datasets of a run. Datasets that cannot be listed are reported as errors elsewhere.
     Without `access`, remote servers are not contacted."""
-    if len(run.data.datasets) + len(run.data.validation) < 2:
+    online = run.evaluation.online
+    if len(run.data.datasets) + len(run.data.validation) + (online is not None) < 2:
         return
     shards_of = {f"data.datasets.{name}": _listed(source, access) for name, source in run.data.datasets.items()}
     held_out = {f"data.validation.{name}": _listed(source, access) for name, source in run.data.validation.items()}
+    if online is not None:
+        held_out["evaluation.online.data"] = _listed(DatasetConfig(path=online.data), access)
     pairs = [*combinations(shards_of.items(), 2)]
     pairs += [(train, val) for train in shards_of.items() for val in held_out.items()]
     for (one, first), (other, second) in pairs:
         common = first & second
         if common:
-            why = "so the loss there is that of training data" if other in held_out else "so they count twice"
+            why = "so its metrics are those of training data" if other in held_out else "so they count twice"
             yield (
                 f"{len(common)} of the {len(second)} shards of {other} are also shards of {one}, {why}. Fix: give it "
                 "other shards"

@@ -31,7 +31,7 @@ def test_plain_lines_where_there_is_no_terminal(tmp_path: Path) -> None:
     assert stream.getvalue().splitlines() == [
         "step 20/100  ETA 0:02:40  loss 3.5 ([odd] 1.5, intra 2)  quarantined 3  lr 1.00e-03  "
         "data wait 25%  MFU 25.0%  3,136 tokens/s  32.0 samples/s",
-        "step 20  evaluation/text/loss 1.25",
+        "step 20  evaluation  text/loss 1.25",
         "run failed",
     ]
 

@@ -53,7 +53,7 @@ def test_rules_with_an_effect_are_taken(overrides: tuple[str, ...]) -> None:
         (("checkpoint.keep_every_steps=700",), "no checkpoint is saved at a multiple of 700 steps"),
         (("checkpoint.keep_every_steps=4000",), "no checkpoint is saved at a multiple of 4000 steps"),
         ((BEST, "evaluation.every_steps=0"), "the run evaluates nothing"),
-        ((BEST, "evaluation.every_steps=700"), "no checkpoint is saved at a step that is evaluated"),
+        ((BEST, "evaluation.every_steps=700"), "at most the last checkpoint is saved at a step that is evaluated"),
         (("checkpoint.keep_best={metric: val/loss}",), r"'val/loss'[\s\S]*did you mean 'evaluation/loss'"),
         (("checkpoint.keep_best={metric: evaluation/txt/loss}",), r"did you mean 'evaluation/text/loss'"),
         (("checkpoint.keep_best={metric: text/loss}",), r"did you mean '?evaluation/"),

@@ -101,8 +101,9 @@ class ProgressDisplay(Callback):
         return f"ETA {timedelta(seconds=round((self._total_steps - step) * step_s))}"
 
     def on_evaluation(self, step: int, values: dict[str, Any]) -> None:
-        shown = "  ".join(f"{name} {value:.4g}" for name, value in flatten(values, "evaluation").items())
-        self._print(f"step {step:,}  {shown}")
+        figures = flatten(values, "evaluation")
+        parts = [f"{name.removeprefix('evaluation/')} {value:.4g}" for name, value in figures.items()]
+        self._print("  ".join([f"step {step:,}", "evaluation", *parts]))
 
     def on_warning(self, step: int, warning: dict[str, str]) -> None:
         text = (
