@@ -208,7 +208,8 @@ def test_a_metric_that_is_not_measured_cannot_choose_checkpoints(
 def test_training_images_as_test_images_are_a_warning_with_numbers(shards: Path, tmp_path: Path) -> None:
     run_file = write_run(tmp_path / "run", shards, "m3i")
     swapped = online(shards, data=str(shards / "train"), train_data=str(shards / "val"))
-    assert [line for line in warnings_of(str(run_file), [swapped]) if "16 of the 16 shards of evaluation.online" in line]
+    text = "16 of the 16 shards of evaluation.online"
+    assert [line for line in warnings_of(str(run_file), [swapped]) if text in line]
     assert not [line for line in warnings_of(str(run_file), [online(shards)]) if "evaluation.online" in line]
 
 
