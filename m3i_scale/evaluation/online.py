@@ -39,6 +39,7 @@ from m3i_scale.evaluation.towers import Towers, class_embeddings, distinct_capti
 from m3i_scale.objective.information import Objective
 from m3i_scale.run.callbacks import flatten
 from m3i_scale.run.hooks import Hook, TrainState
+from m3i_scale.text import printable
 
 _MAX_SHARE = 0.03
 """Share of the training time above which the cost is reported."""
@@ -115,7 +116,7 @@ class OnlineEvaluation(Hook):
             if missing:
                 lines.append(
                     f"warning: {len(missing)} of {len(test.present)} test classes have no image in the "
-                    f"{len(self._train.order_N):,} of evaluation.online.train_data, e.g. {test.classes[min(missing)]}. "
+                    f"{len(self._train.order_N):,} of evaluation.online.train_data, e.g. {printable(test.classes[min(missing)])}. "
                     "Fix: raise evaluation.online.train_samples"
                 )
         lines += [f"not measured online: {name}: {reason}" for name, reason in reasons.items()]
