@@ -114,10 +114,10 @@ class OnlineEvaluation(Hook):
             lines[0] += f", {len(self._train.annotations.labeled):,} labeled training images"
             missing = set(test.present.tolist()) - set(self._train.annotations.present.tolist())
             if missing:
+                example, count = printable(test.classes[min(missing)]), len(self._train.order_N)
                 lines.append(
-                    f"warning: {len(missing)} of {len(test.present)} test classes have no image in the "
-                    f"{len(self._train.order_N):,} of evaluation.online.train_data, e.g. {printable(test.classes[min(missing)])}. "
-                    "Fix: raise evaluation.online.train_samples"
+                    f"warning: {len(missing)} of {len(test.present)} test classes, e.g. {example}, have no image among "
+                    f"the {count:,} of evaluation.online.train_data. Fix: raise evaluation.online.train_samples"
                 )
         lines += [f"not measured online: {name}: {reason}" for name, reason in reasons.items()]
         for split, key in ((self._test, "data"), (self._train, "train_data")):
