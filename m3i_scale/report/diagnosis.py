@@ -173,7 +173,7 @@ def teacher_temperature(run: RunFiles) -> Judged:
             problems.append((f"{value}, below {LEAST_TEMPERATURE}", why, fix))
         elif most <= LEAST_TEMPERATURE and len(series[0]) > RECORDS:
             problems += _trend({f"{value}, and {metric}": series}, why, fix, window=RECORDS)[1]
-    return f"{len(teachers)} targets have at least {LEAST_TEMPERATURE}, or a schedule", problems
+    return f"at least {LEAST_TEMPERATURE}, or a schedule: {', '.join(teachers)}", problems
 
 
 def epochs(run: RunFiles) -> Judged:

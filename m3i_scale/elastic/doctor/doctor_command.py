@@ -40,8 +40,11 @@ def doctor(
 ) -> None:
     """Check that all hosts are ready: ssh, versions, code, devices, memory, files, network and shards.
 
-    Exit with code 2 if a check fails on any host. With the output folder of a run, diagnose the run from its records:
-    collapse, learning rate, epochs, overfitting. Problems of a run are warnings, with exit code 0.
+    Exit with code 2 if a check fails on any host.
+
+    With the output folder of a run, name problems in its records instead.
+
+    They are warnings, with settings to change and exit code 0.
     """
     leave_out_accelerator_warning()
     folder = None if run is None or run in known_runs() or not Path(run).is_dir() else Path(run)
