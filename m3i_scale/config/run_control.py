@@ -121,7 +121,7 @@ class OnlineEvaluationConfig(Section):
     train_data: Annotated[str, InHome] | None = None
     """Labeled shards for knn and linear. They can be training data of the run. Default: knn and linear are omitted."""
     metrics: list[OnlineMetric] | None = Field(default=None, min_length=1)
-    """Metrics (docs/guides/monitor.md). Default: all that the recipe and the data support."""
+    """Metrics (docs/guides/check-learning.md). Default: all that the recipe and the data support."""
     samples: int = Field(default=2_000, ge=2)
     """Maximum number of images from `data`, drawn once and kept in CPU memory, distributed over the ranks."""
     train_samples: int = Field(default=4_000, ge=2)

@@ -20,7 +20,8 @@ from m3i_scale.errors import ErrorCollector, UserError
 from m3i_scale.objective.recipe import Recipe, parse_recipe
 from m3i_scale.objective.schedule import values_of
 
-_MAX_EPOCHS, _USUAL_EPOCHS = 2_000, 300
+MAX_EPOCHS, USUAL_EPOCHS = 2_000, 300
+"""Epochs per dataset above which a run is probably a mistake, and the number that is recommended instead."""
 
 
 def repeated_overrides(overrides: Sequence[str]) -> list[str]:
@@ -207,9 +208,9 @@ def _epoch_warnings(run: RunConfig, counts: Mapping[str, int | None]) -> Iterato
             continue
         per_step = optim.batch_size * weight / total
         epochs = optim.steps * per_step / count
-        if epochs > _MAX_EPOCHS:
-            steps = max(round(_USUAL_EPOCHS * count / per_step), 1)
-            fix = f"optim.steps={steps} for {_USUAL_EPOCHS} epochs"
+        if epochs > MAX_EPOCHS:
+            steps = max(round(USUAL_EPOCHS * count / per_step), 1)
+            fix = f"optim.steps={steps} for {USUAL_EPOCHS} epochs"
             if optim.warmup_steps >= steps:
                 fix += f", with optim.warmup_steps={steps // 10}"
             yield (

@@ -143,12 +143,13 @@ class Diagnosis:
 
     def check(self, record: StepRecord) -> list[RunWarning]:
         """Return the warnings that have now held for `PATIENCE` records."""
-        warnings = {(warning.group, warning.what): warning for warning in _warnings(record)}
+        warnings = {(warning.group, warning.what): warning for warning in record_warnings(record)}
         self._seen = {key: self._seen.get(key, 0) + 1 for key in warnings}
         return [warning for key, warning in warnings.items() if self._seen[key] == PATIENCE]
 
 
-def _warnings(record: StepRecord) -> Iterator[RunWarning]:
+def record_warnings(record: StepRecord) -> Iterator[RunWarning]:
+    """Yield a warning for each rule that holds in one record."""
     figures = record.figures
     for name in record.targets:
         yield from _target_warnings(record, name)

@@ -1,0 +1,366 @@
+"""What `doctor RUN_DIR` finds in the records of a run: every rule with and without its problem."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from run_folder import write_run
+from typer.testing import CliRunner
+
+from m3i_scale.backbones.build import backbone_config
+from m3i_scale.cli import app
+from m3i_scale.config import EvaluationConfig, load_run
+from m3i_scale.elastic.doctor import command
+from m3i_scale.errors import ConfigError
+from m3i_scale.host.findings import Finding, finding
+from m3i_scale.objective.recipe import parse_recipe
+from m3i_scale.report.diagnosis import RULES, diagnose
+
+STEPS = 1000
+ROWS = STEPS // 10
+KEYS = {"check", "host", "ok", "value", "why", "fix", "warning"}
+TIME = "2030-01-01T12:00:00.000+00:00"
+
+
+def constant(value: float) -> list[float]:
+    return [value] * ROWS
+
+
+def ramp(first: float, last: float, rows: int = ROWS) -> list[float]:
+    return np.linspace(first, last, rows).tolist()
+
+
+def make_run(
+    folder: Path,
+    recipe: str = "mae",
+    overrides: Sequence[str] = (),
+    *,
+    logged: dict[str, list[float]] | None = None,
+    evaluated: dict[str, list[float]] | None = None,
+    lines: Iterable[dict[str, Any]] = (),
+) -> Path:
+    """Write a run with a record every 10 steps, and an evaluation every 100."""
+    settings = [f"output_dir={folder}", "data.datasets.photos.path=/data/shards/train", f"optim.steps={STEPS}"]
+    run = load_run(recipe, [*settings, "optim.warmup_steps=100", *overrides])
+    (folder / "run.yaml").write_text(yaml.safe_dump(run.model_dump(mode="json")))
+    start = {"kind": "run", "step": 0, "time": TIME, "name": run.name, "total_steps": STEPS, "world_size": 1}
+    records = [start, *lines]
+    columns = {"loss": ramp(2, 1)} | (logged or {})
+    for row in range(min(len(values) for values in columns.values())):
+        figures = {name: values[row] for name, values in columns.items()}
+        records.append({"kind": "train", "step": 10 * (row + 1), "time": TIME} | figures)
+    for number, values in enumerate(zip(*(evaluated or {}).values(), strict=True), start=1):
+        figures = dict(zip(evaluated or {}, values, strict=True))
+        records.append({"kind": "evaluation", "step": 100 * number, "time": TIME} | figures)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return folder
+
+
+def judged(folder: Path, check: str) -> list[Finding]:
+    return [item for item in diagnose(folder) if item.check == check]
+
+
+def problem(folder: Path, check: str) -> Finding:
+    """The only problem of a rule. Settings of its fix are valid for the run, and change it."""
+    (item,) = judged(folder, check)
+    assert item.ok
+    assert item.warning
+    assert item.why
+    assert re.search(r"\d", item.value)
+    settings = settings_in(str(item.fix))
+    assert settings
+    before, after = load_run(str(folder / "run.yaml")), load_run(str(folder / "run.yaml"), settings)
+    assert after != before
+    parse_recipe(after.recipe)
+    backbone_config(after.backbone)
+    return item
+
+
+def settings_in(fix: str) -> list[str]:
+    """The settings in front of a fix: `a.b=1 c.d={e: f}, or …` → both."""
+    return re.findall(r"(?:^| )([a-z_]+(?:\.\w+)+=(?:\{[^}]*\}|\[\[.*?\]\]|[^ ,]+))", fix.partition(", or ")[0])
+
+
+def is_fine(folder: Path, check: str) -> bool:
+    (item,) = judged(folder, check)
+    return item.ok and not item.warning and item.why is None
+
+
+def warned(step: int, group: str, what: str, fix: str) -> dict[str, Any]:
+    return {"kind": "warning", "step": step, "time": TIME, "group": group, "what": what, "why": "0.0", "fix": fix}
+
+
+# ------------------------------------------------------------------ warnings
+
+
+def test_collapse_that_holds(tmp_path: Path) -> None:
+    spread = [0.5] * 50 + [1e-5] * 50
+    found = problem(make_run(tmp_path, logged={"loss/pixels": constant(1), "health/pixels_spread": spread}), "warnings")
+    assert "pixels" in found.value
+    assert "holds since step 980" in found.value
+    assert settings_in(str(found.fix)) == ["optim.lr=0.0008"]
+
+
+def test_collapse_that_recovered(tmp_path: Path) -> None:
+    logged = {"loss/pixels": constant(1), "health/pixels_spread": [1e-5] * 40 + [0.5] * 60}
+    written = warned(30, "pixels", "its target has collapsed", "a lower optim.lr")
+    found = problem(make_run(tmp_path, logged=logged, lines=[written]), "warnings")
+    assert "held at step 30, recovered at step 410" in found.value
+
+
+@pytest.mark.parametrize("std", [0.0, float("nan")])
+def test_constant_features(tmp_path: Path, std: float) -> None:
+    make_run(tmp_path, logged={"health/pooled_std": constant(std)})
+    text = (tmp_path / "metrics.jsonl").read_text().replace("NaN", '"nan"')
+    (tmp_path / "metrics.jsonl").write_text(text)
+    assert "backbone" in problem(tmp_path, "warnings").value
+
+
+def test_collapsed_prototypes_get_a_higher_temperature(tmp_path: Path) -> None:
+    logged = {"loss/assignment": constant(1), "health/assignment_evenness": constant(0.001)}
+    run = load_run("masked_global")
+    name = run.recipe["targets"][0]["name"]
+    logged = {metric.replace("assignment", name): values for metric, values in logged.items()}
+    found = problem(make_run(tmp_path, "masked_global", logged=logged), "warnings")
+    assert "recipe.targets.0.regularizer.target_temperature=" in str(found.fix)
+
+
+def test_two_records_are_no_collapse(tmp_path: Path) -> None:
+    logged = {"loss/pixels": constant(1), "health/pixels_spread": [0.5] * 98 + [1e-5] * 2}
+    assert is_fine(make_run(tmp_path, logged=logged), "warnings")
+
+
+# ------------------------------------------------------------------ features
+
+
+def test_a_rank_that_falls(tmp_path: Path) -> None:
+    ranks = {"evaluation/ema/rankme": [50, 80, 90, 100, 90, 80, 50, 40, 40, 40]}
+    found = problem(make_run(tmp_path, evaluated=ranks), "rank")
+    assert "evaluation/ema/rankme is 40" in found.value
+    assert "optim.lr=" in str(found.fix)
+
+
+def test_a_rank_that_rises(tmp_path: Path) -> None:
+    ranks = {"evaluation/student/rankme": ramp(50, 100, 10)}
+    logged = {"health/pooled_rank": ramp(100, 10)}  # does not count if there is RankMe
+    assert is_fine(make_run(tmp_path, logged=logged, evaluated=ranks), "rank")
+
+
+@pytest.mark.parametrize("falls", [True, False])
+def test_the_rank_of_training_batches_counts_after_the_warmup(tmp_path: Path, falls: bool) -> None:
+    ranks = [500.0] * 10 + (ramp(100, 20, 90) if falls else constant(60)[10:])
+    make_run(tmp_path, logged={"health/pooled_rank": ranks})
+    assert is_fine(tmp_path, "rank") != falls
+    assert not falls or "health/pooled_rank" in problem(tmp_path, "rank").value
+
+
+@pytest.mark.parametrize(
+    ("backbone", "setting"),
+    [
+        (["backbone.preset=vit-b/16"], "backbone.preset=dinov3-b/16"),
+        (["backbone.preset=dinov2-g/14"], "backbone.preset=dinov2-reg-g/14"),
+        (["backbone.preset=vit-ti/16", "backbone.config={intermediate_size: 512}"], "backbone.preset=dinov3-s/16"),
+        (["backbone.preset=dinov3-s/16"], "backbone.config.num_register_tokens=8"),
+    ],
+)
+def test_high_norm_tokens_need_registers(tmp_path: Path, backbone: list[str], setting: str) -> None:
+    tokens = {"evaluation/student/high_norm_tokens": ramp(0, 0.04, 10)}
+    found = problem(make_run(tmp_path, overrides=backbone, evaluated=tokens), "high_norm_tokens")
+    assert settings_in(str(found.fix)) == [setting]
+
+
+@pytest.mark.parametrize("tokens", [ramp(0, 0.008, 10), ramp(0.03, 0.02, 10)], ids=["few", "falling"])
+def test_few_high_norm_tokens(tmp_path: Path, tokens: list[float]) -> None:
+    assert is_fine(make_run(tmp_path, evaluated={"evaluation/ema/high_norm_tokens": tokens}), "high_norm_tokens")
+
+
+def test_patches_that_become_alike(tmp_path: Path) -> None:
+    similar = {"evaluation/ema/patch_similarity": [0.3, 0.1, 0.1, 0.1, 0.3, 0.4, 0.5, 0.5, 0.5, 0.5]}
+    found = problem(make_run(tmp_path, evaluated=similar), "patch_similarity")
+    assert "kind: gram" in str(found.fix)
+    assert settings_in(str(found.fix)) == ["optim.steps=600"]  # the median exceeds 0.3 from step 700 on
+
+
+def test_more_gram_anchoring(tmp_path: Path) -> None:
+    similar = {"evaluation/ema/patch_similarity": ramp(0.1, 0.5, 10)}
+    make_run(tmp_path, "continue_images", ["backbone.from_pretrained=/data/model"], evaluated=similar)
+    (found,) = judged(tmp_path, "patch_similarity")
+    assert found.fix == "recipe.targets.2.weight=4"
+
+
+def test_a_patch_similarity_that_changes_little(tmp_path: Path) -> None:
+    assert is_fine(
+        make_run(tmp_path, evaluated={"evaluation/ema/patch_similarity": ramp(0.1, 0.25, 10)}), "patch_similarity"
+    )
+
+
+# ------------------------------------------------------------------ settings
+
+
+@pytest.mark.parametrize(
+    ("recipe", "overrides", "setting"),
+    [
+        ("mae", ["optim.batch_size=64", "optim.micro_batch_size=64"], "optim.lr=3.75e-05"),
+        ("mae", ["name=mine", "optim.lr=1e-4"], "optim.lr=0.0024"),
+        ("mae", ["optim.batch_size=1024"], None),  # 2.4e-3 is twice the square-root rule
+        ("mae", ["optim.batch_size=1024", "optim.lr=6e-4"], None),
+        ("m3i_mini", ["name=mine", "optim.lr=1e-3"], None),  # not identified as m3i, which has a larger batch
+        ("m3i", ["optim.batch_size=256", "optim.lr=1e-3"], "optim.lr=6.25e-05"),
+    ],
+)
+def test_learning_rates(tmp_path: Path, recipe: str, overrides: list[str], setting: str | None) -> None:
+    make_run(tmp_path, recipe, overrides)
+    if setting is None:
+        assert is_fine(tmp_path, "learning_rate")
+    else:
+        assert settings_in(str(problem(tmp_path, "learning_rate").fix)) == [setting]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "overrides"),
+    [
+        ("mae", ["backbone={from_pretrained: /data/model}", "optim.lr=1e-6"]),
+        ("mae", ["recipe.name=mine", "optim.lr=1e-6"]),
+        ("in1k_finetune_b", ["optim.lr=1e-6", "backbone={from_pretrained: /data/model}"]),
+    ],
+    ids=["continued", "another method", "fine-tuning"],
+)
+def test_learning_rates_without_a_built_in_config(tmp_path: Path, recipe: str, overrides: list[str]) -> None:
+    (found,) = judged(make_run(tmp_path, recipe, overrides), "learning_rate")
+    assert found.value == "not judged"
+
+
+@pytest.mark.parametrize(
+    ("temperature", "evenness", "is_problem"),
+    [
+        ("0.02", 0.9, True),
+        ("0.04", 0.9, False),
+        ("0.04", 0.2, True),
+        ("[[0, 0.03], [0.1, 0.07]]", 0.2, False),
+        ("0.07", 0.2, False),
+    ],
+)
+def test_teacher_temperatures(tmp_path: Path, temperature: str, evenness: float, is_problem: bool) -> None:
+    key, name = (
+        "recipe.targets.0.regularizer.target_temperature",
+        load_run("masked_global").recipe["targets"][0]["name"],
+    )
+    logged = {f"health/{name}_evenness": ramp(0.9, evenness)}
+    make_run(tmp_path, "masked_global", [f"{key}={temperature}"], logged=logged)
+    if is_problem:
+        assert f"{key}=[[0, 0.04], [0.06, 0.07]]" in str(problem(tmp_path, "teacher_temperature").fix)
+    else:
+        assert is_fine(tmp_path, "teacher_temperature")
+
+
+def test_a_recipe_without_prototypes_has_no_teacher_temperature(tmp_path: Path) -> None:
+    (found,) = judged(make_run(tmp_path), "teacher_temperature")
+    assert found.value == "not judged"
+
+
+def test_too_many_epochs(tmp_path: Path) -> None:
+    epochs = {"dataset/photos/epoch": ramp(30, 1500, 50)}  # half of the run
+    found = problem(make_run(tmp_path, logged=epochs), "epochs")
+    assert "photos: 3,000.0 epochs" in found.value
+    assert "optim.steps=100 optim.warmup_steps=10" in str(found.fix)
+    make_run(tmp_path, overrides=["stages=[{steps: 400}, {steps: 600, image_size: 256}]"], logged=epochs)
+    (found,) = judged(tmp_path, "epochs")
+    assert "optim.steps=100" in str(found.fix)
+    assert "stages" in str(found.fix)
+
+
+def test_few_epochs_and_datasets_with_a_limit(tmp_path: Path) -> None:
+    make_run(tmp_path, logged={"dataset/photos/epoch": ramp(1, 100)})
+    assert is_fine(tmp_path, "epochs")
+    make_run(
+        tmp_path, overrides=["data.datasets.photos.epochs=1999"], logged={"dataset/photos/epoch": ramp(30, 1500, 50)}
+    )
+    assert is_fine(tmp_path, "epochs")
+
+
+def test_overfitting(tmp_path: Path) -> None:
+    accuracy = {"evaluation/ema/knn": [0.1, 0.3, 0.5, 0.5, 0.5, 0.49, 0.48, 0.47, 0.46, 0.45]}
+    make_run(tmp_path, evaluated=accuracy)
+    found = problem(tmp_path, "overfitting")
+    assert "0.500 at step 300" in found.value
+    keep_best = "checkpoint.keep_best={metric: evaluation/ema/knn, mode: max}"
+    assert settings_in(str(found.fix)) == [keep_best]
+    make_run(tmp_path, overrides=[keep_best], evaluated=accuracy)
+    assert settings_in(str(problem(tmp_path, "overfitting").fix)) == ["optim.steps=300"]
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "loss"),
+    [(ramp(0.1, 0.5, 10), ramp(2, 1)), ([*ramp(0.1, 0.5, 8), 0.4, 0.4], ramp(2, 1)), (ramp(0.5, 0.1, 10), ramp(1, 2))],
+    ids=["rises", "falls in two evaluations only", "falls with a loss that rises"],
+)
+def test_no_overfitting(tmp_path: Path, accuracy: list[float], loss: list[float]) -> None:
+    make_run(tmp_path, logged={"loss": loss}, evaluated={"evaluation/student/linear": accuracy})
+    assert is_fine(tmp_path, "overfitting")
+
+
+# ------------------------------------------------------------------ what is missing
+
+
+def test_every_rule_has_one_line_for_a_run_without_records(tmp_path: Path) -> None:
+    make_run(tmp_path, logged={"loss": []})
+    findings = diagnose(tmp_path)
+    assert [item.check for item in findings] == [rule.__name__ for rule in RULES]
+    assert all(item.ok and not item.warning for item in findings)
+    online = [item for item in findings if item.fix and "online" in item.fix]
+    assert {item.check for item in online} == {"rank", "high_norm_tokens", "patch_similarity", "overfitting"}
+    if hasattr(EvaluationConfig(), "online"):
+        load_run(str(tmp_path / "run.yaml"), [str(online[0].fix)])
+
+
+def test_records_without_a_config_file(tmp_path: Path) -> None:
+    make_run(tmp_path, logged={"dataset/photos/epoch": ramp(1, 5)}, evaluated={"evaluation/ema/knn": ramp(0, 0.5, 10)})
+    (tmp_path / "run.yaml").unlink()
+    fine = {item.check for item in diagnose(tmp_path) if item.why is None}
+    assert fine == {"warnings", "epochs", "overfitting"}
+
+
+# ------------------------------------------------------------------ the command
+
+
+def test_the_command_gives_advice_with_exit_code_0(tmp_path: Path) -> None:
+    write_run(tmp_path / "run")
+    done = CliRunner().invoke(app, ["doctor", str(tmp_path / "run"), "--json"])
+    assert done.exit_code == 0, done.output
+    rows = json.loads(done.stdout)
+    assert all(row.keys() == KEYS and row["host"] == "photos-vit-l" for row in rows)
+    assert [row["check"] for row in rows if row["warning"]] == ["warnings"]
+    printed = CliRunner().invoke(app, ["doctor", str(tmp_path / "run")])
+    assert printed.exit_code == 0
+    assert "2 ✓, 1 !, 0 ✗, 5 –" in printed.stdout
+
+
+def test_a_folder_without_a_run_is_an_error(tmp_path: Path) -> None:
+    error = CliRunner().invoke(app, ["doctor", str(tmp_path)]).exception
+    assert isinstance(error, ConfigError)
+    assert error.exit_code == 2
+    assert error.fix
+
+
+@pytest.mark.parametrize("options", [["optim.lr=1"], ["--hosts", "a"], ["--env", "A=1"], ["--connect-timeout", "3"]])
+def test_options_without_effect_on_a_diagnosis_are_errors(tmp_path: Path, options: list[str]) -> None:
+    error = CliRunner().invoke(app, ["doctor", str(make_run(tmp_path)), *options]).exception
+    assert isinstance(error, ConfigError)
+    assert options[0] in str(error)
+
+
+def test_nodes_are_still_checked_with_the_same_document(monkeypatch: pytest.MonkeyPatch) -> None:
+    findings = [finding("disk", "a", "1 GiB"), finding("disk", "b", "0 GiB", error="full", fix="remove files")]
+    monkeypatch.setattr(command, "examine", lambda *arguments, **options: findings)
+    done = CliRunner().invoke(app, ["doctor", "mae", "--json"])
+    assert done.exit_code == 2
+    rows = json.loads(done.stdout)
+    assert [(row["host"], row["ok"]) for row in rows] == [("a", True), ("b", False)]
+    assert rows[0].keys() == KEYS
