@@ -134,7 +134,7 @@ class OnlineEvaluationConfig(Section):
         probes = [name for name in self.metrics or () if name in PROBES]
         if probes and self.train_data is None:
             raise FixableError(
-                f"{' and '.join(probes)} must have labeled training images",
+                f"metrics: {', '.join(probes)} must have `train_data`",
                 "set evaluation.online.train_data=/data/shards/train",
                 "train_data",
             )

@@ -17,14 +17,14 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from numpy.typing import NDArray
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from m3i_scale.backbones.base import Backbone
 from m3i_scale.checkpoint.load import evaluating
-from m3i_scale.config.run_control import WITH_TEXT, OnlineEvaluationConfig
+from m3i_scale.config.run_control import PROBES, WITH_TEXT, OnlineEvaluationConfig
 from m3i_scale.data.loader import TrainStream
 from m3i_scale.engine.agree import from_rank_0, gather_on_rank_0
 from m3i_scale.engine.partition import end_recorded_step
-from m3i_scale.errors import ConfigError
 from m3i_scale.evaluation import NotMeasuredError
 from m3i_scale.evaluation.online_metrics import (
     EncodedSplits,
@@ -37,7 +37,6 @@ from m3i_scale.evaluation.online_metrics import (
 from m3i_scale.evaluation.online_samples import Split, count_reasons, read_split
 from m3i_scale.evaluation.towers import Towers, class_embeddings, distinct_captions
 from m3i_scale.objective.information import Objective
-from m3i_scale.run.callbacks import flatten
 from m3i_scale.run.hooks import Hook, TrainState
 from m3i_scale.text import printable
 
@@ -59,13 +58,6 @@ class OnlineEvaluation(Hook):
     def __init__(self, state: TrainState, online: OnlineEvaluationConfig) -> None:
         self._state, self._online = state, online
         self._module: Objective = state.engine.module
-        student = self._module.student
-        if online.pool != "mean" and not student.has_class_token:
-            raise ConfigError(
-                "the backbone has no class token",
-                where=f"evaluation.online.pool: {online.pool}",
-                fix="evaluation.online.pool=mean",
-            ).raised_everywhere()
         self._test = read_split(state.resolved, state.ranks, "data", online.data, online.samples)
         self._train = None
         if online.train_data is not None:
@@ -74,11 +66,16 @@ class OnlineEvaluation(Hook):
         annotations = None if self._train is None else self._train.annotations
         has_text = self._module.text is not None
         self._metrics, reasons = choose_metrics(online, has_text, annotations, self._test.annotations)
-        self._falling = FallingMetrics(len(self._test.order_N))
+        if not set(self._metrics).intersection(PROBES):
+            self._train = None
+        self._falling = FallingMetrics(self._test.annotations)
         self._losses: list[float] = []
         self._ended: float | None = None
         """Time at the end of the last evaluation."""
         self._cost_reported = False
+        run = state.resolved.run
+        stages = [run.in_stage(number) for number in range(len(run.stages))] or [run]
+        self._batch_size = min(stage.optim.micro_batch_size for stage in stages)
         for line in self._describe(reasons):
             state.tell(line)
 
@@ -97,7 +94,7 @@ class OnlineEvaluation(Hook):
 
     def on_rewind(self) -> None:
         self._losses.clear()
-        self._falling = FallingMetrics(len(self._test.order_N))
+        self._falling = FallingMetrics(self._test.annotations)
 
     def on_finish(self) -> None:
         """Evaluate the last step if the run ended early because the data is exhausted."""
@@ -108,10 +105,11 @@ class OnlineEvaluation(Hook):
     def _describe(self, reasons: dict[str, str]) -> list[str]:
         """Return lines for the user about data and metrics."""
         online, test = self._online, self._test.annotations
-        line = f"online evaluation every {online.every_steps:,} steps: {', '.join(self._metrics)}"
-        lines = [f"{line}; {len(self._test.order_N):,} images"]
+        images = f"{len(self._test.order_N):,} images"
         if self._train is not None:
-            lines[0] += f", {len(self._train.annotations.labeled):,} labeled training images"
+            images += f", {len(self._train.annotations.labeled):,} labeled training images"
+        lines = [f"online evaluation every {online.every_steps:,} steps: {', '.join(self._metrics)}; {images}"]
+        if self._train is not None:
             missing = set(test.present.tolist()) - set(self._train.annotations.present.tolist())
             if missing:
                 example, count = printable(test.classes[min(missing)]), len(self._train.order_N)
@@ -134,7 +132,7 @@ class OnlineEvaluation(Hook):
             end_recorded_step(state.engine)
             with evaluating(self._module), torch.no_grad():
                 encoded = {"student": self._encode_splits(self._module.student)}
-                if self._module.momentum is not None and state.ema is not None:
+                if self._module.momentum is not None and state.ema is not None:  # both or none
                     state.ema.wait()  # under ZeRO-1 and 2, its weights may still be gathered
                     encoded["ema"] = self._encode_splits(self._module.momentum.backbone)
                 joint = self._encode_text() if set(self._metrics).intersection(WITH_TEXT) else None
@@ -161,9 +159,7 @@ class OnlineEvaluation(Hook):
         resolved, test = self._state.resolved, self._test.annotations
         target = next(item.name for item in resolved.recipe.targets if item.modality == "text")
         images_ME = self._encode(self._test, lambda images: self._module.embed_images(images, target).float())
-        tokenizer = resolved.tokenizer
-        if tokenizer is None:
-            raise RuntimeError("a recipe with a text target has a tokenizer")
+        tokenizer = cast(PreTrainedTokenizerBase, resolved.tokenizer)  # required by text targets
         device = torch.device(get_accelerator().current_device_name())
         towers = Towers(self._module, tokenizer, target, resolved.run.text.max_tokens, device)
         empty = np.zeros((0, 0), dtype=np.float32)
@@ -180,7 +176,7 @@ class OnlineEvaluation(Hook):
         All ranks encode the same number of batches of the same size: ZeRO-3 gathers weights in each, and compiled
         layers keep their shapes.
         """
-        batch, images_NCHW = self._state.stage.run.optim.micro_batch_size, split.images_NCHW
+        batch, images_NCHW = min(self._batch_size, split.most), split.images_NCHW
         rows: list[Tensor] = []
         for start in range(0, split.most, batch):
             images_BCHW = images_NCHW[start : start + batch]
@@ -199,20 +195,21 @@ class OnlineEvaluation(Hook):
         state, test = self._state, self._test.annotations
         train = None if self._train is None else self._train.annotations
         values: dict[str, dict[str, float]] = {}
-        try:
-            for encoder, features in encoded.items():
+        for encoder, features in encoded.items():
+            try:
                 values[encoder] = measure_features(self._metrics, features, train, test)
-            if joint is not None:
-                values["student"] |= measure_text(self._metrics, *joint, test)
-        except NotMeasuredError as reason:
-            state.tell(f"no online evaluation of step {state.step:,}: {reason}")
+                if encoder == "student" and joint is not None:
+                    values[encoder] |= measure_text(self._metrics, *joint, test)
+            except NotMeasuredError as reason:
+                state.tell(f"no online evaluation of {encoder} at step {state.step:,}: {reason}")
+        if not values:
             return
         seconds = time.monotonic() - started
         state.callbacks.on_evaluation(state.step, {**values, "online_s": seconds})
-        if self._losses:
-            flat = {name.removeprefix("evaluation/"): value for name, value in flatten(values, "evaluation").items()}
-            for warning in self._falling.check(flat, sum(self._losses) / len(self._losses)):
-                state.callbacks.on_warning(state.step, asdict(warning))
+        flat = {f"{encoder}/{name}": value for encoder in values for name, value in values[encoder].items()}
+        loss = sum(self._losses) / len(self._losses) if self._losses else math.inf
+        for warning in self._falling.check(flat, loss):
+            state.callbacks.on_warning(state.step, asdict(warning))
         self._report_cost(seconds, started)
 
     def _report_cost(self, seconds: float, started: float) -> None:
@@ -222,7 +219,8 @@ class OnlineEvaluation(Hook):
             return
         share = seconds / (started - ended + seconds)
         if share > _MAX_SHARE:
-            every = math.ceil(self._online.every_steps * share / _MAX_SHARE)
+            ratio = seconds / (started - ended)
+            every = math.ceil(self._online.every_steps * ratio * (1 - _MAX_SHARE) / _MAX_SHARE)
             self._state.tell(
                 f"warning: the online evaluation takes {share:.0%} of the time ({seconds:.1f} s every "
                 f"{self._online.every_steps:,} steps). Fix: evaluation.online.every_steps={every}, or fewer samples"

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from m3i_scale.config.run_control import ONLINE_METRICS, PROBES, WITH_TEXT, OnlineEvaluationConfig, OnlineMetric
 from m3i_scale.errors import DataError
 from m3i_scale.evaluation.online_samples import Annotations
-from m3i_scale.evaluation.probes import knn_predict, linear_predict, rankme
+from m3i_scale.evaluation.probes import check_finite, knn_predict, linear_predict, rankme
 from m3i_scale.evaluation.towers import distinct_captions, rank, zero_shot_predict
 from m3i_scale.run.hooks.metrics import RunWarning
 
@@ -26,9 +26,6 @@ HIGH_NORM = 4.0
 """Norm of a high-norm patch token, as a multiple of the median of its image."""
 PATIENCE = 3
 """Consecutive evaluations below the best one after which a falling metric is reported."""
-_ACCURACIES = frozenset(
-    name for metric, names in ONLINE_METRICS.items() if metric not in ("rankme", "patches") for name in names
-)
 
 
 def choose_metrics(
@@ -41,14 +38,14 @@ def choose_metrics(
         raise DataError(
             f"the online evaluation cannot measure {'; '.join(impossible)}",
             where=f"evaluation.online.data: {online.data}",
-            fix="leave these out of evaluation.online.metrics, or use shards that have them",
+            fix="remove these metrics from evaluation.online.metrics, or use shards with labels and captions",
         ).raised_everywhere()
     chosen = [name for name in online.metrics or ONLINE_METRICS if name not in reasons]
     return chosen, {name: reason for name, reason in reasons.items() if online.metrics is None}
 
 
 def _obstacle(metric: OnlineMetric, has_text: bool, train: Annotations | None, test: Annotations) -> str | None:
-    """Return why a metric cannot be measured, or None."""
+    """Return the reason why a metric cannot be measured, or None."""
     probes, labeled = metric in PROBES, len(test.labeled)
     captions = {test.captions[number] for number in test.captioned}
     fitted, classes = (0, 0) if train is None else (len(train.labeled), len(train.present))
@@ -99,6 +96,7 @@ def measure_features(
     metrics: Sequence[OnlineMetric], features: EncodedSplits, train: Annotations | None, test: Annotations
 ) -> dict[str, float]:
     """Return the metrics that need no text. Raise NotMeasuredError if features are not finite."""
+    check_finite(features.test_MD)
     values: dict[str, float] = {}
     if train is not None and features.train_ND is not None:
         fit, asked = train.labeled, test.labeled
@@ -127,7 +125,8 @@ def measure_text(
     test: Annotations,
 ) -> dict[str, float]:
     """Return the metrics of the joint space of images and texts: `classes_KE` are the vectors of the classes that have
-    test images, `captions_UE` those of the distinct captions."""
+    test images, `captions_UE` those of the distinct captions. Raise NotMeasuredError if a vector is not finite."""
+    check_finite(images_ME, classes_KE, captions_UE)
     values: dict[str, float] = {}
     if "zero_shot" in metrics:
         predicted = test.present[zero_shot_predict(images_ME[test.labeled], classes_KE)]
@@ -141,36 +140,46 @@ def measure_text(
 
 
 class FallingMetrics:
-    """Detection of accuracies that fall while the training loss falls too, as in overfitting. `images` is the number of
-    test images, which determines the sampling error. A resumed process starts without history."""
+    """Detection of accuracies that fall while the training loss falls too, as in overfitting and forgetting. A resumed
+    process starts without history.
 
-    def __init__(self, images: int) -> None:
-        self._images = images
+    Args:
+        test: annotations of the test images, whose number determines the sampling error.
+    """
+
+    def __init__(self, test: Annotations) -> None:
+        captions = {test.captions[number] for number in test.captioned}
+        self._counts = dict.fromkeys(("knn", "linear", "zero_shot"), len(test.labeled))
+        self._counts |= {"image_to_text_r1": len(test.captioned), "text_to_image_r1": len(captions)}
         self._best: dict[str, tuple[float, float]] = {}
         """Best value, and the mean loss at that evaluation."""
         self._below: Counter[str] = Counter()
 
     def check(self, values: Mapping[str, float], loss: float) -> list[RunWarning]:
-        """Return the warnings after an evaluation. `loss` is the mean since the previous evaluation."""
+        """Return the warnings after an evaluation. `loss` is the mean since the previous evaluation; infinite before
+        training."""
         warnings = []
         for name, value in values.items():
-            if name.rpartition("/")[2] not in _ACCURACIES:
+            count = self._counts.get(name.rpartition("/")[2])
+            if not count:
                 continue
             best, loss_then = self._best.get(name, (-math.inf, math.nan))
             if value >= best:
                 self._best[name] = value, loss
                 best = value
-            # Two standard errors of a difference between two evaluations of independent images.
-            margin = 2 * math.sqrt(2 * best * (1 - best) / self._images)
+            # Two standard errors of the difference of two accuracies (Agresti-Coull, so that it is above 0).
+            share = (best * count + 2) / (count + 4)
+            margin = 2 * math.sqrt(2 * share * (1 - share) / (count + 4))
             falls = value < best - margin and loss < loss_then
             self._below[name] = self._below[name] + 1 if falls else 0
             if self._below[name] == PATIENCE:
+                then = f"{loss_then:.4g} at the best value" if math.isfinite(loss_then) else "best before training"
                 warnings.append(
                     RunWarning(
                         "evaluation",
                         f"{name} falls while the loss falls",
-                        f"{value:.3f} now, {best:.3f} at its best, below it in {PATIENCE} evaluations in a row; mean "
-                        f"loss {loss:.4g} now, {loss_then:.4g} then",
+                        f"{value:.3f} now, {best:.3f} at its best, and lower in {PATIENCE} consecutive evaluations; "
+                        f"mean loss {loss:.4g} now, {then}",
                         f"set checkpoint.keep_best={{metric: evaluation/{name}, mode: max}} and use that checkpoint; "
                         "train with more images, fewer optim.steps or a lower optim.lr",
                     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from m3i_scale.engine.agree import gather_objects, open_together
 from m3i_scale.errors import DataError
 from m3i_scale.evaluation.samples import Table, open_table, read_samples
 from m3i_scale.objective.ranks import ProcessGroupRanks
-from m3i_scale.rank_variables import usable_cores
+from m3i_scale.rank_variables import ranks_on_host, usable_cores
 from m3i_scale.run.setup import ResolvedRun
 
 _SEED = 37
@@ -70,12 +71,14 @@ def read_split(resolved: ResolvedRun, ranks: ProcessGroupRanks, key: str, path: 
     Collective. Raise DataError if no image is readable."""
     run, where, side = resolved.run, f"evaluation.online.{key}", resolved.image_size
 
+    threads = max(usable_cores() // (ranks_on_host(os.environ) or 1), 1)
+
     def read() -> tuple[Table, list[NDArray[np.uint8]]]:
         table = open_table(path, where, check_access(run.data, run.data.datasets))
         index_dir = run.output_dir / "index"  # the cache of the training data
         table.indices = load_index(table.shards, index_dir, rank=ranks.rank, access=table.access)
         places = subset(table.indices, most)[ranks.rank :: ranks.world_size]
-        pixels = [sample.pixels for sample in read_samples(table, side, places=places, threads=usable_cores())]
+        pixels = [sample.pixels for sample in read_samples(table, side, places=places, threads=threads)]
         table.indices = None  # large, and not needed any more
         return table, pixels
 

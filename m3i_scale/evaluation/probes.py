@@ -45,7 +45,7 @@ def knn_predict(
     """Predict classes (M) by k. Each neighbor votes with exp(cosine / temperature), so lower temperatures weight close
     neighbors more. Raise NotMeasuredError if there are fewer training samples than neighbors, or if features are not
     finite."""
-    _check_finite(train_ND, test_MD)
+    check_finite(train_ND, test_MD)
     if len(train_ND) < max(neighbours):
         raise NotMeasuredError(f"{len(train_ND)} labeled training samples for {max(neighbours)} neighbours")
     train = torch.from_numpy(unit_rows(train_ND))
@@ -76,7 +76,7 @@ def few_shot_predict(
     are scaled to unit length: CL2N of SimpleShot (https://arxiv.org/abs/1911.04623). There is nothing to tune.
     Raise NotMeasuredError if features are not finite.
     """
-    _check_finite(train_ND, test_MD)
+    check_finite(train_ND, test_MD)
     center_D = train_ND.mean(axis=0)
     train, test = unit_rows(train_ND - center_D), unit_rows(test_MD - center_D)
     classes = np.unique(train_labels_N)
@@ -119,7 +119,7 @@ def linear_probe(
     sides of the selection split. Raise NotMeasuredError if features are not finite, or if there is no such split with
     two classes to fit.
     """
-    _check_finite(train_ND, test_MD)
+    check_finite(train_ND, test_MD)
     fit, held_out = selection_split(train_labels_N, groups_N)
     selection: dict[float, float] = {}
     probe, scaler = _probe(), StandardScaler().fit(train_ND[fit])
@@ -139,7 +139,7 @@ def linear_predict(
 ) -> tuple[NDArray[np.int64], bool]:
     """Fit logistic regression with C = `strength` on standardized features. Return the predicted classes (M), and
     whether the fit converged. Raise NotMeasuredError if features are not finite."""
-    _check_finite(train_ND, test_MD)
+    check_finite(train_ND, test_MD)
     probe, scaler = _probe(), StandardScaler().fit(train_ND)
     converged = _fit(probe, scaler.transform(train_ND), train_labels_N, strength)
     return np.asarray(probe.predict(scaler.transform(test_MD)), dtype=np.int64), converged
@@ -148,13 +148,14 @@ def linear_predict(
 def rankme(features_ND: NDArray[np.float32]) -> float:
     """Return RankMe, exp of the entropy of the normalized singular values, from 1 (collapsed) to min(N, D): equation 2
     of https://arxiv.org/abs/2210.02885. Raise NotMeasuredError if features are not finite."""
-    _check_finite(features_ND)
+    check_finite(features_ND)
     singular_K = np.linalg.svd(features_ND, compute_uv=False).astype(np.float64)
     share_K = singular_K / max(singular_K.sum(), np.finfo(np.float64).tiny) + 1e-7
     return float(np.exp(-(share_K * np.log(share_K)).sum()))
 
 
-def _check_finite(*features: NDArray[np.float32]) -> None:
+def check_finite(*features: NDArray[np.float32]) -> None:
+    """Raise NotMeasuredError if any feature is not finite."""
     if not all(np.isfinite(part).all() for part in features):
         raise NotMeasuredError("features are not finite")
 

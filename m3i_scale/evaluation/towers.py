@@ -238,7 +238,8 @@ def _ranks(scores_QC: NDArray[np.float32], right_QC: NDArray[np.bool_]) -> NDArr
     """Return the number of wrong candidates that score at least as high as the best correct one."""
     best_Q1 = np.where(right_QC, scores_QC, -np.inf).max(axis=1, keepdims=True)
     # equal embeddings may differ in the last bits of a matrix product; such a difference is a tie
-    return np.asarray(((scores_QC >= best_Q1 - 1e-6) & ~right_QC).sum(axis=1), dtype=np.int64)
+    # and a score that is NaN counts as at least as high
+    return np.asarray((~(scores_QC < best_Q1 - 1e-6) & ~right_QC).sum(axis=1), dtype=np.int64)
 
 
 def _chunks(rows: NDArray[ScalarT]) -> list[NDArray[ScalarT]]:

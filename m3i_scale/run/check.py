@@ -202,7 +202,7 @@ class Checks:
         if recipe is not None:
             self._check_without_data(recipe)
             if run.evaluation.online is not None:
-                self.collect("evaluation data optim", check_online, run, recipe, run.evaluation.online)
+                self.collect("evaluation data optim", check_online, run, recipe, model, run.evaluation.online)
             if self.holds("data"):
                 read = read_facts(run, recipe, access, self.errors, text=self.holds("text"))
                 facts = read if self.unpacked is None else self.unpacked

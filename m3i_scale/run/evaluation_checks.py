@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from m3i_scale.config import RunConfig
+from pathlib import Path
+
+from m3i_scale.backbones.families import family_of
+from m3i_scale.backbones.families.base import VisionConfig
+from m3i_scale.config import DatasetConfig, RunConfig
 from m3i_scale.config.run_control import PROBES, WITH_TEXT, OnlineEvaluationConfig
 from m3i_scale.data.remote.access import Access, check_access
 from m3i_scale.data.shards import LABELS, expand_shards, read_labels, require_shards, shard_folder
@@ -27,8 +31,9 @@ def check_evaluation(run: RunConfig) -> None:
         )
 
 
-def check_online(run: RunConfig, recipe: Recipe, online: OnlineEvaluationConfig) -> None:
-    """Check that the recipe and the shards support the requested online metrics. Shards are listed, not read."""
+def check_online(run: RunConfig, recipe: Recipe, model: VisionConfig | None, online: OnlineEvaluationConfig) -> None:
+    """Check that recipe, backbone and shards support the requested online metrics. Shards are listed, not read.
+    `model` is None if the backbone is invalid."""
     if run.task is not None:
         raise ConfigError(
             "the online evaluation measures frozen features, and a task trains a head",
@@ -42,7 +47,15 @@ def check_online(run: RunConfig, recipe: Recipe, online: OnlineEvaluationConfig)
             where=f"{_ONLINE}.metrics",
             fix="leave them out, or use a recipe with captions such as clip or m3i",
         )
-    access = check_access(run.data, run.data.datasets).at_start()
+    if online.pool != "mean" and model is not None and not getattr(family_of(model), "has_class_token", False):
+        raise ConfigError(
+            "the backbone has no class token",
+            where=f"{_ONLINE}.pool: {online.pool}",
+            fix=f"set {_ONLINE}.pool=mean",
+        )
+    paths = {f"{_ONLINE}.data": online.data, f"{_ONLINE}.train_data": online.train_data}
+    sources = {key: DatasetConfig(path=path) for key, path in paths.items() if path is not None}
+    access = check_access(run.data, sources).at_start()
     require_shards(online.data, f"{_ONLINE}.data", access)
     if online.train_data is not None:
         require_shards(online.train_data, f"{_ONLINE}.train_data", access)
@@ -53,7 +66,10 @@ def check_online(run: RunConfig, recipe: Recipe, online: OnlineEvaluationConfig)
 
 
 def _check_apart(test: str, train: str, access: Access) -> None:
-    shards = [set(map(str, expand_shards(path, access=access))) for path in (test, train)]
+    shards = [
+        {str(shard.resolve() if isinstance(shard, Path) else shard) for shard in expand_shards(path, access=access)}
+        for path in (test, train)
+    ]
     if shared := shards[0] & shards[1]:
         raise DataError(
             f"data and train_data must be different, but share {len(shared)} of {len(shards[0])} shards",

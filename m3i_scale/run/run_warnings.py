@@ -13,6 +13,7 @@ from m3i_scale.backbones.families import family_of
 from m3i_scale.config import DatasetConfig, DistortionConfig, RunConfig, load_run
 from m3i_scale.config.data import AugmentConfig
 from m3i_scale.config.files import values_beyond_built_in
+from m3i_scale.config.run_control import PROBES
 from m3i_scale.config.views import ViewSpec, each_view
 from m3i_scale.data.remote.access import Access, check_access, is_remote
 from m3i_scale.data.shards import expand_shards, read_sample_count
@@ -102,6 +103,9 @@ def config_warnings(run: RunConfig, recipe: Recipe) -> Iterator[str]:
     yield from _augmentation(run, recipe)
     if run.data.validation and not run.evaluation.every_steps and not run.log.pictures_every_steps:
         yield "data.validation has no effect: evaluation.every_steps is 0. Fix: evaluation.every_steps=1000"
+    online = run.evaluation.online
+    if online is not None and online.train_data is not None and not {*(online.metrics or PROBES)}.intersection(PROBES):
+        yield "evaluation.online.train_data has no effect: `metrics` has no knn and no linear. Fix: leave it out"
 
 
 def _learning_rate(run: RunConfig) -> Iterator[str]:

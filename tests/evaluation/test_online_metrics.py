@@ -22,6 +22,7 @@ from m3i_scale.evaluation.online_metrics import (
 )
 from m3i_scale.evaluation.online_samples import Annotations, subset
 from m3i_scale.evaluation.probes import rankme
+from m3i_scale.evaluation.towers import rank
 
 CLASSES = ["disc", "square", "cross"]
 
@@ -143,7 +144,7 @@ def test_a_subset_is_fixed_in_order_and_without_repetition() -> None:
 
 
 def warned(values: list[float], losses: list[float], images: int = 1_000, name: str = "student/knn") -> list[int]:
-    falling = FallingMetrics(images)
+    falling = FallingMetrics(annotations([0] * images + [-1] * 1_000_000))
     pairs = zip(values, losses, strict=True)
     return [number for number, (value, loss) in enumerate(pairs) if falling.check({name: value}, loss)]
 
@@ -157,3 +158,17 @@ def test_a_fall_while_the_loss_falls_is_reported_once() -> None:
     assert warned([0.5, 0.6, 0.59, 0.59, 0.59, 0.59], losses, images=100_000) == [4]
     assert warned([0.5, 0.6, 0.5, 0.5, 0.5, 0.5], [1.0, 1.0, 1.1, 1.2, 1.3, 1.4]) == []  # the loss rises, too
     assert warned([9.0, 8.0, 7.0, 6.0, 5.0, 4.0], losses, name="student/rankme") == []  # no accuracy
+    assert warned([0.5, 1.0, 0.999, 0.999, 0.999, 0.999], losses) == []  # one image of 1,000
+
+
+def test_features_below_those_of_the_initial_weights_are_reported() -> None:
+    assert warned([0.8, 0.5, 0.5, 0.5, 0.5], [np.inf, 2.0, 1.9, 1.8, 1.7]) == [3]
+
+
+def test_vectors_that_are_not_finite_have_no_recall() -> None:
+    test = annotations([0, 1], ["a", "b"])
+    unit, nan = np.eye(2, dtype=np.float32), np.full((2, 2), np.nan, dtype=np.float32)
+    for vectors in ((nan, unit, unit), (unit, nan, unit), (unit, unit, nan)):
+        with pytest.raises(NotMeasuredError):
+            measure_text(["zero_shot", "retrieval"], *vectors, test)
+    assert rank(nan, unit, np.arange(2)).image_to_text.tolist() == [1, 1]  # the worst rank

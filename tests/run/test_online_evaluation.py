@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from saved_runs import Done, call, make_calls, make_run
 from shapes import metrics, train, write_run
+from tiny import MAPS
 
 from m3i_scale.checkpoint_tools.consolidate import saved_weights
 from m3i_scale.errors import UserError
@@ -111,7 +113,7 @@ def test_the_best_checkpoint_is_kept_by_an_online_metric(runs: dict[str, Done]) 
 
 
 @pytest.mark.slow
-def test_one_rank_measures_the_same_as_two_and_as_an_export(
+def test_one_rank_measures_the_same_as_two_as_an_export_and_after_a_resume(
     runs: dict[str, Done], shards: Path, tmp_path: Path
 ) -> None:
     same = "optim.micro_batch_size=8"  # as two ranks of four, so that the losses compare the same samples
@@ -137,6 +139,13 @@ def test_one_rank_measures_the_same_as_two_and_as_an_export(
         assert found[f"{encoder}/knn"] == pytest.approx(float((knn == asked).mean()), abs=1e-6)
         assert found[f"{encoder}/linear"] == pytest.approx(float((linear == asked).mean()), abs=1e-6)
 
+    shutil.rmtree(run_file.parent / "out" / "checkpoints" / "step-00000006")
+    resumed = train(run_file, "deepspeed=zero1_cpu_fp32", online(shards), logs="resumed")
+    assert resumed.wait() == [0], resumed.text
+    assert evaluations(run_file.parent) == one  # repeated steps have the same values, and no step occurs twice
+    lines = (run_file.parent / "out" / "metrics.jsonl").read_text().splitlines()
+    assert sum('"kind": "evaluation"' in line for line in lines) == 4
+
 
 # ------------------------------------------------------------------ invalid input, before step 1
 
@@ -159,6 +168,7 @@ def test_valid_settings_have_no_errors(shards: Path, tmp_path: Path) -> None:
         ("m3i", {"train_data": "/data/nowhere"}, "evaluation.online.train_data"),
         ("m3i", {"metrics": ["miou"]}, "evaluation.online.metrics"),
         ("m3i", {"every_steps": 0}, "evaluation.online.every_steps"),
+        ("m3i", {"data": "ftp://server/val"}, "evaluation.online.data"),
     ],
 )
 def test_settings_that_cannot_work_are_errors(
@@ -167,6 +177,12 @@ def test_settings_that_cannot_work_are_errors(
     (fault,) = faults(tmp_path, shards, recipe, online(shards, **fields))
     assert where in str(fault)
     assert fault.fix
+
+
+def test_a_class_token_that_the_backbone_lacks_is_an_error(shards: Path, tmp_path: Path) -> None:
+    overrides = [*MAPS, online(shards, pool="cls")]
+    (fault,) = errors_of(str(write_run(tmp_path, shards, "barlow")), overrides)
+    assert "evaluation.online.pool" in str(fault.where)
 
 
 def test_images_instead_of_shards_and_the_same_shards_twice_are_errors(shards: Path, tmp_path: Path) -> None:
@@ -203,6 +219,13 @@ def test_a_metric_that_is_not_measured_cannot_choose_checkpoints(
     best = f"checkpoint.keep_best={{metric: {metric}, mode: {mode}}}"
     (fault,) = faults(tmp_path, shards, "m3i", online(shards), best)
     assert str(fault.where).startswith(where)
+
+
+def test_training_data_without_probes_are_a_warning(shards: Path, tmp_path: Path) -> None:
+    run_file = str(write_run(tmp_path / "run", shards, "m3i"))
+    for chosen, count in ((["rankme"], 1), (["rankme", "knn"], 0)):
+        lines = warnings_of(run_file, [online(shards, metrics=chosen)])
+        assert len([line for line in lines if "train_data has no effect" in line]) == count
 
 
 def test_training_images_as_test_images_are_a_warning_with_numbers(shards: Path, tmp_path: Path) -> None:

@@ -124,7 +124,7 @@ class RunWarning:
     """Warning about a problem of the run."""
 
     group: str
-    """Group of targets, `backbone`, or `speed`."""
+    """Group of targets, `backbone`, `speed` or `evaluation`."""
     what: str
     why: str
     fix: str
