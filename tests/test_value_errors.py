@@ -43,6 +43,11 @@ from m3i_scale.errors import ConfigError
             "correct the value of data.augment.scale_jitter",
         ),
         (
+            "stages={1: {image_size: 64}}",  # as on the command line
+            "'stages' must be a list, got {1: {'image_size': 64}}",
+            "write the complete list, or set a key of one item on the command line: stages.1.NAME=VALUE",
+        ),
+        (
             "data.datasets.a={path: x, weight: [[0, x]]}",  # pydantic adds the union's member to the key
             "'data.datasets.a.weight.0.1' must be a number, got 'x'",
             "data.datasets.a.weight=1.0 (the default)",

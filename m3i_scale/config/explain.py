@@ -184,6 +184,9 @@ def _explain(kind: type[BaseModel], values: Any, detail: Any, where: str, below:
     rule = _RULES[detail["type"]].format(**context) if detail["type"] in _RULES else f"is invalid: {detail['msg']}"
     value = context.get("leaf", detail["input"])
     fix = usual or f"correct the value of {key}"
+    if detail["type"] == "list_type" and isinstance(value, dict) and value:
+        item = f"{key}.{next(iter(value))}.NAME=VALUE"
+        fix = f"write the complete list, or set a key of one item on the command line: {item}"
     if detail["type"] == "literal_error":
         rule = rule.replace("True", "true").replace("False", "false")  # as in YAML
         fix = _nearest_choice(key, value, context["expected"], fix)

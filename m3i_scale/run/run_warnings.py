@@ -169,8 +169,8 @@ def _image_warnings(run: RunConfig) -> Iterator[str]:
     trained, now = source.normalisation, {key: list(getattr(run.data.augment, key)) for key in ("mean", "std")}
     if trained and trained != now:
         yield (
-            f"the weights were trained on images with mean {trained['mean']} and std {trained['std']}, and "
-            f"this run takes {now['mean']} and {now['std']}: data.augment.mean, data.augment.std"
+            f"the pretrained weights use images with mean {trained['mean']} and std {trained['std']}, and this run "
+            f"uses {now['mean']} and {now['std']}: data.augment.mean, data.augment.std"
         )
     if family_of(source.config).positions is None:  # without position embeddings, any size fits
         return
@@ -180,8 +180,9 @@ def _image_warnings(run: RunConfig) -> Iterator[str]:
     others = {stage.image_size(size) for stage in stages} - {image_size}
     if others:
         yield (
-            f"the weights are for images of {image_size} pixels, and this run takes "
-            f"{', '.join(map(str, sorted(others)))}: backbone.config.image_size, or `stages`"
+            f"the pretrained weights use images of {image_size} pixels, and this run uses "
+            f"{', '.join(map(str, sorted(others)))} (backbone.config.image_size, stages); position embeddings "
+            "are resized"
         )
 
 

@@ -25,7 +25,7 @@ _LEFT_OUT = (
     (r"(.*\.)?pooler\.", "pooling layer"),
     (r"(.*\.)?(classifier|cls_classifier|head|fc)\.", "classifier"),
     (r"pool_norm\.", "norm before InternImage's classifier"),
-    (r"(.*\.)?embeddings\.mask_token$", "mask token: inputs with mask tokens have one of the recipe"),
+    (r"(.*\.)?embeddings\.mask_token$", "mask token: the recipe trains a new one for inputs with mask tokens"),
     (r"decoder\.", "decoder of its pre-training"),
     (r"(.*\.)?position_ids$", "no weight"),
     (r"visual_projection\.|logit_(scale|bias)$", "projection into the joint space"),

@@ -30,7 +30,7 @@ _LEFT_OUT = (
     (r"fc_norm\.", "norm of the classifier"),
     (r"attn_pool\.", "attention pooling: recipes pool by decoders"),
     (r"decoder_|decoder\.", "decoder of its pre-training"),
-    (r"mask_token$", "mask token: inputs with mask tokens have one of the recipe"),
+    (r"mask_token$", "mask token: the recipe trains a new one for inputs with mask tokens"),
     (r"lm_head\.", "head of its pre-training"),
 )
 _NO_EVA02 = "transformers has no class with the rotary positions, gates and norms of EVA-02's layers"
