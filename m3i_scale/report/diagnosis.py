@@ -35,7 +35,7 @@ LEAST_TEMPERATURE: float = Sharpened.model_fields["target_temperature"].default
 _ONLINE = "evaluation.online.data=/data/shards/val"
 Series = tuple[NDArray[np.int64], NDArray[np.float64]]
 """Steps and finite values of a metric, each of shape N."""
-RuleResult = tuple[str, list[tuple[str, str | None, str | None]]]
+RuleResult = tuple[str, list[tuple[str, str, str]]]
 """Observation, and the problems: observation with numbers, consequence, and settings that fix it."""
 
 
@@ -49,18 +49,16 @@ def diagnose(folder: Path) -> list[Finding]:
         except UserError as error:
             findings.append(Finding(rule.__name__, run.name, True, f"{NOT_JUDGED}: {error.what}", fix=error.fix))
         else:
-            problems = problems or [(summary, None, None)]
-            findings += [finding(rule.__name__, run.name, value, warning=why, fix=fix) for value, why, fix in problems]
+            found = [finding(rule.__name__, run.name, value, warning=why, fix=fix) for value, why, fix in problems]
+            findings += found or [finding(rule.__name__, run.name, summary)]
     return findings
 
 
 def warnings(run: RunFiles) -> RuleResult:
     """Find the warnings that training wrote, and those that hold in the last records."""
-    count, problems, teachers = len(run.steps), [], {}
+    count, problems, teachers = len(run.steps), [], _teachers(run)
     if count < PATIENCE:
         raise UserError(f"{count} log records, and the rule needs {PATIENCE}", fix="log.every_steps=1")
-    with suppress(UserError):  # an invalid recipe, or user-defined classes, which are not imported
-        teachers = {name: fix for name, (_, fix) in _teachers(run).items()}
     written = {(line["group"], line["what"]): (line["step"], line["why"], line["fix"]) for line in run.warnings}
     held = [_warnings_at(run, row) for row in range(0 if written else count - PATIENCE, count)]
     now = {key: reason for key, reason in held[-1].items() if all(key in row for row in held[-PATIENCE:])}
@@ -71,7 +69,7 @@ def warnings(run: RunFiles) -> RuleResult:
         if key not in now and any(key in row for row in held):  # else no record shows it, for example a skipped step
             after = [int(at) for at, row in zip(run.steps, held, strict=True) if at > step and key not in row]
             state += f", recovered at step {after[0]}" if after else ""
-        setting = teachers.get(key[0]) if fix.startswith("a higher target_temperature") else None
+        setting = teachers[key[0]][1] if key[0] in teachers and fix.startswith("a higher target_temperature") else ""
         if fix.startswith("a lower optim.lr") and key[0] not in ("evaluation", "guard"):
             setting = _lr_setting(run)
         problems.append((f"{key[0]}: {key[1]}; {state}", why, f"{setting}, or {fix}" if setting else fix))
@@ -80,10 +78,10 @@ def warnings(run: RunFiles) -> RuleResult:
 
 def _warnings_at(run: RunFiles, row: int) -> dict[tuple[str, str], tuple[str, str]]:
     """Return why and fix of the warnings that hold in one record. A std that is NaN is a problem, not missing."""
-    values = {name: float(column[row]) for name, column in run.figures.items()}
-    figures = {name: value for name, value in values.items() if not math.isnan(value) or name.endswith("_std")}
-    losses = (name.removeprefix("loss/") for name in run.figures if name.startswith("loss/"))
-    record = StepRecord(int(run.steps[row]), tuple(name for name in losses if "/" not in name), figures)
+    values = ((name, float(column[row])) for name, column in run.figures.items())
+    figures = {name: value for name, value in values if not math.isnan(value) or name.endswith("_std")}
+    targets = tuple(name.removeprefix("loss/") for name in run.figures if re.fullmatch("loss/[^/]+", name))
+    record = StepRecord(int(run.steps[row]), targets, figures)
     return {(item.group, item.what): (item.why, item.fix) for item in record_warnings(record)}
 
 
@@ -110,15 +108,14 @@ def high_norm_tokens(run: RunFiles) -> RuleResult:
     """Find a fraction of patch tokens with high norm that is large and has risen. Registers prevent them."""
     series, why = _evaluated(run, "high_norm_tokens"), "these patches store global information: noisy dense features"
     backbone = _section(run, "backbone")
-    preset, source = (backbone.get(key) or "" for key in ("preset", "from_pretrained"))
-    variant, has_registers = (
-        preset.replace("dinov2-", "dinov2-reg-"),
-        re.search("registers|-reg-|dinov3", preset + source),
+    model = str(backbone.get("from_pretrained") or backbone.get("preset"))
+    variant, fix = (
+        model.replace("dinov2-", "dinov2-reg-"),
+        "a backbone with registers, such as dinov3-b/16, in a new run",
     )
-    fix = "a backbone with registers, such as dinov3-b/16, in a new run"
-    if (backbone.get("config") or {}).get("num_register_tokens", has_registers):
+    if re.search("registers|-reg-|dinov3", model) or (backbone.get("config") or {}).get("num_register_tokens"):
         fix = "a larger weight of patch-level targets: the backbone has registers"
-    elif variant != preset and variant in PRESETS:
+    elif variant != model and variant in PRESETS:
         fix = f"backbone.preset={variant} in a new run"
     return _trend(series, why, fix, lambda least: max(MOST_HIGH_NORM, 1.5 * least))
 
@@ -154,24 +151,22 @@ def _trend(series: dict[str, Series], why: str, fix: str, most: Callable[[float]
 
 def learning_rate(run: RunFiles) -> RuleResult:
     """Compare learning rate and batch size with the built-in configs that have the recipe of the run."""
-    configs = [run_values(name) for name in known_runs().keys() - known_protocols().keys()]
     recipe, is_pretrained = _section(run, "recipe").get("name"), bool(_section(run, "backbone").get("from_pretrained"))
-    lr, batch_size = (_section(run, "optim").get(key) for key in ("lr", "batch_size"))
+    lr, batch_size = (_section(run, "optim").get(key) or math.nan for key in ("lr", "batch_size"))
     scaled = []
-    for config in configs if lr and batch_size else ():
+    for config in map(run_values, known_runs().keys() - known_protocols().keys()):
         has_weights = bool(config.get("backbone", {}).get("from_pretrained"))
-        if config["recipe"]["name"] == recipe and has_weights == is_pretrained:
+        if (config["recipe"]["name"], has_weights) == (recipe, is_pretrained):
             usual, ratio = config["optim"]["lr"], batch_size / config["optim"]["batch_size"]
             linear, root = usual * ratio, usual * math.sqrt(ratio)
-            # With AdamW, `usual` is common for smaller batches, too.
-            most = MOST_LR_FACTOR * max(linear, min(usual, MOST_LR_FACTOR * root))
-            fits = min(linear, root) / MOST_LR_FACTOR <= lr <= most
+            most = max(linear, min(usual, MOST_LR_FACTOR * root))  # AdamW is often used without scaling
+            fits = min(linear, root) / MOST_LR_FACTOR <= lr <= most * MOST_LR_FACTOR
             scaled.append((abs(math.log(ratio)), config["name"], root, linear, fits))
     if not scaled:
         raise UserError("no built-in config has the recipe and the initialization of this run")
     _, name, root, linear, _ = min(scaled)
-    value = f"optim.lr is {lr:.3g} with optim.batch_size {batch_size}"
-    value += f"; {name} scales to {root:.3g} (square root) or {linear:.3g} (linear)"
+    value = f"optim.lr is {lr:.3g} with optim.batch_size {batch_size}; {name} scales to "
+    value += f"{root:.3g} (square root) or {linear:.3g} (linear)"
     problem = (value, "the learning rate does not fit the batch size", f"optim.lr={root:.3g}")
     return value, [] if any(fits for *_, fits in scaled) else [problem]
 
@@ -180,7 +175,7 @@ def teacher_temperature(run: RunFiles) -> RuleResult:
     """Find teacher temperatures that are too low, or low while fewer prototypes are used."""
     problems, teachers, why = [], _teachers(run), "a teacher that is too sharp collapses to few prototypes"
     if not teachers:
-        raise UserError("no target of the recipe has a teacher temperature")
+        raise UserError("no target of the recipe has a teacher temperature, or it has user-defined classes")
     for name, (temperature, fix) in teachers.items():
         most, metric = max(values_of(temperature)), f"health/{name}_evenness"
         value, series = f"target_temperature of {name} is {most:.3g}", _logged(run, metric)
@@ -215,15 +210,14 @@ def overfitting(run: RunFiles) -> RuleResult:
     for name, (steps, values) in _evaluated(run, "knn", "linear").items():
         at = int(values.argmax())
         summary.append(f"{name} is {values[-1]:.3f}, maximum {values[at]:.3f} at step {steps[at]}")
-        before = loss[: max(int((logged <= steps[at]).sum()), 1)][-RECORDS:].mean() if loss.size else math.nan
-        if values[-EVALUATIONS:].max() >= values[at] - MOST_DROP:
-            continue
-        if steps[at] == 0:
+        before = loss[: max(int((logged <= steps[at]).sum()), 1)][-RECORDS:]
+        falls = values[-EVALUATIONS:].max() < values[at] - MOST_DROP
+        if falls and steps[at] == 0:
             problems.append((summary[-1], "the features are worse than the initial weights", _lr_setting(run)))
-        elif loss.size and (now := loss[-RECORDS:].mean()) < before:
+        elif falls and loss.size and loss[-RECORDS:].mean() < before.mean():
+            value = f"{summary[-1]}; the loss fell from {before.mean():.4g} to {loss[-RECORDS:].mean():.4g}"
             keep_best = _section(run, "checkpoint").get("keep_best") or {}
             fix = f"checkpoint.keep_best={{metric: {name}, mode: max}}, or " if keep_best.get("metric") != name else ""
-            value = f"{summary[-1]}; the loss fell from {before:.4g} to {now:.4g}"
             problems.append((value, "the run overfits", fix + _steps_setting(run, int(steps[at]))))
     return "; ".join(summary), problems
 
@@ -245,8 +239,7 @@ def _evaluated(run: RunFiles, *metrics: str) -> dict[str, Series]:
         if len(lines) > EVALUATIONS:
             found[name] = np.array([line["step"] for line in lines]), np.array([line[name] for line in lines])
     if not found:
-        reason = f"fewer than {EVALUATIONS + 1} online evaluations of {' or '.join(metrics)}"
-        raise UserError(reason, fix=_ONLINE)
+        raise UserError(f"fewer than {EVALUATIONS + 1} evaluations of {' or '.join(metrics)}", fix=_ONLINE)
     return found
 
 
@@ -256,13 +249,14 @@ def _section(run: RunFiles, name: str) -> dict[str, Any]:
 
 def _teachers(run: RunFiles) -> dict[str, tuple[float | list[tuple[float, float]], str]]:
     """Return the teacher temperature of targets that have one, with a setting for the schedule of DINOv2."""
-    found = {}
-    for number, target in enumerate(parse_recipe(_section(run, "recipe")).targets):
-        if isinstance(target.regularizer, Sharpened):
-            most = round(min(0.07, *(0.7 * one for one in values_of(target.distribution.temperature))), 4)
-            schedule = [[0, min(most, LEAST_TEMPERATURE)], [0.06, most]]
-            setting = f"recipe.targets.{number}.regularizer.target_temperature={schedule}"
-            found[target.name] = target.regularizer.target_temperature, setting
+    found: dict[str, tuple[float | list[tuple[float, float]], str]] = {}
+    with suppress(UserError):  # for example user-defined classes, which are not imported
+        for number, target in enumerate(parse_recipe(_section(run, "recipe")).targets):
+            if isinstance(target.regularizer, Sharpened):
+                most = round(min(0.07, *(0.7 * one for one in values_of(target.distribution.temperature))), 4)
+                setting = f"target_temperature={[[0, min(most, LEAST_TEMPERATURE)], [0.06, most]]}"
+                setting = f"recipe.targets.{number}.regularizer.{setting}"
+                found[target.name] = target.regularizer.target_temperature, setting
     return found
 
 

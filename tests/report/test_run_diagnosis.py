@@ -323,7 +323,7 @@ def test_teacher_temperatures(tmp_path: Path, temperature: str, evenness: float,
 
 def test_a_recipe_without_prototypes_has_no_teacher_temperature(tmp_path: Path) -> None:
     (found,) = judged(make_run(tmp_path), "teacher_temperature")
-    assert found.value == "not judged: no target of the recipe has a teacher temperature"
+    assert found.value.startswith("not judged: no target of the recipe has a teacher temperature")
 
 
 def test_too_many_epochs(tmp_path: Path) -> None:
