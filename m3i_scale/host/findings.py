@@ -10,6 +10,8 @@ from m3i_scale.errors import UserError
 from m3i_scale.text import listed
 
 _LISTED = 8
+NOT_JUDGED = "not judged"
+"""Start of the value of a check that lacks data. It is ok, with a dash in tables and the reason after a colon."""
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,7 @@ class Finding:
     """A host, or `all` for the group."""
     ok: bool
     value: str
+    """The observation, or `NOT_JUDGED` and the reason."""
     why: str | None = None
     """The consequence of a problem."""
     fix: str | None = None

@@ -12,14 +12,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from m3i_scale.backbones.build import backbone_config
 from m3i_scale.backbones.families import PRESETS
-from m3i_scale.config import BackboneConfig, known_protocols, known_runs, run_values
+from m3i_scale.config import known_protocols, known_runs, run_values
 from m3i_scale.errors import UserError
-from m3i_scale.host.findings import Finding, finding
+from m3i_scale.host.findings import NOT_JUDGED, Finding, finding
+from m3i_scale.objective.encoders import EmaSpec
 from m3i_scale.objective.recipe import parse_recipe
 from m3i_scale.objective.regularizers.prototypes import Sharpened
 from m3i_scale.objective.schedule import values_of
+from m3i_scale.objective.targets.patches import Gram
 from m3i_scale.report.run_files import RunFiles, read_run
 from m3i_scale.run.callbacks import StepRecord
 from m3i_scale.run.hooks.metrics import PATIENCE, record_warnings
@@ -29,154 +30,163 @@ EVALUATIONS, RECORDS = 3, 20
 """Numbers of evaluations and of log records of which the median counts."""
 LEAST_SHARE, MOST_HIGH_NORM, MOST_RISE, MOST_DROP, MOST_LR_FACTOR = 2 / 3, 0.01, 0.2, 0.02, 2.0
 """Minimum effective rank and evenness as a fraction of the maximum in the run; maximum fraction of high-norm tokens,
-rise of the patch similarity, drop of an accuracy, and factor between the learning rate and the scaling rules."""
+rise of the patch similarity, drop of an accuracy, and factor between the learning rate and the scaled ones."""
 LEAST_TEMPERATURE: float = Sharpened.model_fields["target_temperature"].default
 _ONLINE = "evaluation.online.data=/data/shards/val"
 Series = tuple[NDArray[np.int64], NDArray[np.float64]]
 """Steps and finite values of a metric, each of shape N."""
-Judged = tuple[str, list[tuple[str, str, str]]]
+RuleResult = tuple[str, list[tuple[str, str, str]]]
 """Observation, and the problems: observation with numbers, consequence, and settings that fix it."""
 
 
-class MissingRecordsError(Exception):
-    """The records lack the data of a rule. Arguments: the missing data, and optionally a setting that records it."""
-
-
 def diagnose(folder: Path) -> list[Finding]:
-    """Return the findings of all rules for the run in `folder`. Problems are warnings. A rule without data has a
-    finding with the missing data in `why`, which is no warning."""
+    """Return the findings of all rules for the run in `folder`. Problems are warnings. The value of a rule that raises
+    a UserError, for example without data, is `NOT_JUDGED` and the reason."""
     run, findings = read_run(folder), list[Finding]()
     for rule in RULES:
         try:
             summary, problems = rule(run)
-        except MissingRecordsError as missing:
-            findings.append(Finding(rule.__name__, run.name, True, "not judged", *missing.args))
+        except UserError as error:
+            findings.append(Finding(rule.__name__, run.name, True, f"{NOT_JUDGED}: {error.what}", fix=error.fix))
         else:
             found = [finding(rule.__name__, run.name, value, warning=why, fix=fix) for value, why, fix in problems]
             findings += found or [finding(rule.__name__, run.name, summary)]
     return findings
 
 
-def warnings(run: RunFiles) -> Judged:
+def warnings(run: RunFiles) -> RuleResult:
     """Find the warnings that training wrote, and those that hold in the last records."""
-    count, problems = len(run.steps), []
+    count, problems, teachers = len(run.steps), [], _teachers(run)
     if count < PATIENCE:
-        raise MissingRecordsError(f"{count} log records, and the rule needs {PATIENCE}", "log.every_steps=1")
-    held = [_warnings_at(run, row) for row in range(count - PATIENCE, count)]
-    now = {key: reason for key, reason in held[-1].items() if all(key in earlier for earlier in held)}
+        raise UserError(f"{count} log records, and the rule needs {PATIENCE}", fix="log.every_steps=1")
     written = {(line["group"], line["what"]): (line["step"], line["why"], line["fix"]) for line in run.warnings}
+    held = [_warnings_at(run, row) for row in range(0 if written else count - PATIENCE, count)]
+    now = {key: reason for key, reason in held[-1].items() if all(key in row for row in held[-PATIENCE:])}
     for key in {**written, **now}:
         step, *reason = written.get(key, (int(run.steps[-PATIENCE]), "", ""))
         why, fix = now.get(key, reason)
-        after = range(int(np.searchsorted(run.steps, step, side="right")), 0 if key in now else count)
-        recovered = next((int(run.steps[row]) for row in after if key not in _warnings_at(run, row)), None)
-        state = f"holds since step {step}" if key in now else f"held at step {step}"
-        state += "" if recovered is None else f", recovered at step {recovered}"
-        setting = _lr_setting(run) if "optim.lr" in fix else None
-        if "target_temperature" in fix:
-            setting = _teachers(run).get(key[0], (0, setting))[1]
+        state = f"holds since step {step}" if key in now else f"written at step {step}"
+        if key not in now and any(key in row for row in held):  # else no record shows it, for example a skipped step
+            after = [int(at) for at, row in zip(run.steps, held, strict=True) if at > step and key not in row]
+            state += f", recovered at step {after[0]}" if after else ""
+        setting = teachers[key[0]][1] if key[0] in teachers and fix.startswith("a higher target_temperature") else ""
+        if fix.startswith("a lower optim.lr") and key[0] not in ("evaluation", "guard"):
+            setting = _lr_setting(run)
         problems.append((f"{key[0]}: {key[1]}; {state}", why, f"{setting}, or {fix}" if setting else fix))
     return f"no warning in {count} log records", problems
 
 
 def _warnings_at(run: RunFiles, row: int) -> dict[tuple[str, str], tuple[str, str]]:
     """Return why and fix of the warnings that hold in one record. A std that is NaN is a problem, not missing."""
-    values = {name: float(column[row]) for name, column in run.figures.items()}
-    figures = {name: value for name, value in values.items() if not math.isnan(value) or name.endswith("_std")}
-    losses = (name.removeprefix("loss/") for name in run.figures if name.startswith("loss/"))
-    record = StepRecord(int(run.steps[row]), tuple(name for name in losses if "/" not in name), figures)
+    values = ((name, float(column[row])) for name, column in run.figures.items())
+    figures = {name: value for name, value in values if not math.isnan(value) or name.endswith("_std")}
+    targets = tuple(name.removeprefix("loss/") for name in run.figures if re.fullmatch("loss/[^/]+", name))
+    record = StepRecord(int(run.steps[row]), targets, figures)
     return {(item.group, item.what): (item.why, item.fix) for item in record_warnings(record)}
 
 
-def rank(run: RunFiles) -> Judged:
-    """Find an effective rank that falls: of the online evaluation, or of training batches after the warm-up."""
-    why = "the features use ever fewer dimensions, which is representation collapse"
-    with suppress(MissingRecordsError):
-        return _trend(_evaluated(run, "rankme"), why, _lr_setting(run))
+def rank(run: RunFiles) -> RuleResult:
+    """Find an effective rank that falls: of the online evaluation, or of training batches with the same size."""
+    why, fix = "the features use fewer dimensions, which can mean representation collapse", _lr_setting(run)
+    with suppress(UserError):
+        recipe = parse_recipe(_section(run, "recipe"))
+        ema = recipe.ema or EmaSpec()
+        start = round(1 - (1 - ema.start) / 5, 6)
+        if any(target.encoder == "ema" for target in recipe.targets):
+            fix = f"recipe.ema.start={start} recipe.ema.end={max(start, ema.end)}, or {fix}"
+    with suppress(UserError):
+        return _trend(_evaluated(run, "rankme"), why, fix)
     steps, values = _logged(run, "health/pooled_rank")
-    trained = steps > _section(run, "optim").get("warmup_steps", 0)
-    if trained.sum() <= RECORDS:
-        raise MissingRecordsError(f"no RankMe, and {trained.sum()} health/pooled_rank after the warm-up", _ONLINE)
-    return _trend({"health/pooled_rank": (steps[trained], values[trained])}, why, _lr_setting(run), window=RECORDS)
+    changes = [line["step"] for line in (*run.starts[-1:], *run.stages[-1:])]  # the micro-batch limits the rank
+    used = steps > max([_section(run, "optim").get("warmup_steps", 0), *changes])
+    if used.sum() <= RECORDS:
+        raise UserError(f"no RankMe, and {used.sum()} records after warm-up, last start and last stage", fix=_ONLINE)
+    return _trend({"health/pooled_rank": (steps[used], values[used])}, why, fix)
 
 
-def high_norm_tokens(run: RunFiles) -> Judged:
-    """Find a fraction of patch tokens with high norm that is large and has risen."""
+def high_norm_tokens(run: RunFiles) -> RuleResult:
+    """Find a fraction of patch tokens with high norm that is large and has risen. Registers prevent them."""
     series, why = _evaluated(run, "high_norm_tokens"), "these patches store global information: noisy dense features"
-    return _trend(series, why, lambda _: _register_setting(run), lambda least: max(MOST_HIGH_NORM, 1.5 * least))
+    backbone = _section(run, "backbone")
+    model = str(backbone.get("from_pretrained") or backbone.get("preset"))
+    variant, fix = (
+        model.replace("dinov2-", "dinov2-reg-"),
+        "a backbone with registers, such as dinov3-b/16, in a new run",
+    )
+    if re.search("registers|-reg-|dinov3", model) or (backbone.get("config") or {}).get("num_register_tokens"):
+        fix = "a larger weight of patch-level targets: the backbone has registers"
+    elif variant != model and variant in PRESETS:
+        fix = f"backbone.preset={variant} in a new run"
+    return _trend(series, why, fix, lambda least: max(MOST_HIGH_NORM, 1.5 * least))
 
 
-def patch_similarity(run: RunFiles) -> Judged:
+def patch_similarity(run: RunFiles) -> RuleResult:
     """Find patches of an image that become alike. Gram anchoring preserves their differences (DINOv3)."""
-    series, why = _evaluated(run, "patch_similarity"), "dense features degrade if all patches of an image are alike"
-    gram = [
-        f"recipe.targets.{number}.weight={2 * term.get('weight', 1.0):g}"
-        for number, term in enumerate(_section(run, "recipe").get("targets") or [])
-        if term.get("kind") == "gram" and not isinstance(term.get("weight"), list)
-    ]
-    other = "a target with `kind: gram` and an early export as teacher"
-    fix = gram[0] if gram else lambda step: f"{_steps_setting(run, step)}, or {other}"
-    return _trend(series, why, fix, lambda least: least + MOST_RISE)
+    targets, series = parse_recipe(_section(run, "recipe")).targets, _evaluated(run, "patch_similarity")
+    if not any(target.dense for target in targets):
+        raise UserError("the recipe has no patch-level target, and image-level targets make patches alike")
+    steps, values = next(iter(series.values()))
+    fix = _steps_setting(run, int(steps[values <= values.min() + MOST_RISE][-1]))
+    fix += ", or a target with `kind: gram` and an early export as teacher"
+    for number, target in enumerate(targets):
+        if isinstance(target, Gram):
+            key, weight = f"recipe.targets.{number}.weight", target.weight
+            fix = f"larger values in the schedule {key}" if isinstance(weight, list) else f"{key}={2 * weight:g}"
+    return _trend(series, "dense features degrade if all patches are alike", fix, lambda least: least + MOST_RISE)
 
 
-def _trend(
-    series: dict[str, Series],
-    why: str,
-    fix: str | Callable[[int], str],
-    most: Callable[[float], float] | None = None,
-    window: int = EVALUATIONS,
-) -> Judged:
-    """Find metrics with a newest median above `most` of their minimum; None: below `LEAST_SHARE` of their maximum.
-    A function `fix` gets the last step without the problem."""
+def _trend(series: dict[str, Series], why: str, fix: str, most: Callable[[float], float] | None = None) -> RuleResult:
+    """Find metrics with a newest median above `most` of their minimum; None: below `LEAST_SHARE` of their maximum."""
     summary, problems = [], []
     for name, (steps, values) in series.items():
+        window = EVALUATIONS if name.startswith("evaluation/") else RECORDS
         medians_N = np.median(np.lib.stride_tricks.sliding_window_view(values, window), axis=1)
         at = int(medians_N.argmin() if most else medians_N.argmax())
-        is_bad_N = medians_N > most(medians_N[at]) if most else medians_N < LEAST_SHARE * medians_N[at]
         extreme = f"{'minimum' if most else 'maximum'} {medians_N[at]:.3g} at step {steps[at + window - 1]}"
         summary.append(f"{name} is {medians_N[-1]:.3g} at step {steps[-1]}, {extreme}")
-        if is_bad_N[-1]:
-            step = int(steps[window - 1 :][~is_bad_N][-1])
-            problems.append((summary[-1], why, fix if isinstance(fix, str) else fix(step)))
+        if medians_N[-1] > most(medians_N[at]) if most else medians_N[-1] < LEAST_SHARE * medians_N[at]:
+            problems.append((summary[-1], why, fix))
     return "; ".join(summary), problems
 
 
-def learning_rate(run: RunFiles) -> Judged:
-    """Compare learning rate and batch size with the built-in config of the run, or all that have its recipe."""
-    usual = {name: run_values(name) for name in sorted(known_runs().keys() - known_protocols().keys())}
+def learning_rate(run: RunFiles) -> RuleResult:
+    """Compare learning rate and batch size with the built-in configs that have the recipe of the run."""
     recipe, is_pretrained = _section(run, "recipe").get("name"), bool(_section(run, "backbone").get("from_pretrained"))
-    names = [name for name in usual if usual[name]["recipe"]["name"] == recipe]
-    names = [name for name in names if bool(usual[name].get("backbone", {}).get("from_pretrained")) == is_pretrained]
-    lr, batch_size = (_section(run, "optim").get(key) for key in ("lr", "batch_size"))
-    if not names or not lr or not batch_size:
-        raise MissingRecordsError("no built-in config has the recipe and the initialization of this run")
-    value, fixes = f"optim.lr is {lr:.3g} with optim.batch_size {batch_size}", []
-    for name in [run.name] if run.name in names else names:
-        usual_lr, ratio = usual[name]["optim"]["lr"], batch_size / usual[name]["optim"]["batch_size"]
-        linear, root = usual_lr * ratio, usual_lr * math.sqrt(ratio)
-        value += f"; {name} scales to {linear:.3g} (linear) or {root:.3g} (square root)"
-        fixes.append(f"optim.lr={linear:.3g}")
-        if min(linear, root) / MOST_LR_FACTOR <= lr <= max(linear, root) * MOST_LR_FACTOR:
-            return value, []
-    return value, [(value, "the learning rate does not fit the batch size", fixes[0])]
+    lr, batch_size = (_section(run, "optim").get(key) or math.nan for key in ("lr", "batch_size"))
+    scaled = []
+    for config in map(run_values, known_runs().keys() - known_protocols().keys()):
+        has_weights = bool(config.get("backbone", {}).get("from_pretrained"))
+        if (config["recipe"]["name"], has_weights) == (recipe, is_pretrained):
+            usual, ratio = config["optim"]["lr"], batch_size / config["optim"]["batch_size"]
+            linear, root = usual * ratio, usual * math.sqrt(ratio)
+            most = max(linear, min(usual, MOST_LR_FACTOR * root))  # AdamW is often used without scaling
+            fits = min(linear, root) / MOST_LR_FACTOR <= lr <= most * MOST_LR_FACTOR
+            scaled.append((abs(math.log(ratio)), config["name"], root, linear, fits))
+    if not scaled:
+        raise UserError("no built-in config has the recipe and the initialization of this run")
+    _, name, root, linear, _ = min(scaled)
+    value = f"optim.lr is {lr:.3g} with optim.batch_size {batch_size}; {name} scales to "
+    value += f"{root:.3g} (square root) or {linear:.3g} (linear)"
+    problem = (value, "the learning rate does not fit the batch size", f"optim.lr={root:.3g}")
+    return value, [] if any(fits for *_, fits in scaled) else [problem]
 
 
-def teacher_temperature(run: RunFiles) -> Judged:
+def teacher_temperature(run: RunFiles) -> RuleResult:
     """Find teacher temperatures that are too low, or low while fewer prototypes are used."""
     problems, teachers, why = [], _teachers(run), "a teacher that is too sharp collapses to few prototypes"
     if not teachers:
-        raise MissingRecordsError("no target of the recipe has a teacher temperature, or it has user-defined classes")
+        raise UserError("no target of the recipe has a teacher temperature, or it has user-defined classes")
     for name, (temperature, fix) in teachers.items():
         most, metric = max(values_of(temperature)), f"health/{name}_evenness"
         value, series = f"target_temperature of {name} is {most:.3g}", _logged(run, metric)
         if most < LEAST_TEMPERATURE and not isinstance(temperature, list):
             problems.append((f"{value}, below {LEAST_TEMPERATURE}", why, fix))
         elif most <= LEAST_TEMPERATURE and len(series[0]) > RECORDS:
-            problems += _trend({f"{value}, and {metric}": series}, why, fix, window=RECORDS)[1]
+            problems += _trend({f"{value}, and {metric}": series}, why, fix)[1]
     return f"at least {LEAST_TEMPERATURE}, or a schedule: {', '.join(teachers)}", problems
 
 
-def epochs(run: RunFiles) -> Judged:
+def epochs(run: RunFiles) -> RuleResult:
     """Project the epochs of each dataset to the end of the run."""
     summary, problems, datasets = [], [], _section(run, "data").get("datasets") or {}
     logged = {name.split("/")[1]: _logged(run, name) for name in run.figures if re.fullmatch("dataset/.+/epoch", name)}
@@ -190,21 +200,24 @@ def epochs(run: RunFiles) -> Judged:
             fix = f"{_steps_setting(run, USUAL_EPOCHS / per_step)} for {USUAL_EPOCHS} epochs, or more images"
             problems.append((summary[-1], f"images repeat more than {MAX_EPOCHS} times", fix))
     if not summary:
-        raise MissingRecordsError("no metric dataset/NAME/epoch above 0")
+        raise UserError("no metric dataset/NAME/epoch above 0")
     return "; ".join(summary), problems
 
 
-def overfitting(run: RunFiles) -> Judged:
+def overfitting(run: RunFiles) -> RuleResult:
     """Find accuracies of the online evaluation below their best value while the loss fell."""
     summary, problems, (logged, loss) = [], [], _logged(run, "loss")
     for name, (steps, values) in _evaluated(run, "knn", "linear").items():
         at = int(values.argmax())
-        before, now = (part[-RECORDS:].mean() if part.size else math.nan for part in (loss[logged <= steps[at]], loss))
         summary.append(f"{name} is {values[-1]:.3f}, maximum {values[at]:.3f} at step {steps[at]}")
-        if values[-EVALUATIONS:].max() < values[at] - MOST_DROP and now < before:
+        before = loss[: max(int((logged <= steps[at]).sum()), 1)][-RECORDS:]
+        falls = values[-EVALUATIONS:].max() < values[at] - MOST_DROP
+        if falls and steps[at] == 0:
+            problems.append((summary[-1], "the features are worse than the initial weights", _lr_setting(run)))
+        elif falls and loss.size and loss[-RECORDS:].mean() < before.mean():
+            value = f"{summary[-1]}; the loss fell from {before.mean():.4g} to {loss[-RECORDS:].mean():.4g}"
             keep_best = _section(run, "checkpoint").get("keep_best") or {}
             fix = f"checkpoint.keep_best={{metric: {name}, mode: max}}, or " if keep_best.get("metric") != name else ""
-            value = f"{summary[-1]}; the loss fell from {before:.4g} to {now:.4g}"
             problems.append((value, "the run overfits", fix + _steps_setting(run, int(steps[at]))))
     return "; ".join(summary), problems
 
@@ -226,7 +239,7 @@ def _evaluated(run: RunFiles, *metrics: str) -> dict[str, Series]:
         if len(lines) > EVALUATIONS:
             found[name] = np.array([line["step"] for line in lines]), np.array([line[name] for line in lines])
     if not found:
-        raise MissingRecordsError(f"fewer than {EVALUATIONS + 1} online evaluations of {' or '.join(metrics)}", _ONLINE)
+        raise UserError(f"fewer than {EVALUATIONS + 1} evaluations of {' or '.join(metrics)}", fix=_ONLINE)
     return found
 
 
@@ -241,8 +254,8 @@ def _teachers(run: RunFiles) -> dict[str, tuple[float | list[tuple[float, float]
         for number, target in enumerate(parse_recipe(_section(run, "recipe")).targets):
             if isinstance(target.regularizer, Sharpened):
                 most = round(min(0.07, *(0.7 * one for one in values_of(target.distribution.temperature))), 4)
-                schedule = [[0, min(most, LEAST_TEMPERATURE)], [0.06, most]]
-                setting = f"recipe.targets.{number}.regularizer.target_temperature={schedule}"
+                setting = f"target_temperature={[[0, min(most, LEAST_TEMPERATURE)], [0.06, most]]}"
+                setting = f"recipe.targets.{number}.regularizer.{setting}"
                 found[target.name] = target.regularizer.target_temperature, setting
     return found
 
@@ -256,19 +269,3 @@ def _steps_setting(run: RunFiles, steps: float) -> str:
     steps = max(round(steps), 1)
     warmup = f" optim.warmup_steps={steps // 10}" if _section(run, "optim").get("warmup_steps", 0) >= steps else ""
     return f"optim.steps={steps}{warmup}" + (", with fewer stages.N.steps" if run.settings.get("stages") else "")
-
-
-def _register_setting(run: RunFiles) -> str:
-    """Return a setting for more register tokens, or for the backbone with registers that is most similar."""
-    backbone, similar = _section(run, "backbone"), dict[str, tuple[bool, int]]()
-    if backbone.get("from_pretrained"):
-        return "backbone.from_pretrained=facebook/dinov2-with-registers-base in a new run"
-    here = backbone_config(BackboneConfig(preset=backbone.get("preset"), config=backbone.get("config") or {}))
-    if count := getattr(here, "num_register_tokens", 0):
-        return f"backbone.config.num_register_tokens={2 * count} in a new run"
-    for name in PRESETS:
-        with suppress(UserError):  # fields of `backbone.config` that this preset does not have
-            other = backbone_config(BackboneConfig(preset=name, config=backbone.get("config") or {}))
-            if getattr(other, "num_register_tokens", 0):
-                similar[name] = other.patch_size != here.patch_size, abs(other.hidden_size - here.hidden_size)
-    return f"backbone.preset={min(similar, key=similar.__getitem__, default='dinov3-b/16')} in a new run"

@@ -179,7 +179,7 @@ def test_a_learning_rate_of_another_batch_size_is_a_warning_with_the_scaled_valu
     (tmp_path / "run.yaml").write_text("extends: m3i_mini\noptim: {batch_size: 64}\n")
     for name, overrides in ((str(tmp_path / "run.yaml"), []), ("m3i_mini", ["optim.batch_size=64"])):
         (rate,) = warnings_of(name, [DATA, *overrides])
-        assert "optim.lr=0.00025 (linear scaling)" in rate
+        assert "optim.lr=0.0005 (square root) or 0.00025 (linear)" in rate
         assert warnings_of(name, [DATA, *overrides, "optim.lr=1e-3"]) == []
     assert warnings_of("m3i_mini", [DATA, "optim.batch_size=256"]) == []
 

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from m3i_scale.config import known_runs
 from m3i_scale.errors import EXIT_USER_ERROR, ConfigError
+from m3i_scale.host.findings import NOT_JUDGED, errors_in
 from m3i_scale.host.output_dir import RUN_FILE
 from m3i_scale.launch import OVER_HOSTS
 from m3i_scale.launch.description import OPTION_NAMES, Cluster, takes_cluster
@@ -42,9 +43,7 @@ def doctor(
 
     Exit with code 2 if a check fails on any host.
 
-    With the output folder of a run, name problems in its records instead.
-
-    They are warnings, with settings to change and exit code 0.
+    With the output directory of a run, diagnose its records instead. Problems are warnings; the exit code is 0.
     """
     leave_out_accelerator_warning()
     folder = None if run is None or run in known_runs() or not Path(run).is_dir() else Path(run)
@@ -58,8 +57,6 @@ def doctor(
 
         log = wide_console(stderr=True, soft_wrap=True).print
         findings = examine(run, overrides or [], cluster, connect_s=connect_s, log=log)
-    from m3i_scale.host.findings import errors_in
-
     rows = [finding.to_json() for finding in findings]
     print_result(as_json, rows, lambda: doctor_table(rows, "host" if folder is None else "run"))
     if errors_in(findings):
@@ -101,7 +98,7 @@ def doctor_table(findings: Iterable[Mapping[str, Any]], place: str = "host") -> 
 
 def _kind(finding: Mapping[str, Any]) -> str:
     if finding["ok"] and not finding["warning"]:
-        return "skipped" if finding["why"] else "ok"
+        return "skipped" if finding["value"].startswith(NOT_JUDGED) else "ok"
     return "warning" if finding["ok"] else "error"
 
 
