@@ -37,7 +37,7 @@ class Setting:
     """Default TFLOP of one training."""
 
 
-EMOJI, PHOTOS = Setting(), Setting(batch=128, deepspeed="zero1_cpu_fp32", budget=6.0)
+EMOJI, PHOTOS = Setting(), Setting(image=40, batch=128, deepspeed="zero1_cpu_fp32", budget=6.0)
 MIXTURE = {"imagenette": 2, "flickr8k": 2, "tiny": 1}
 """Sampling weights of the photos: with labels, with captions, with neither."""
 

@@ -73,7 +73,7 @@ def compared(sets: Sets, output: Path, seeds: int, start_steps: int, steps: int,
         **{"seeds": seeds, "start_steps": start_steps, "steps": steps, "batch": EMOJI.batch, "lr": LR},
         **{"layer_decay": LAYER_DECAY, "level": LEVEL},
         "samples": {"general": sets.general.samples, "domain": sets.domain.samples},
-        "classes": {"general": sets.general.classes, "domain": sets.domain.classes},
+        "classes": {"general": sets.general.classes["main"], "domain": sets.domain.classes["main"]},
     }
     figures = {
         name: {measure: _figures(by_side, name, measure) for measure in FIGURES} for name in ("domain", "general")
