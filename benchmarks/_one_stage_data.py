@@ -35,9 +35,11 @@ class Setting:
     deepspeed: str = "zero1_bf16"
     budget: float = 6.0
     """Default TFLOP of one training."""
+    points: int = 3
+    """Default number of evaluations along the first seed's training."""
 
 
-EMOJI, PHOTOS = Setting(), Setting(image=40, batch=128, deepspeed="zero1_cpu_fp32", budget=6.0)
+EMOJI, PHOTOS = Setting(), Setting(image=40, batch=128, deepspeed="zero1_cpu_fp32", budget=6.0, points=1)
 MIXTURE = {"imagenette": 2, "flickr8k": 2, "tiny": 1}
 """Sampling weights of the photos: with labels, with captions, with neither."""
 

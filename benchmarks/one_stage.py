@@ -56,11 +56,15 @@ def main(
     seeds: int = typer.Option(3, min=2, help="Trainings of every recipe."),
     workers: int = typer.Option(0, min=0, help="Trainings at a time; 0: one a core, or one a GPU."),
     points: int = typer.Option(
-        None, min=1, help="Measurements along the first seed's training; default: 3, and 1, at the end, of a ladder."
+        None,
+        min=1,
+        help="Measurements along the first seed's training; default: 3; 1, at the end, of a ladder or --photos.",
     ),
     only: list[str] = typer.Option([], help="Only these recipes."),
     ablations: bool | None = typer.Option(
-        None, help="Also m3i with the other choices that the paper leaves open; default: where nothing is left out."
+        None,
+        help="Also m3i with the other choices that the paper leaves open; default: where nothing is left out, "
+        "except with --photos.",
     ),
     tasks: list[str] = typer.Option(
         [],
@@ -94,8 +98,8 @@ def main(
             protocol,
             sorted(set(budgets)) or [opened.setting.budget],
             seeds,
-            points or (1 if len(set(budgets)) > 1 else 3),
-            *_chosen(only, ablations),
+            points or (1 if len(set(budgets)) > 1 else opened.setting.points),
+            *_chosen(only, False if ablations is None and photos is not None else ablations),
         )
         asked = [] if tasks == ["none"] else downstream.chosen(tasks)
         document = comparison.document(workers, asked if tasks else comparison.tasks())

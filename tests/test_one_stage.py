@@ -461,3 +461,23 @@ def test_a_measure_counts_if_the_best_recipe_beats_the_baselines():
     pixels = counted_measures({"clip": good}, results(0.1, 0.1, 0.1, pixels=0.4))["linear"]
     assert (pixels["counts"], pixels["low"] > 0.38) == (False, True)
     assert mean_ranks({"clip": good}, []) == {}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--data", "x"], "--photos cannot be combined with --data"),
+        (["--downstream", "segmentation"], "--photos has no labels for --downstream"),
+        (["--photos", "none"], "no shards of 'imagenette/train'"),
+    ],
+)
+def test_options_that_photos_do_not_take(options, message):
+    import one_stage
+    from typer import Typer
+    from typer.testing import CliRunner
+
+    app = Typer()
+    app.command()(one_stage.main)
+    result = CliRunner().invoke(app, ["--photos", "p", *options])
+    assert result.exit_code == 2
+    assert message in result.output
