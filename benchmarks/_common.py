@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -57,19 +58,28 @@ def emoji_shards() -> Path:
     return folder
 
 
-def scene_shards() -> Path:
-    """The scenes of the examples as shards with boxes and masks: beside the emoji set, made where they are missing."""
+def scene_shards(kind: Literal["coco", "masks"] = "coco") -> Path:
+    """The scenes of the examples as shards: beside the emoji set, made where they are missing.
+
+    Args:
+        kind: boxes and masks of objects in `train` and `val`, or classes of pixels in `training` and `validation`.
+    """
     beside = Path(os.environ.get("M3I_EMOJI_FOLDER", "data/emoji")).parent
-    folder = beside / "scenes-shards"
+    folder = beside / ("scenes-shards" if kind == "coco" else "scenes-masks")
     if not folder.exists():
         beside.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=beside) as temporary:
             scenes, cache = Path(temporary) / "scenes", beside / ".cache" / "emoji"
             made = ["--images", str(SCENES), "--seed", "0", "--cache", str(cache)]
             _make(folder, [str(EXAMPLES / "scenes.py"), str(scenes), *made])
-            files = [scenes / "annotations" / f"instances_{split}.json" for split in ("train", "val")]
-            inputs = [part for file in files for part in ("--input", str(file))]
-            _make(folder, ["-m", "m3i_scale", "shards", "make", "coco", *inputs, "--output", str(folder)])
+            annotations = scenes / "annotations"
+            if kind == "coco":
+                files = [annotations / f"instances_{split}.json" for split in ("train", "val")]
+                inputs = [part for file in files for part in ("--input", str(file))]
+            else:
+                inputs = ["--images", str(scenes / "images"), "--masks", str(annotations), "--reduce-zero-label"]
+                inputs += ["--labels", str(scenes / "objectInfo150.txt")]
+            _make(folder, ["-m", "m3i_scale", "shards", "make", kind, *inputs, "--output", str(folder)])
     return folder
 
 

@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 from _common import say
-from _one_stage import IMAGE, DataSet, Entry, open_data, optim_values, run_values
+from _one_stage import Entry, optim_values, run_values
+from _one_stage_data import EMOJI, DataSet, open_data
 from _trainings import Training, tool
 from PIL import Image, ImageFilter, ImageOps
 
@@ -131,10 +132,10 @@ def _as_it_is(key: str, sample: Sample) -> Pictures:
 def _scan(key: str, sample: Sample) -> Pictures:
     """Return it gray, inverted, blurred and noisy, at the size at which it is trained; its key draws the noise."""
     image, mask = _as_it_is(key, sample)
-    gray = ImageOps.invert(image.convert("L").resize((IMAGE, IMAGE))).filter(ImageFilter.GaussianBlur(BLUR))
-    noise = np.random.default_rng(zlib.crc32(key.encode())).normal(0, NOISE, (IMAGE, IMAGE))
+    gray = ImageOps.invert(image.convert("L").resize((EMOJI.image, EMOJI.image))).filter(ImageFilter.GaussianBlur(BLUR))
+    noise = np.random.default_rng(zlib.crc32(key.encode())).normal(0, NOISE, (EMOJI.image, EMOJI.image))
     scan = Image.fromarray((np.asarray(gray) + noise).clip(0, 255).astype(np.uint8))
-    return scan, mask.resize((IMAGE, IMAGE), Image.Resampling.NEAREST)
+    return scan, mask.resize((EMOJI.image, EMOJI.image), Image.Resampling.NEAREST)
 
 
 def _png(mask: Image.Image) -> bytes:
@@ -154,7 +155,7 @@ class Start(Training):
     def values(self, folder: Path) -> dict[str, Any]:
         """See `Training`."""
         values = run_values(Entry("start", "m3i"), self.sets.general, self.seed, folder)
-        return values | {"optim": optim_values(self.steps), "checkpoint": _checkpoint(self.steps)}
+        return values | {"optim": optim_values(self.steps, EMOJI.batch), "checkpoint": _checkpoint(self.steps)}
 
     def depends(self) -> tuple[dict[str, Any], list[Any]]:
         """See `Training`."""
@@ -192,7 +193,7 @@ class GoneOn(Start):
             recipe["targets"] = [target for target in recipe["targets"] if target["kind"] != "anchor"]
             del recipe["teachers"], recipe["decoders"]["patches"]
         values["backbone"]["from_pretrained"] = str(self.start.export)
-        optim = optim_values(self.steps) | {"lr": LR, "layer_decay": LAYER_DECAY}
+        optim = optim_values(self.steps, EMOJI.batch) | {"lr": LR, "layer_decay": LAYER_DECAY}
         return values | {"optim": optim, "checkpoint": _checkpoint(self.steps)}
 
     def depends(self) -> tuple[dict[str, Any], list[Any]]:

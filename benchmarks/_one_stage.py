@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-import statistics
-import tarfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from _cost import count_flop, recipe_step, synthetic_batch
+from _evaluate import SHOTS
+from _one_stage_data import TOKENS, DataSet, Setting
 from _trainings import Training, tool, write
-from transformers import AutoTokenizer
 
 from m3i_scale.config import RunConfig, load_run, parse_section
-from m3i_scale.errors import ConfigError, DataError
+from m3i_scale.errors import ConfigError
 from m3i_scale.objective.recipe import parse_recipe
-from m3i_scale.shards.folder import FACTS
 
-WIDTH, LAYERS, HEADS, IMAGE, PATCH, TOKENS, BATCH = 96, 4, 3, 48, 8, 24, 64
 FEWEST_STEPS = 20
-SAMPLED_CAPTIONS = 2048
+EVALUATE = str(Path(__file__).parent / "_evaluate.py")
 
 
 @dataclass(frozen=True)
@@ -67,115 +63,43 @@ ABLATIONS = (
 """What the paper leaves open, and what might mend where `m3i` loses: `m3i` with the other choice."""
 
 
-@dataclass(frozen=True)
-class DataSet:
-    """Shards of `shards make`, and how they are measured on."""
-
-    folder: Path
-    classes: list[str]
-    streams: int
-    samples: int
-    tokens: int
-    """Tokens of a caption, as batches are padded."""
-    sha256: str
-    """Of all splits, labels and the tokenizer."""
-    options: list[str] = field(default_factory=list)
-    """Of the probes."""
-
-    @property
-    def retrieval(self) -> Path:
-        """Where texts are looked up: a held-out style of seen concepts where there is one."""
-        style = self.folder / "style"
-        return style if style.is_dir() else self.folder / "val"
-
-
-def open_data(folder: Path) -> DataSet:
-    """A folder with `train` and `val`, as `m3i-scale shards make` writes it.
-
-    Raises:
-        DataError: no such folder, or one without labels or captions.
-    """
-    if (folder / "manifest.json").is_file():
-        raise DataError("this is one split", where=str(folder), fix=f"give its parent: --data {folder.parent}")
-    for split in ("train", "val"):
-        if not (folder / split / "manifest.json").is_file():
-            raise DataError(
-                f"no {split} shards with a manifest.json",
-                where=str(folder / split),
-                fix=f"m3i-scale shards make … --output {folder} --split train=0.85,val=0.15",
-            )
-    manifest = json.loads((folder / "train" / "manifest.json").read_text(encoding="utf-8"))
-    shards = list(manifest["shards"].values())
-    total = {fact: sum(shard.get(fact, 0) for shard in shards) for fact in FACTS}
-    for fact in ("with_label", "with_caption"):
-        if not total[fact]:
-            raise DataError(
-                f"no training sample is {fact.replace('_', ' ')}",
-                where=str(folder / "train"),
-                why="the comparison is between recipes that learn from labels, from captions and from neither",
-            )
-    streams = next(count for count in (8, 4, 2, 1) if count <= len(shards))
-    classes = json.loads((folder / "train" / "labels.json").read_text(encoding="utf-8"))
-    # what a flag shows says nothing about its group
-    options = ["--exclude-group", "flags"] if manifest.get("source") == "emoji" else []
-    tokens = padded_tokens(folder)
-    return DataSet(folder, classes, streams, total["samples"], tokens, _fingerprint(folder), options)
-
-
-def padded_tokens(folder: Path) -> int:
-    """Mean length that a batch of captions is padded to: what the text tower really computes."""
-    captions: list[str] = []
-    for shard in sorted((folder / "train").glob("*.tar")):
-        with tarfile.open(shard) as tar:
-            for member in tar:
-                text = tar.extractfile(member) if member.isfile() and member.name.endswith(".txt") else None
-                captions += [text.read().decode("utf-8")] if text is not None else []
-        if len(captions) >= SAMPLED_CAPTIONS:
-            break
-    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True, trust_remote_code=False)
-    lengths = [min(len(ids), TOKENS) for ids in tokenizer(captions)["input_ids"]]
-    longest = [max(lengths[start : start + BATCH]) for start in range(0, len(lengths), BATCH)]
-    return round(statistics.fmean(longest))
-
-
-def _fingerprint(folder: Path) -> str:
-    digest = hashlib.sha256()
-    for pattern in ("*/manifest.json", "*/labels.json", "tokenizer/tokenizer.json"):
-        for path in sorted(folder.glob(pattern)):
-            digest.update(str(path.relative_to(folder)).encode() + path.read_bytes())
-    return digest.hexdigest()
-
-
 def run_values(entry: Entry, data: DataSet, seed: int, folder: Path) -> dict[str, Any]:
     """The run file of an entry, without its number of steps: the same backbone, data and optimizer for all."""
-    base = load_run(entry.base, list(entry.overrides))
+    base, setting = load_run(entry.base, list(entry.overrides)), data.setting
     recipe, augment = base.recipe, base.data.augment
     for decoder in recipe["decoders"].values():
         if decoder["kind"] == "transformer":
-            decoder |= {"width": 64, "heads": 1, "depth": LAYERS // 3}
+            decoder |= {"width": 64, "heads": 1, "depth": setting.layers // 3}
         elif decoder["kind"] == "attention_pool":
-            decoder["width"] = WIDTH
+            decoder["width"] = setting.width
     if "ema" in recipe:
         chosen = any(override.startswith("recipe.ema.") for override in entry.overrides)
         start = recipe["ema"]["start"] if chosen else 0.99
-        recipe["ema"] = {"start": start, "end": 1.0, "projector_depth": LAYERS // 3}
-    text = {"config": _shape(2), "max_tokens": TOKENS}
+        recipe["ema"] = {"start": start, "end": 1.0, "projector_depth": setting.layers // 3}
+    text = {"config": _shape(setting, 2), "max_tokens": TOKENS}
     for target in recipe["targets"]:
         if target["kind"] == "text":
-            target["width"] = WIDTH
+            target["width"] = setting.width
+    kinds = {target["kind"] for target in recipe["targets"]}
+    reads_text = "text" in kinds
+    # errors in a recipe that does not read them
+    unused = [key for key, kind in (("captions", "text"), ("labels", "category")) if kind not in kinds]
     return {
         "name": "run",
         "output_dir": str(folder / "run"),
         "seed": seed,
         "recipe": recipe,
         "backbone": {
-            "config": _shape(LAYERS) | {"image_size": IMAGE, "patch_size": PATCH},
+            "config": _shape(setting, setting.layers) | {"image_size": setting.image, "patch_size": setting.patch},
             "attention": base.backbone.attention,
             "attention_kernel": "eager",  # short sequences; and every product is counted
         },
-        **({"text": text} if any(target["kind"] == "text" for target in recipe["targets"]) else {}),
+        **({"text": text} if reads_text else {}),
         "data": {
-            "datasets": {"main": {"path": str(data.folder / "train")}},
+            "datasets": {
+                name: {key: value for key, value in one.items() if key not in unused}
+                for name, one in data.datasets.items()
+            },
             "streams": data.streams,
             "augment": {
                 "crop_scale": [0.3, 1.0],
@@ -185,30 +109,32 @@ def run_values(entry: Entry, data: DataSet, seed: int, folder: Path) -> dict[str
                 "solarize": augment.solarize,
             },
         },
-        "deepspeed": "zero1_bf16",
+        "deepspeed": setting.deepspeed,
         "log": {"every_steps": 20, "progress": False},
     }
 
 
-def _shape(layers: int) -> dict[str, Any]:
-    shape = {"hidden_size": WIDTH, "num_attention_heads": HEADS, "intermediate_size": 4 * WIDTH}
+def _shape(setting: Setting, layers: int) -> dict[str, Any]:
+    width = setting.width
+    shape = {"hidden_size": width, "num_attention_heads": setting.heads, "intermediate_size": 4 * width}
     return shape | {"num_hidden_layers": layers, "initializer_range": 0.06}
 
 
 def flop_per_sample(values: dict[str, Any], data: DataSet) -> float:
     """Counted FLOPs of student, decoders, heads and targets for one training sample."""
-    run = parse_section(RunConfig, values | {"optim": optim_values(1000)}, where="one_stage")
-    views, vocabulary = parse_recipe(run.recipe).drawn_views, 4096
-    batch = synthetic_batch(
-        BATCH, views, image=IMAGE, tokens=data.tokens, classes=len(data.classes), vocabulary=vocabulary
+    batch = data.setting.batch
+    run = parse_section(RunConfig, values | {"optim": optim_values(1000, batch)}, where="one_stage")
+    views, vocabulary, classes = parse_recipe(run.recipe).drawn_views, 4096, max(map(len, data.classes.values()))
+    samples = synthetic_batch(
+        batch, views, image=data.setting.image, tokens=data.tokens, classes=classes, vocabulary=vocabulary
     )
-    return count_flop(recipe_step(run, {"main": data.classes}, vocabulary, batch)) / BATCH
+    return count_flop(recipe_step(run, data.classes, vocabulary, samples)) / batch
 
 
-def optim_values(steps: int) -> dict[str, Any]:
+def optim_values(steps: int, batch: int) -> dict[str, Any]:
     return {
-        "batch_size": BATCH,
-        "micro_batch_size": BATCH,
+        "batch_size": batch,
+        "micro_batch_size": batch,
         "steps": steps,
         "lr": 1e-3,
         "warmup_steps": max(1, steps // 10),
@@ -221,7 +147,10 @@ def optim_values(steps: int) -> dict[str, Any]:
 class Job(Training):
     """One training of one entry with one seed, and its evaluation."""
 
-    code = (*Training.code, "benchmarks/_one_stage.py", "benchmarks/_cost.py")
+    code = (
+        *(*Training.code, "benchmarks/_one_stage.py", "benchmarks/_one_stage_data.py"),
+        *("benchmarks/_cost.py", "benchmarks/_evaluate.py"),
+    )
     entry: Entry
     data: DataSet
     flop: float
@@ -241,9 +170,10 @@ class Job(Training):
         """
         if not self.entry.trained:
             return 2
-        steps = round(self.budget / (self.price * BATCH))
+        batch = self.data.setting.batch
+        steps = round(self.budget / (self.price * batch))
         if steps < FEWEST_STEPS:
-            least = math.ceil(FEWEST_STEPS * self.price * BATCH / 1e10) / 100
+            least = math.ceil(FEWEST_STEPS * self.price * batch / 1e10) / 100
             raise ConfigError(
                 f"{self.budget / 1e12:g} TFLOP are {steps} steps of '{self.entry.name}'",
                 why=f"with fewer than {FEWEST_STEPS} nothing is equal and nothing trained",
@@ -255,14 +185,16 @@ class Job(Training):
         """The whole run file."""
         values = run_values(self.entry, self.data, self.seed, folder)
         checkpoint = {"every_steps": math.ceil(self.steps / self.points), "keep_latest": self.points}
-        optim = optim_values(self.steps) | ({} if self.entry.trained else {"lr": 1e-12})
+        optim = optim_values(self.steps, self.data.setting.batch) | ({} if self.entry.trained else {"lr": 1e-12})
         return values | {"optim": optim, "checkpoint": checkpoint}
 
     def depends(self) -> tuple[dict[str, Any], list[Any]]:
         """See `Training`."""
         values = self.values(Path())
-        values["data"]["datasets"]["main"]["path"] = self.data.sha256
-        return values, [self.data.options]
+        datasets = values["data"]["datasets"]
+        values["data"]["datasets"] = {name: one | {"path": ""} for name, one in datasets.items()}
+        measured = [[probe.prefix, probe.measures, probe.exclude_groups] for probe in self.data.probes]
+        return values, [self.data.sha256, measured]
 
     def measured(self, folder: Path, environment: dict[str, str]) -> dict[str, Any]:
         """Return what its checkpoints are worth: at the end, and along the training."""
@@ -281,61 +213,45 @@ class Job(Training):
         return found
 
     def _worth(self, folder: Path, checkpoint: Path, environment: dict[str, str]) -> dict[str, Any]:
-        model, log, data = folder / "export", folder / f"{checkpoint.name}.log", self.data.folder
+        model, log = folder / "export", folder / f"{checkpoint.name}.log"
         tool(["export", str(checkpoint), "--output", str(model), "--overwrite"], log, environment)
-        probes = tool(
-            ["evaluate", str(model), "--data", str(data / "val"), "--train-data", str(data / "train")]
-            + self.data.options
-            + ([] if self.entry.trained or self.seed else ["--baseline", "pixels"])
-            + [part for name in ("linear", "knn", "dense", "zero_shot") for part in ("--measure", name)],
-            log,
-            environment,
-        )
-        measures, absent = probes["measures"], probes["not_measured"]
-        if "zero_shot" in measures:
-            style = ["evaluate", str(model), "--data", str(self.data.retrieval), "--measure", "retrieval"]
-            measures |= tool(style, log, environment)["measures"]
-        else:
-            absent["retrieval"] = absent["text_to_image"] = absent["zero_shot"]
-        return {
-            "step": int(checkpoint.name.rpartition("-")[2]),
-            "measures": headline(measures),
-            "pixels": headline(probes.get("baseline", {}).get("measures", {})),
-            "guessing": guessing(measures),
-            "not_measured": absent,
-        }
+        pixels = {} if self.entry.trained or self.seed else {"baseline": "pixels"}
+        probes = [probe.options() | (pixels if probe.train_data else {}) for probe in self.data.probes]
+        documents = tool([str(model), json.dumps(probes)], log, environment, (EVALUATE,))
+        worth: dict[str, Any] = {"measures": {}, "pixels": {}, "guessing": {}, "not_measured": {}}
+        for probe, document in zip(self.data.probes, documents, strict=True):
+            for name, (estimate, guess) in figures(document["measures"], probe.prefix).items():
+                worth["measures"][name] = {part: estimate[part] for part in ("value", "low", "high")}
+                worth["guessing"][name] = guess
+            baseline = document.get("baseline", {}).get("measures", {})
+            worth["pixels"] |= {name: one for name, (one, _) in figures(baseline, probe.prefix).items()}
+            worth["not_measured"] |= {probe.prefix + name: why for name, why in document["not_measured"].items()}
+        return {"step": int(checkpoint.name.rpartition("-")[2]), **worth}
 
 
-def headline(measures: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """One figure a measure, with the interval that other test concepts would give."""
-    places = {
-        "linear": "accuracy",
-        "knn": "k=20",
-        "dense": "mean_iou",
-        "zero_shot": "accuracy",
-    }
-    figures = {name: measures[name][key] for name, key in places.items() if name in measures}
-    figures |= {name: _deepest(recalls) for name, recalls in _directions(measures).items()}
-    return {name: {part: figure[part] for part in ("value", "low", "high")} for name, figure in figures.items()}
-
-
-def _directions(measures: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    found = measures.get("retrieval")
-    return {"retrieval": found["image_to_text"], "text_to_image": found["text_to_image"]} if found else {}
+def figures(measures: dict[str, Any], prefix: str = "") -> dict[str, tuple[dict[str, Any], float]]:
+    """Return one figure a measure, with the interval that other test images would give, and what guessing reaches."""
+    found = {}
+    for name, of_name in measures.items():
+        if name in ("linear", "zero_shot"):
+            found[name] = of_name["accuracy"], of_name["majority"]
+        elif name == "knn":
+            found[name] = of_name["k=20"], of_name["majority"]
+        elif name == "few_shot":
+            found |= {f"few_shot_{k}": (of_name[f"k={k}"], of_name["majority"]) for k in SHOTS if f"k={k}" in of_name}
+        elif name == "dense":
+            found[name] = of_name["mean_iou"], of_name["mean_iou"]["majority"]
+        elif name == "retrieval":
+            for direction, title in (("image_to_text", "retrieval"), ("text_to_image", "text_to_image")):
+                recall = _deepest(of_name[direction])
+                found[title] = recall, recall["chance"]
+    return {prefix + name: figure for name, figure in found.items()}
 
 
 def _deepest(recalls: dict[str, Any]) -> dict[str, Any]:
     """Recall at 10, or at the largest depth below the number of candidates."""
     deepest: dict[str, Any] = recalls[max(recalls, key=lambda name: int(name.partition("@")[2]))]
     return deepest
-
-
-def guessing(measures: dict[str, Any]) -> dict[str, float]:
-    """What blind guessing reaches, by measure."""
-    found = {name: measures[name]["majority"] for name in ("linear", "knn", "zero_shot") if name in measures}
-    if "dense" in measures:
-        found["dense"] = measures["dense"]["mean_iou"]["majority"]
-    return found | {name: _deepest(recalls)["chance"] for name, recalls in _directions(measures).items()}
 
 
 def _short(measures: dict[str, dict[str, float]]) -> str:

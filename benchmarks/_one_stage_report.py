@@ -6,10 +6,17 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from _mean_rank import MEASURES
+
 TITLES = {
     "linear": "linear probe",
     "knn": "kNN",
     "classification_5_per_class top-1": "5 per class",
+    "few_shot_5": "5 per class, frozen",
+    "few_shot_20": "20 per class, frozen",
+    "transfer_linear": "transfer: linear probe",
+    "transfer_few_shot_5": "transfer: 5 per class",
+    "transfer_few_shot_20": "transfer: 20 per class",
     "dense": "dense probe",
     "segmentation mIoU": "segmentation",
     "detection box_AP": "detection",
@@ -19,7 +26,7 @@ TITLES = {
 }
 """Columns, in order; other figures follow under their own names."""
 NO_RECIPES = (
-    *("mean_rank", "ablations", "m3i_minus", "untrained", "pixels", "guessing", "other_images", "ladder"),
+    *("mean_rank", "counted", "ablations", "m3i_minus", "untrained", "pixels", "guessing", "other_images", "ladder"),
     *("curves", "not_measured", "settings", "machine"),
 )
 
@@ -45,7 +52,7 @@ def markdown(document: dict[str, Any]) -> str:
     rows.append(["guessing", "", "", "", *(_plain(document["guessing"].get(name)) for name in titles)])
     widest = {name: max(row.get(name, 0.0) for row in document["other_images"].values()) for name in titles}
     rows.append(["± other test images", "", "", "", *(_plain(widest[name] or None) for name in titles)])
-    text = _table(head, rows)
+    text = _table(head, rows) + "\n" + _counted_lines(document["counted"])
     if ladder := document.get("ladder"):
         rows = [[f"`{name}`", *(_rank(row, name) for row in ladder.values())] for name in recipes_of(document)]
         text += "\n" + _table(["mean rank at", *(f"{budget} TFLOP" for budget in ladder)], rows)
@@ -65,8 +72,23 @@ def markdown(document: dict[str, Any]) -> str:
     return text
 
 
+def _counted_lines(counted: dict[str, dict[str, Any]]) -> str:
+    """List the measures that count in the mean rank, and the reason why others do not."""
+    titles = {name: TITLES[figures[0]] if len(figures) == 1 else name for name, figures in MEASURES.items()}
+    in_rank = [titles[name] for name, one in counted.items() if one["counts"]]
+    lines = [f"In the mean rank: {', '.join(in_rank) or 'no measure'}."]
+    for name, one in counted.items():
+        if not one["counts"]:
+            bars = ", ".join(f"{bar} {value:.3f}" for bar, value in one["bars"].items() if one["low"] <= value)
+            best = f"`{one['recipe']}` {one['mean']:.3f} ± {one['mean'] - one['low']:.3f}"
+            lines.append(f"- Not {titles[name]}: best recipe {best}; not above {bars}.")
+    return "\n".join([lines[0], "", *lines[1:]]).rstrip() + "\n"
+
+
 def _rank(document: dict[str, Any], recipe: str) -> str:
-    rank = document["mean_rank"][recipe]
+    rank = document["mean_rank"].get(recipe)
+    if rank is None:
+        return "–"
     return f"{rank['mean']:.2f} ± {rank['high'] - rank['mean']:.2f}"
 
 

@@ -155,8 +155,13 @@ def write(path: Path, document: dict[str, Any]) -> None:
 _running: set[subprocess.Popen[str]] = set()
 
 
-def tool(arguments: list[str], log: Path, environment: dict[str, str]) -> dict[str, Any]:
+def tool(
+    arguments: list[str], log: Path, environment: dict[str, str], program: tuple[str, ...] = ("-m", "m3i_scale")
+) -> Any:
     """Run one `m3i-scale` command in a process of its own; return its document, where it prints one.
+
+    Args:
+        program: another module or script for Python to run.
 
     Raises:
         UserError: it failed.
@@ -164,7 +169,7 @@ def tool(arguments: list[str], log: Path, environment: dict[str, str]) -> dict[s
     as_json = [] if arguments[0] == "train" else ["--json"]
     with log.open("a", encoding="utf-8") as stream:
         process = subprocess.Popen(
-            [sys.executable, "-m", "m3i_scale", *arguments, *as_json],
+            [sys.executable, *program, *arguments, *as_json],
             stdout=subprocess.PIPE if as_json else stream,
             stderr=stream,
             env=os.environ | environment,
@@ -174,15 +179,15 @@ def tool(arguments: list[str], log: Path, environment: dict[str, str]) -> dict[s
         printed, _ = process.communicate()
         _running.discard(process)
     if process.returncode:
+        name = "m3i-scale" if program[-1] == "m3i_scale" else Path(program[-1]).name
         tail = "\n".join(log.read_text(encoding="utf-8").splitlines()[-5:])
         raise UserError(
-            f"`m3i-scale {arguments[0]}` ended with exit code {process.returncode}",
+            f"`{name} {arguments[0]}` ended with exit code {process.returncode}",
             where=str(log),
             why=tail,
             fix="fix the cause and run the same command again; finished trainings are kept",
         )
-    document: dict[str, Any] = json.loads(printed) if as_json else {}
-    return document
+    return json.loads(printed) if as_json else {}
 
 
 def stop_all() -> None:

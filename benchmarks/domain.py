@@ -20,7 +20,7 @@ import typer
 from _common import emit, emoji_shards, machine, say
 from _domain import FIGURES, LAYER_DECAY, LR, GoneOn, Sets, Start, open_sets
 from _intervals import LEVEL, mean_interval
-from _one_stage import BATCH
+from _one_stage_data import EMOJI
 from _trainings import train_all
 from filelock import FileLock, Timeout
 
@@ -70,10 +70,10 @@ def compared(sets: Sets, output: Path, seeds: int, start_steps: int, steps: int,
         for side in SIDES
     }
     settings = {
-        **{"seeds": seeds, "start_steps": start_steps, "steps": steps, "batch": BATCH, "lr": LR},
+        **{"seeds": seeds, "start_steps": start_steps, "steps": steps, "batch": EMOJI.batch, "lr": LR},
         **{"layer_decay": LAYER_DECAY, "level": LEVEL},
         "samples": {"general": sets.general.samples, "domain": sets.domain.samples},
-        "classes": {"general": sets.general.classes, "domain": sets.domain.classes},
+        "classes": {"general": sets.general.classes["main"], "domain": sets.domain.classes["main"]},
     }
     figures = {
         name: {measure: _figures(by_side, name, measure) for measure in FIGURES} for name in ("domain", "general")

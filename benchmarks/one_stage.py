@@ -4,10 +4,11 @@ Every recipe trains the same small ViT on the same shards with the same crops, c
 protocols. `compute`: for as many steps as the same number of counted FLOPs pays for (student, decoders, heads and
 targets, forward and backward). `samples`: for as many as it pays for in `m3i`, so that all see as many samples, as the
 paper compares. Frozen features are then measured in what each part is good at, and exports after trainings of
-`benchmarks/downstream.py`; over all measures recipes have a mean rank. Several seeds; figures are means with 95 %
+`benchmarks/downstream.py`. Recipes have a mean rank over the measures in which the best of them beats raw pixels and
+untrained weights. Several seeds; figures are means with 95 %
 intervals over seeds, differences those between trainings of the same seed.
 
-    python benchmarks/one_stage.py --json [--protocol samples] [--budget 2 --budget 6 …] [--data FOLDER]
+    python benchmarks/one_stage.py --json [--protocol samples] [--budget 2 --budget 6 …] [--data DIR | --photos DIR]
         [--markdown tables.md] [--plot curves.svg]
 
 What is done is not done again: results lie in --output, a folder for every training.
@@ -16,7 +17,7 @@ What is done is not done again: results lie in --output, a folder for every trai
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,19 +25,9 @@ import downstream
 import typer
 from _common import emit, emoji_shards, machine, need, say
 from _intervals import LEVEL, mean_interval
-from _mean_rank import mean_ranks
-from _one_stage import (
-    ABLATIONS,
-    BATCH,
-    RECIPES,
-    UNTRAINED,
-    DataSet,
-    Entry,
-    Job,
-    flop_per_sample,
-    open_data,
-    run_values,
-)
+from _mean_rank import counted_measures, mean_ranks
+from _one_stage import ABLATIONS, RECIPES, UNTRAINED, Entry, Job, flop_per_sample, run_values
+from _one_stage_data import EMOJI, PHOTOS, DataSet, open_data, open_photos
 from _one_stage_report import markdown, plot
 from _trainings import train_all
 from filelock import FileLock, Timeout
@@ -52,22 +43,28 @@ Protocol = Literal["compute", "samples"]
 def main(
     as_json: bool = typer.Option(False, "--json", help="Print one JSON document (always does)."),
     data: Path = typer.Option(None, help="Folder of shards with train and val; default: the emoji set."),
+    photos: Path = typer.Option(None, help="Folder of examples/photos.py, in place of --data."),
     output: Path = typer.Option(Path("runs/one_stage"), help="Keeps every training's result."),
     protocol: Protocol = typer.Option("compute", help="What is equal: counted compute, or samples seen."),
     budgets: list[float] = typer.Option(
-        [6.0],
+        [],
         "--budget",
         min=1e-6,
-        help="TFLOP of one training, of `m3i`'s where samples are equal; several: a ladder.",
+        help="TFLOP of one training, of `m3i`'s where samples are equal; several: a ladder. Default: "
+        f"{EMOJI.budget:g}, with --photos {PHOTOS.budget:g}.",
     ),
     seeds: int = typer.Option(3, min=2, help="Trainings of every recipe."),
     workers: int = typer.Option(0, min=0, help="Trainings at a time; 0: one a core, or one a GPU."),
     points: int = typer.Option(
-        None, min=1, help="Measurements along the first seed's training; default: 3, and 1, at the end, of a ladder."
+        None,
+        min=1,
+        help="Measurements along the first seed's training; default: 3; 1, at the end, of a ladder or --photos.",
     ),
     only: list[str] = typer.Option([], help="Only these recipes."),
     ablations: bool | None = typer.Option(
-        None, help="Also m3i with the other choices that the paper leaves open; default: where nothing is left out."
+        None,
+        help="Also m3i with the other choices that the paper leaves open; default: where nothing is left out, "
+        "except with --photos.",
     ),
     tasks: list[str] = typer.Option(
         [],
@@ -78,8 +75,9 @@ def main(
     markdown_file: Path = typer.Option(None, "--markdown", help="Also write the tables."),
     plot_file: Path = typer.Option(None, "--plot", help="Also draw the curves (SVG; needs matplotlib)."),
 ) -> None:
-    """Print {recipe: {measure: {mean, low, high, seeds}}, mean_rank: {recipe: …}}, m3i_minus, ablations, curves,
-    controls, settings, machine. Of a ladder: those of its largest budget, and the first four by budget.
+    """Print {recipe: {measure: {mean, low, high, seeds}}, counted: {measure: …}, mean_rank: {recipe: …}}, m3i_minus,
+    ablations, curves, controls, settings, machine. Of a ladder: those of its largest budget, and the first five by
+    budget.
     """
     if plot_file is not None:
         need("matplotlib")
@@ -89,14 +87,19 @@ def main(
                 raise ConfigError("no such folder", where=str(file.absolute().parent), fix=f"mkdir -p {file.parent}")
         if len(set(budgets)) > 1 and points is not None:
             raise ConfigError("the curves of a ladder are drawn over its budgets", fix="leave out --points")
+        if photos is not None and data is not None:
+            raise ConfigError("--photos cannot be combined with --data", fix="leave one out")
+        if photos is not None and tasks not in ([], ["none"]):
+            raise ConfigError("--photos has no labels for --downstream", fix="leave out --downstream")
+        opened = open_data(data or emoji_shards()) if photos is None else open_photos(photos)
         comparison = Comparison(
-            open_data(data if data is not None else emoji_shards()),
+            opened,
             output,
             protocol,
-            sorted(set(budgets)),
+            sorted(set(budgets)) or [opened.setting.budget],
             seeds,
-            points or (1 if len(set(budgets)) > 1 else 3),
-            *_chosen(only, ablations),
+            points or (1 if len(set(budgets)) > 1 else opened.setting.points),
+            *_chosen(only, False if ablations is None and photos is not None else ablations),
         )
         asked = [] if tasks == ["none"] else downstream.chosen(tasks)
         document = comparison.document(workers, asked if tasks else comparison.tasks())
@@ -140,6 +143,8 @@ class Comparison:
 
     def tasks(self) -> list[downstream.Measured]:
         """Return the tasks that exports are trained by where none is named: those that the data have labels for."""
+        if not self.data.fine_tuned:
+            return []
         train = self.data.folder / "train"
         return [
             task
@@ -183,16 +188,18 @@ class Comparison:
             for budget in self.budgets
         }
         largest = by_budget[self.budgets[-1]]
-        document = self._rows(largest) | self._controls(largest, untrained)
+        document = self._rows(largest, untrained) | self._controls(largest, untrained)
         if len(self.budgets) > 1:
-            document["ladder"] = {f"{budget:g}": self._rows(by_name) for budget, by_name in by_budget.items()}
+            ladder = {f"{budget:g}": self._rows(by_name, untrained) for budget, by_name in by_budget.items()}
+            document["ladder"] = ladder
         settings = {
             "data": str(self.data.folder),
             "samples": self.data.samples,
             "caption_tokens": self.data.tokens,
             "protocol": self.protocol,
             "tflop": self.budgets[-1],
-            "batch": BATCH,
+            "batch": self.data.setting.batch,
+            "model": asdict(self.data.setting),
             "seeds": self.seeds,
             "steps": {name: results[0]["steps"] for name, results in largest.items()},
             "gflop_per_sample": {name: results[0]["gflop_per_sample"] for name, results in largest.items()},
@@ -213,10 +220,12 @@ class Comparison:
     def _flop(self, entry: Entry) -> float:
         return flop_per_sample(run_values(entry, self.data, 0, self.output), self.data)
 
-    def _rows(self, by_name: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    def _rows(self, by_name: dict[str, list[dict[str, Any]]], untrained: list[dict[str, Any]]) -> dict[str, Any]:
         """Return the figures of every recipe at one budget, and how they rank."""
         rows: dict[str, Any] = {entry.name: _means(by_name[entry.name]) for entry in self.entries}
-        rows["mean_rank"] = mean_ranks({entry.name: by_name[entry.name] for entry in self.entries})
+        compared = {entry.name: by_name[entry.name] for entry in self.entries}
+        rows["counted"] = counted_measures(compared, untrained)
+        rows["mean_rank"] = mean_ranks(compared, [name for name, one in rows["counted"].items() if one["counts"]])
         rows["ablations"] = {
             entry.name: {"default": entry.default, "measures": _means(by_name[entry.name])} for entry in self.others
         }
@@ -243,6 +252,7 @@ class Comparison:
 
     def _curve(self, by_budget: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
         """Return measures by samples and compute: means over budgets, or of the first seed along its training."""
+        batch = self.data.setting.batch
         if len(by_budget) > 1:
             points = [
                 (results[0], results[0]["steps"], {name: figure["mean"] for name, figure in _means(results).items()})
@@ -255,7 +265,7 @@ class Comparison:
                 for point in first["curve"]
             ]
         return [
-            {"tflop": step * BATCH * result["gflop_per_sample"] / 1e3, "samples": step * BATCH, **measures}
+            {"tflop": step * batch * result["gflop_per_sample"] / 1e3, "samples": step * batch, **measures}
             for result, step, measures in points
         ]
 

@@ -91,12 +91,13 @@ def samples(folder):
 
 
 def test_the_two_sets_share_nothing_and_the_domain_is_seen_by_a_scanner(sets):
-    assert (sets.general.classes, sets.domain.classes) == (["objects", "people-body"], ["animal-bird", "drink"])
+    general_classes, domain_classes = sets.general.classes["main"], sets.domain.classes["main"]
+    assert (general_classes, domain_classes) == (["objects", "people-body"], ["animal-bird", "drink"])
     general, domain = samples(sets.general.folder), samples(sets.domain.folder)
     assert {split for split, _ in general} == {split for split, _ in domain} == {"train", "val"}
     assert not {key for _, key in general} & {key for _, key in domain}
     assert len(general) == len(domain) == 4 * 4 * 2  # two groups of four in each of the four splits
-    for found, classes, color in ((general, sets.general.classes, True), (domain, sets.domain.classes, False)):
+    for found, classes, color in ((general, general_classes, True), (domain, domain_classes, False)):
         for sample in found.values():
             facts = json.loads(sample["json"])
             label = classes.index(facts["group"] if color else facts["subgroup"])
