@@ -205,7 +205,7 @@ class OnlineEvaluation(Hook):
         if not values:
             return
         seconds = time.monotonic() - started
-        state.callbacks.on_evaluation(state.step, {**values, "online_s": seconds})
+        state.callbacks.on_evaluation(state.step, {**values, "online_s": seconds, "online_labeled": len(test.labeled)})
         flat = {f"{encoder}/{name}": value for encoder in values for name, value in values[encoder].items()}
         loss = sum(self._losses) / len(self._losses) if self._losses else math.inf
         for warning in self._falling.check(flat, loss):

@@ -17,7 +17,7 @@ from m3i_scale.errors import DataError
 from m3i_scale.evaluation.online_samples import Annotations
 from m3i_scale.evaluation.probes import check_finite, knn_predict, linear_predict, rankme
 from m3i_scale.evaluation.towers import distinct_captions, rank, zero_shot_predict
-from m3i_scale.run.hooks.metrics import RunWarning
+from m3i_scale.run.hooks.metrics import RunWarning, accuracy_margin
 
 NEIGHBOURS = 20
 STRENGTH = 0.01
@@ -167,10 +167,7 @@ class FallingMetrics:
             if value >= best:
                 self._best[name] = value, loss
                 best = value
-            # Two standard errors of the difference of two accuracies (Agresti-Coull, so that it is above 0).
-            share = (best * count + 2) / (count + 4)
-            margin = 2 * math.sqrt(2 * share * (1 - share) / (count + 4))
-            falls = value < best - margin and loss < loss_then
+            falls = value < best - accuracy_margin(best, count) and loss < loss_then
             self._below[name] = self._below[name] + 1 if falls else 0
             if self._below[name] == PATIENCE:
                 then = f"{loss_then:.4g} at the best value" if math.isfinite(loss_then) else "best before training"

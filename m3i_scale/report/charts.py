@@ -138,7 +138,7 @@ def evaluation_charts(runs: Sequence[RunFiles]) -> list[Chart]:
     """Return a chart for every metric of evaluations during training, scores first and counts last. `loss` of all
     groups is one chart."""
     names = {key for run in runs for line in run.evaluations for key in line if key.startswith("evaluation/")}
-    names.discard("evaluation/online_s")
+    names -= {"evaluation/online_s", "evaluation/online_labeled"}
     first, last = [*SCORES, "loss", "nats"], ["count"]
     order = {kind: place for place, kind in enumerate([*first, "", *last])}
     kinds = sorted({name.rpartition("/")[2] for name in names}, key=lambda kind: (order.get(kind, len(first)), kind))

@@ -23,7 +23,7 @@ from m3i_scale.objective.schedule import values_of
 from m3i_scale.objective.targets.patches import Gram
 from m3i_scale.report.run_files import RunFiles, read_run
 from m3i_scale.run.callbacks import StepRecord
-from m3i_scale.run.hooks.metrics import PATIENCE, record_warnings
+from m3i_scale.run.hooks.metrics import PATIENCE, accuracy_margin, record_warnings
 from m3i_scale.run.run_warnings import MAX_EPOCHS, USUAL_EPOCHS
 
 EVALUATIONS, RECORDS = 3, 20
@@ -207,11 +207,13 @@ def epochs(run: RunFiles) -> RuleResult:
 def overfitting(run: RunFiles) -> RuleResult:
     """Find accuracies of the online evaluation below their best value while the loss fell."""
     summary, problems, (logged, loss) = [], [], _logged(run, "loss")
+    count = min((line.get("evaluation/online_labeled", math.inf) for line in run.evaluations), default=math.inf)
     for name, (steps, values) in _evaluated(run, "knn", "linear").items():
         at = int(values.argmax())
         summary.append(f"{name} is {values[-1]:.3f}, maximum {values[at]:.3f} at step {steps[at]}")
         before = loss[: max(int((logged <= steps[at]).sum()), 1)][-RECORDS:]
-        falls = values[-EVALUATIONS:].max() < values[at] - MOST_DROP
+        margin = max(MOST_DROP, accuracy_margin(values[at], count))
+        falls = values[-EVALUATIONS:].max() < values[at] - margin
         if falls and steps[at] == 0:
             problems.append((summary[-1], "the features are worse than the initial weights", _lr_setting(run)))
         elif falls and loss.size and loss[-RECORDS:].mean() < before.mean():

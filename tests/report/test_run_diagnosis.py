@@ -357,6 +357,13 @@ def test_overfitting(tmp_path: Path) -> None:
     assert settings_in(str(problem(tmp_path, "overfitting").fix)) == ["optim.steps=300"]
 
 
+@pytest.mark.parametrize(("count", "fine"), [(20, True), (20_000, False)])
+def test_a_fall_within_the_sampling_error_is_no_overfitting(tmp_path: Path, count: int, fine: bool) -> None:
+    accuracy = {"evaluation/ema/knn": [0.1, 0.3, 0.5, 0.45, 0.45, 0.45, 0.45], "evaluation/online_labeled": [count] * 7}
+    make_run(tmp_path, evaluated=accuracy)
+    assert is_fine(tmp_path, "overfitting") == fine
+
+
 @pytest.mark.parametrize(
     ("accuracy", "loss"),
     [(ramp(0.1, 0.5, 10), ramp(2, 1)), ([*ramp(0.1, 0.5, 8), 0.4, 0.4], ramp(2, 1)), (ramp(0.5, 0.1, 10), ramp(1, 2))],

@@ -44,7 +44,7 @@ def evaluations(folder: Path) -> dict[int, dict[str, float]]:
         line["step"]: {
             name.removeprefix("evaluation/"): value
             for name, value in line.items()
-            if name.startswith("evaluation/") and name != "evaluation/online_s"
+            if name.startswith("evaluation/") and not name.startswith("evaluation/online_")
         }
         for line in lines
         if line["kind"] == "evaluation"

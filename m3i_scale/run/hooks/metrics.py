@@ -130,6 +130,13 @@ class RunWarning:
     fix: str
 
 
+def accuracy_margin(accuracy: float, count: float) -> float:
+    """Return two standard errors of the difference of two accuracies on `count` samples each, as if the samples were
+    independent. Agresti-Coull, so that it is above 0 for accuracies of 0 and 1."""
+    share = (accuracy + 2 / count) / (1 + 4 / count)
+    return 2 * math.sqrt(2 * share * (1 - share) / (count + 4))
+
+
 class Diagnosis:
     """Detection of silent failures: representation collapse, a diverging temperature, a loss that dominates the
     gradient.
