@@ -233,6 +233,8 @@ def _check_best(run: RunConfig, recipe: Recipe, best: KeepBestConfig) -> None:
             where="evaluation.every_steps: 0",
             fix=f"set evaluation.every_steps={saves} and data.validation, or evaluation.online",
         )
+    if online is not None and metric not in known and metric.rpartition("/")[2] in _BETTER:
+        _check_measured(online, recipe, metric)
     if metric not in known:
         near = did_you_mean(metric if metric.startswith(PREFIX) else PREFIX + metric.partition("/")[2], known)
         raise ConfigError(f"no evaluation of this run writes '{metric}'", where="checkpoint.keep_best.metric", fix=near)
@@ -251,6 +253,18 @@ def _check_best(run: RunConfig, recipe: Recipe, best: KeepBestConfig) -> None:
             where=f"checkpoint.every_steps: {saves}, {key}: {evaluates}",
             fix=f"{key}={saves}",
         )
+
+
+def _check_measured(online: OnlineEvaluationConfig, recipe: Recipe, metric: str) -> None:
+    """Raise an error with the reason if this run does not measure an existing metric of the online evaluation."""
+    *_, encoder, name = metric.split("/")
+    where, kind = "checkpoint.keep_best.metric", next((kind for kind in PROBES if kind == name), None)
+    if encoder == "ema" and recipe.ema is None:
+        fix = f"use {PREFIX}student/{name}"
+        raise ConfigError(f"the recipe has no EMA teacher for '{metric}'", where=where, fix=fix)
+    if kind is not None and online.train_data is None:
+        fix = "set evaluation.online.train_data=/data/shards/train"
+        raise ConfigError(f"'{metric}' needs evaluation.online.train_data", where=where, fix=fix)
 
 
 def _meet(saves: int, every: int, steps: int) -> bool:

@@ -221,8 +221,11 @@ class OnlineEvaluation(Hook):
         if share > _MAX_SHARE:
             ratio = seconds / (started - ended)
             every = math.ceil(self._online.every_steps * ratio * (1 - _MAX_SHARE) / _MAX_SHARE)
+            longer = f"evaluation.online.every_steps={every}, or fewer evaluation.online.samples and train_samples"
+            if every >= self._state.resolved.run.optim.steps:
+                longer = "fewer evaluation.online.samples and train_samples"
             self._state.tell(
                 f"warning: the online evaluation takes {share:.0%} of the time ({seconds:.1f} s every "
-                f"{self._online.every_steps:,} steps). Fix: evaluation.online.every_steps={every}, or fewer samples"
+                f"{self._online.every_steps:,} steps). Fix: {longer}"
             )
             self._cost_reported = True

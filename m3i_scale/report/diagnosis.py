@@ -140,10 +140,12 @@ def _trend(series: dict[str, Series], why: str, fix: str, most: Callable[[float]
     summary, problems = [], []
     for name, (steps, values) in series.items():
         window = EVALUATIONS if name.startswith("evaluation/") else RECORDS
+        if len(values) < 2 * window:  # the medians would share values
+            raise UserError(f"{len(values)} values of {name}, and medians of {window} are compared", fix=_ONLINE)
         medians_N = np.median(np.lib.stride_tricks.sliding_window_view(values, window), axis=1)
         at = int(medians_N.argmin() if most else medians_N.argmax())
         extreme = f"{'minimum' if most else 'maximum'} {medians_N[at]:.3g} at step {steps[at + window - 1]}"
-        summary.append(f"{name} is {medians_N[-1]:.3g} at step {steps[-1]}, {extreme}")
+        summary.append(f"{name} is {medians_N[-1]:.3g} at step {steps[-1]} (median of {window}), {extreme}")
         if medians_N[-1] > most(medians_N[at]) if most else medians_N[-1] < LEAST_SHARE * medians_N[at]:
             problems.append((summary[-1], why, fix))
     return "; ".join(summary), problems
@@ -224,7 +226,35 @@ def overfitting(run: RunFiles) -> RuleResult:
     return "; ".join(summary), problems
 
 
-RULES = (warnings, rank, high_norm_tokens, patch_similarity, learning_rate, teacher_temperature, epochs, overfitting)
+def improvement(run: RunFiles) -> RuleResult:
+    """Compare the newest accuracies with those of random initial weights."""
+    if _section(run, "backbone").get("from_pretrained"):
+        raise UserError("the initial weights are pretrained")
+    count = min((line.get("evaluation/online_labeled", math.inf) for line in run.evaluations), default=math.inf)
+    summary, improves = [], False
+    for name, (steps, values) in _evaluated(run, "knn", "linear").items():
+        if steps[0] == 0:
+            margin = accuracy_margin(values[0], count)
+            improves |= bool(values[-1] > values[0] + margin)
+            summary.append(f"{name} is {values[-1]:.3f}, {values[0]:.3f} at step 0 (± {margin:.3f})")
+    if not summary:
+        raise UserError("no online evaluation at step 0", fix=_ONLINE)
+    value, why = "; ".join(summary), "the features are not measurably better than random weights"
+    fix = f"optim.steps={2 * (run.total_steps or run.step)}, or more images"
+    return value, [] if improves else [(value, why, fix)]
+
+
+RULES = (
+    warnings,
+    improvement,
+    rank,
+    high_norm_tokens,
+    patch_similarity,
+    learning_rate,
+    teacher_temperature,
+    epochs,
+    overfitting,
+)
 """Rules in the printed order; a finding has the name of its rule."""
 
 

@@ -85,12 +85,21 @@ class RunFiles:
 
     @property
     def scores(self) -> dict[str, float]:
-        """Return the newest scores by their names in `SCORES`; of several heads or encoders, the best one."""
+        """Return the newest scores by their names in `SCORES`: of several heads the best one, of the online evaluation
+        that of the EMA teacher, or else of the student."""
         newest: Record = {}
         for line in self.evaluations:
             newest |= line
         found: dict[str, float] = {}
         for key, words in SCORES.items():
+            of_encoders = {
+                f"{words} ({encoder})": newest[f"evaluation/{encoder}/{key}"]
+                for encoder in ("ema", "student")
+                if key in ONLINE_SCORES and f"evaluation/{encoder}/{key}" in newest
+            }
+            if of_encoders:
+                found |= [*of_encoders.items()][:1]
+                continue
             values = [value for name, value in newest.items() if name.rpartition("/")[2] == key]
             values = [value for value in values if not math.isnan(value)]
             found |= {words: max(values)} if values else {}

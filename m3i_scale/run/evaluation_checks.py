@@ -45,7 +45,7 @@ def check_online(run: RunConfig, recipe: Recipe, model: VisionConfig | None, onl
         raise ConfigError(
             f"the recipe must have a text target for {' and '.join(named)}",
             where=f"{_ONLINE}.metrics",
-            fix="leave them out, or use a recipe with captions such as clip or m3i",
+            fix=f"leave out {' and '.join(named)}, or use a recipe with captions such as clip or m3i",
         )
     if online.pool != "mean" and model is not None and not getattr(family_of(model), "has_class_token", False):
         raise ConfigError(

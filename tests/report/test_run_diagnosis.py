@@ -381,6 +381,17 @@ def test_features_that_are_worse_than_the_initial_weights(tmp_path: Path) -> Non
     assert found.fix == "optim.lr=0.0008"
 
 
+@pytest.mark.parametrize(("newest", "count", "fine"), [(0.45, 1_000, True), (0.31, 1_000, False), (0.45, 10, False)])
+def test_features_no_better_than_random_weights(tmp_path: Path, newest: float, count: int, fine: bool) -> None:
+    lines = [
+        evaluation(100 * row, 0.3 if row < 4 else newest) | {"evaluation/online_labeled": count} for row in range(5)
+    ]
+    make_run(tmp_path, lines=lines)
+    assert is_fine(tmp_path, "improvement") == fine
+    if not fine:
+        assert "0.300 at step 0" in problem(tmp_path, "improvement").value
+
+
 def evaluation(step: int, accuracy: float) -> dict[str, Any]:
     return {"kind": "evaluation", "step": step, "time": TIME, "evaluation/student/knn": accuracy}
 
@@ -410,7 +421,13 @@ def test_every_rule_has_one_line_for_a_run_without_records(tmp_path: Path) -> No
     assert [item.check for item in findings] == [rule.__name__ for rule in RULES]
     assert all(item.ok and not item.warning for item in findings)
     online = [item for item in findings if item.fix and "online" in item.fix]
-    assert {item.check for item in online} == {"rank", "high_norm_tokens", "patch_similarity", "overfitting"}
+    assert {item.check for item in online} == {
+        "improvement",
+        "rank",
+        "high_norm_tokens",
+        "patch_similarity",
+        "overfitting",
+    }
     after = load_run(str(tmp_path / "run.yaml"), [str(online[0].fix)]).evaluation.online
     assert after is not None
     assert after.data == "/data/shards/val"
@@ -435,11 +452,11 @@ def test_the_command_gives_advice_with_exit_code_0(tmp_path: Path) -> None:
     assert all(row.keys() == KEYS and row["host"] == "photos-vit-l" for row in rows)
     assert [row["check"] for row in rows if row["warning"]] == ["warnings"]
     skipped = [row for row in rows if row["value"].startswith("not judged: ")]
-    assert len(skipped) == 5
+    assert len(skipped) == 6
     assert all(row["ok"] and row["why"] is None for row in skipped)
     printed = CliRunner().invoke(app, ["doctor", str(tmp_path / "run")])
     assert printed.exit_code == 0
-    assert "2 ✓, 1 !, 0 ✗, 5 –" in printed.stdout
+    assert "2 ✓, 1 !, 0 ✗, 6 –" in printed.stdout
 
 
 def test_a_folder_without_a_run_is_an_error(tmp_path: Path) -> None:

@@ -205,6 +205,14 @@ def test_other_classes_are_an_error(shards: Path, tmp_path: Path) -> None:
     assert "2 and 3 (1 in common)" in str(fault)
 
 
+def test_a_metric_that_is_not_measured_is_an_error_with_the_reason(shards: Path, tmp_path: Path) -> None:
+    best = "checkpoint.keep_best={metric: evaluation/ema/knn, mode: max}"
+    (fault,) = faults(tmp_path / "a", shards, "mae", online(shards), best)
+    assert "no EMA teacher" in str(fault)
+    (fault,) = faults(tmp_path / "b", shards, "m3i", online(shards, train_data=None), best)
+    assert "evaluation.online.train_data" in str(fault)
+
+
 @pytest.mark.parametrize(
     ("metric", "mode", "where"),
     [
@@ -250,4 +258,4 @@ def test_losses_and_online_metrics_of_a_step_are_one_evaluation_in_the_report(tm
     (tmp_path / "run.yaml").write_text("name: run\n")
     run = read_run(tmp_path)
     assert [(one["step"], len(one)) for one in run.evaluations] == [(2, 5), (4, 4)]
-    assert run.scores == {"kNN": 0.25}
+    assert run.scores == {"kNN (student)": 0.25}
