@@ -463,8 +463,6 @@ def main(
     output = local_path(output, f"OUTPUT {output}")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ConfigError("the output folder must be new or empty", where=str(output), fix="use a different folder")
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
     name, content = read_onnx_bytes(source)
     where = str(source) if name == source.name else f"{source}: {name}"
     digest = check_sha256(content, sha256, where)
@@ -501,6 +499,8 @@ def main(
 
 
 if __name__ == "__main__":
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     if "--json" in sys.argv:
         reserve_stdout()
     try:
