@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
-from m3i_scale.config.sections import MAX_WAIT_S, FixableError, InHome, Section
+from m3i_scale.config.sections import MAX_HELD_IMAGES, MAX_WAIT_S, FixableError, InHome, Section
 from m3i_scale.text import GIB
 
 
@@ -122,9 +122,9 @@ class OnlineEvaluationConfig(Section):
     """Labeled shards for knn and linear. They can be training data of the run. Default: knn and linear are omitted."""
     metrics: list[OnlineMetric] | None = Field(default=None, min_length=1)
     """Metrics (docs/guides/check-learning.md). Default: all that the recipe and the data support."""
-    samples: int = Field(default=2_000, ge=2)
+    samples: int = Field(default=2_000, ge=2, le=MAX_HELD_IMAGES)
     """Maximum number of images from `data`, drawn once and kept in CPU memory, distributed over the ranks."""
-    train_samples: int = Field(default=4_000, ge=2)
+    train_samples: int = Field(default=4_000, ge=2, le=MAX_HELD_IMAGES)
     """The same for `train_data`."""
     pool: Literal["mean", "cls", "both"] = "mean"
     """Image features: mean of the patch tokens, class token, or both concatenated."""

@@ -50,6 +50,8 @@ MAX_CAPTION_TOKENS = 2**16
 """Tokens of a caption."""
 MAX_STREAMS = 2**20
 """Logical data shards."""
+MAX_HELD_IMAGES = 10**6
+"""Images kept in memory over all ranks."""
 MAX_WORKERS = 1_024
 """Data loader processes per rank."""
 MAX_WAIT_S = 1e9
