@@ -15,18 +15,21 @@ from launch import ROOT, environment
 from torch.utils.cpp_extension import library_paths
 
 
-def run_preloaded(program: str, paths: Sequence[Path] = (), **variables: str) -> dict[str, Any]:
+def run_preloaded(
+    program: str, paths: Sequence[Path] = (), arguments: Sequence[str] = (), **variables: str
+) -> dict[str, Any]:
     """Run a program and return the JSON of its last line.
 
     Args:
         program: a file of this folder.
         paths: more folders to import from.
+        arguments: of the program.
         variables: environment variables.
     """
     preloaded = {"LD_PRELOAD": str(build()), "LD_LIBRARY_PATH": os.pathsep.join(library_paths())}
     inherited = environment(**preloaded, **variables)
     inherited["PYTHONPATH"] = os.pathsep.join([inherited["PYTHONPATH"], *map(str, paths)])
-    command = [sys.executable, str(Path(__file__).with_name(program))]
+    command = [sys.executable, str(Path(__file__).with_name(program)), *arguments]
     done = subprocess.run(command, env=inherited, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     assert done.stdout, done.stderr[-4000:]
