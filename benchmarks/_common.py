@@ -59,7 +59,7 @@ def emoji_shards() -> Path:
 
 
 def scene_shards(kind: Literal["coco", "masks"] = "coco") -> Path:
-    """The scenes of the examples as shards: beside the emoji set, made where they are missing.
+    """Return shards of the example scenes, next to the emoji set. Create them if they are missing.
 
     Args:
         kind: boxes and masks of objects in `train` and `val`, or classes of pixels in `training` and `validation`.

@@ -53,7 +53,7 @@ class Probe:
     train_data: Path | None = None
     exclude_groups: tuple[str, ...] = ()
     prefix: str = ""
-    """Of the names of its metrics."""
+    """Prefix of the metric names."""
 
     def options(self) -> dict[str, Any]:
         """Return the arguments of `evaluate`."""
@@ -75,11 +75,11 @@ class DataSet:
     tokens: int
     """Tokens of a caption, as batches are padded."""
     sha256: str
-    """Of all manifests, labels and the tokenizer."""
+    """SHA-256 of all manifests, labels and the tokenizer."""
     probes: list[Probe]
     setting: Setting = field(default_factory=Setting)
     fine_tuned: bool = True
-    """Whether exports are also compared after fine-tuning."""
+    """Whether exports are also fine-tuned and compared."""
 
 
 def open_data(folder: Path) -> DataSet:
@@ -109,7 +109,7 @@ def open_data(folder: Path) -> DataSet:
             )
     streams = next(count for count in (8, 4, 2, 1) if count <= len(shards))
     classes = _class_names(folder / "train")
-    # what a flag shows says nothing about its group
+    # the picture of a flag does not indicate its group
     without = ("flags",) if manifest.get("source") == "emoji" else ()
     style = folder / "style"  # texts are looked up among a held-out style of seen concepts if there is one
     probes = [
@@ -170,7 +170,7 @@ def _class_names(shards: Path) -> list[str]:
 
 
 def padded_tokens(folder: Path, batch: int) -> int:
-    """Mean length that a batch of captions is padded to: what the text tower really computes."""
+    """Return the mean padded length of a batch of captions, in tokens."""
     captions: list[str] = []
     for shard in sorted((folder / "train").glob("*.tar")):
         with tarfile.open(shard) as tar:

@@ -244,7 +244,7 @@ def tiny_photos(folder: Path) -> tuple[list[Photo], dict[str, str]]:
     with reading(annotations, UnicodeDecodeError, fix=fix):
         rows = [line.split()[:2] for line in annotations.read_text(encoding="utf-8").splitlines() if line.strip()]
     for row in rows:
-        if len(row) < 2 or row[1] not in wnids:
+        if len(row) < 2 or row[1] not in wnids or Path(row[0]).name != row[0]:  # no paths out of the folder
             raise DataError(
                 f"an annotation must have a file name and a class of train, got '{' '.join(row)}'",
                 where=str(annotations),

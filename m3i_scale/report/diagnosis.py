@@ -227,7 +227,7 @@ def overfitting(run: RunFiles) -> RuleResult:
 
 
 def improvement(run: RunFiles) -> RuleResult:
-    """Compare the newest accuracies with those of random initial weights."""
+    """Compare the newest accuracies with the accuracies of random initial weights."""
     if _section(run, "backbone").get("from_pretrained"):
         raise UserError("the initial weights are pretrained")
     count = min((line.get("evaluation/online_labeled", math.inf) for line in run.evaluations), default=math.inf)

@@ -178,3 +178,19 @@ def test_damaged_tables_are_errors_that_name_the_place(flickr8k, tiny):
     with pytest.raises(DataError, match="got 'no caption here'") as caught:
         read_captions(flickr8k / "Flickr8k.token.txt")
     assert caught.value.where.endswith("Flickr8k.token.txt:2")
+
+
+def test_a_path_out_of_the_folder_is_an_error(imagenette, flickr8k, tiny, tmp_path):
+    annotations = tiny / "val" / "val_annotations.txt"
+    outside = f"../../../outside.JPEG\t{next(iter(TINY))}\n"
+    annotations.write_text(annotations.read_text() + outside)
+    photograph(tmp_path / "outside.JPEG", [7, 7], (32, 32))
+    options = {
+        "--imagenette": imagenette,
+        "--flickr8k": flickr8k,
+        "--tiny-imagenet": tiny,
+        "--output": tmp_path / "out",
+    }
+    done = run(*(part for option in options.items() for part in option))
+    assert isinstance(done.exception, DataError)
+    assert done.exception.where == str(annotations)

@@ -1,4 +1,4 @@
-"""What `doctor RUN_DIR` finds in the records of a run: every rule with and without its problem."""
+"""Rules of `doctor RUN_DIR`, each with and without its problem."""
 
 from __future__ import annotations
 
@@ -396,7 +396,7 @@ def evaluation(step: int, accuracy: float) -> dict[str, Any]:
     return {"kind": "evaluation", "step": step, "time": TIME, "evaluation/student/knn": accuracy}
 
 
-# ------------------------------------------------------------------ what is missing
+# ------------------------------------------------------------------ missing data
 
 
 def test_an_error_in_a_rule_does_not_stop_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
