@@ -1,4 +1,4 @@
-"""Evaluate an export on several datasets in one process, with 5 and 20 few-shot images per class.
+"""Evaluate an export on several datasets in one process.
 
     python benchmarks/_evaluate.py EXPORT '[{"data": …, "measures": […]}, …]' --json
 
@@ -14,17 +14,13 @@ from typing import Any
 
 from m3i_scale.output import print_json, reserve_stdout
 
-SHOTS = (5, 20)
-
 
 def evaluate_all(model: Path, probes: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the document of every evaluation; without metrics if a model without a text tower would need one."""
-    from m3i_scale.evaluation import measures
     from m3i_scale.evaluation.commands import evaluate
     from m3i_scale.evaluation.job import WITH_TEXT
     from m3i_scale.evaluation.towers import why_no_towers
 
-    measures.SHOTS = SHOTS
     no_towers, documents = why_no_towers(model), []
     for probe in probes:
         options = {name: tuple(value) if isinstance(value, list) else value for name, value in probe.items()}

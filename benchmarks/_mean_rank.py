@@ -10,76 +10,86 @@ from typing import Any
 from _intervals import mean_interval
 from scipy.stats import rankdata
 
-MEASURES = {
+METRICS = {
     "linear": ("linear",),
     "knn": ("knn",),
-    "few_shot": ("classification_5_per_class top-1",),
-    "few_shot_5": ("few_shot_5",),
-    "few_shot_20": ("few_shot_20",),
-    "transfer_linear": ("transfer_linear",),
-    "transfer_few_shot_5": ("transfer_few_shot_5",),
-    "transfer_few_shot_20": ("transfer_few_shot_20",),
+    "fine_tuned": ("classification_5_per_class top-1",),
+    "few_shot": ("few_shot_5", "few_shot_20"),
+    "transfer": ("transfer_linear", "transfer_few_shot_5", "transfer_few_shot_20"),
     "dense": ("dense",),
     "segmentation": ("segmentation mIoU",),
     "detection": ("detection box_AP",),
     "zero_shot": ("zero_shot",),
     "retrieval": ("retrieval", "text_to_image"),
 }
-"""Figures of a measure; both ways of retrieval are one."""
+"""Results that a metric of the mean rank is the mean of."""
 
 
-def counted_measures(
+def counted_metrics(
     by_name: dict[str, list[dict[str, Any]]], untrained: list[dict[str, Any]]
 ) -> dict[str, dict[str, Any]]:
-    """Return by measure whether it counts in the mean rank, with the numbers that decide it.
+    """Return by metric whether it counts in the mean rank, with the numbers that decide it.
 
-    The measure counts if the interval of the recipe with the best mean is above raw pixels and above the interval of
-    the untrained weights. If neither can do it, chance takes their place.
+    A metric counts if the recipe with the best mean beats all baselines: its interval over seeds is above raw pixels
+    and above chance, and the interval of its difference from the untrained weights of the same seed is above 0.
 
     Args:
         by_name: results of every recipe, by seed.
         untrained: results of the untrained weights, by seed; the first one has those of raw pixels.
+
+    Returns:
+        `recipe`, its `mean`, `low` and `high`, `baselines` with their values, `beaten_by` with the names of the
+        baselines that it does not beat, and `counts`.
     """
     counted = {}
-    guessing = {name: value for results in by_name.values() for name, value in results[0]["guessing"].items()}
-    for measure, figures in MEASURES.items():
-        able = {
-            recipe: mean_interval([value for value in values if value is not None])
-            for recipe, results in by_name.items()
-            if None not in (values := [_value(result["measures"], figures) for result in results])
-        }
+    chance = {name: value for results in by_name.values() for name, value in results[0]["chance"].items()}
+    for metric, names in METRICS.items():
+        able = {recipe: values for recipe, results in by_name.items() if (values := _values(results, names))}
         if not able:
             continue
-        best = max(able, key=lambda recipe: able[recipe]["mean"])
-        found = {"recipe": best, "mean": able[best]["mean"], "low": able[best]["low"]}
-        bars = {"raw pixels": _value(untrained[0]["pixels"], figures)}
-        of_untrained = [_value(result["measures"], figures) for result in untrained]
-        if None not in of_untrained:
-            bars["untrained weights"] = mean_interval([value for value in of_untrained if value is not None])["high"]
-        if all(bar is None for bar in bars.values()) and all(name in guessing for name in figures):
-            bars["chance"] = statistics.fmean(guessing[name] for name in figures)
-        found["bars"] = {name: bar for name, bar in bars.items() if bar is not None}
-        counted[measure] = found | {"counts": all(found["low"] > bar for bar in found["bars"].values())}
+        best = max(able, key=lambda recipe: statistics.fmean(able[recipe]))
+        interval = mean_interval(able[best])
+        baselines, beaten_by = {}, []
+        for name, value in (
+            ("raw pixels", _mean(untrained[0]["pixels"], names)),
+            ("chance", statistics.fmean(chance[one] for one in names) if chance.keys() >= {*names} else None),
+        ):
+            if value is not None:
+                baselines[name] = value
+                beaten_by += [name] if interval["low"] <= value else []
+        if of_untrained := _values(untrained, names):
+            baselines["untrained weights"] = statistics.fmean(of_untrained)
+            difference = mean_interval([one - other for one, other in zip(able[best], of_untrained, strict=True)])
+            beaten_by += ["untrained weights"] if difference["low"] <= 0 else []
+        ends = {name: interval[name] for name in ("mean", "low", "high")}
+        decided = {"baselines": baselines, "beaten_by": beaten_by, "counts": not beaten_by}
+        counted[metric] = {"recipe": best, **ends, **decided}
     return counted
 
 
-def _value(measures: dict[str, Any], figures: tuple[str, ...]) -> float | None:
-    """Return the mean of figures; None if one is missing."""
-    if not all(name in measures for name in figures):
+def _values(results: list[dict[str, Any]], names: tuple[str, ...]) -> list[float]:
+    """Return the metric of every seed; empty if the recipe does not have it."""
+    values = [_mean(result["measures"], names) for result in results]
+    return [value for value in values if value is not None]
+
+
+def _mean(measures: dict[str, Any], names: tuple[str, ...]) -> float | None:
+    """Return the mean of results; None if one is missing."""
+    if not all(name in measures for name in names):
         return None
-    return statistics.fmean(measures[name]["value"] for name in figures)
+    return statistics.fmean(measures[name]["value"] for name in names)
 
 
 def mean_ranks(by_name: dict[str, list[dict[str, Any]]], counted: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Return the mean rank over measures, 1 for the best, and its interval over seeds: by recipe. Empty if no measure
+    """Return the mean rank over metrics, 1 for the best, and its interval over seeds: by recipe. Empty if no metric
     counts.
 
-    Recipes are ranked among the trainings of one seed; equal figures share the mean of their ranks. One that cannot do
-    what is measured shares the last rank with its like.
+    Recipes are ranked among the trainings of one seed; equal results share the mean of their ranks. Recipes without a
+    metric share the last rank in it.
 
     Args:
         by_name: results of every recipe, by seed.
-        counted: names of the measures.
+        counted: names of the metrics.
     """
     if not counted:
         return {}
@@ -93,7 +103,7 @@ def mean_ranks(by_name: dict[str, list[dict[str, Any]]], counted: Sequence[str])
 def _ranks(measured: list[dict[str, Any]], counted: Sequence[str]) -> list[float]:
     """Return the mean rank of every recipe among the others."""
     rows = []
-    for measure in counted:
-        values = [_value(found, MEASURES[measure]) for found in measured]
+    for metric in counted:
+        values = [_mean(measures, METRICS[metric]) for measures in measured]
         rows.append(rankdata([math.inf if value is None else -value for value in values]))
     return [statistics.fmean(column) for column in zip(*rows, strict=True)]

@@ -1,4 +1,4 @@
-"""The runs that `one_stage.py` compares: what is trained, for how many steps, and what the result is worth."""
+"""Trainings that `one_stage.py` compares, and the evaluation of their exports."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from _cost import count_flop, recipe_step, synthetic_batch
-from _evaluate import SHOTS
 from _one_stage_data import TOKENS, DataSet, Setting
 from _trainings import Training, tool, write
 
@@ -46,7 +45,7 @@ RECIPES = (
     Entry("m3i", "m3i"),
 )
 UNTRAINED = Entry("untrained", "supervised", trained=False)
-"""First weights, by two steps of no size: what the architecture knows by itself."""
+"""Initial weights, after two steps at a learning rate of 1e-12."""
 ABLATIONS = (
     Entry("attention mixed", "m3i", ("backbone.attention=across_images",), "within_image"),
     Entry("balance gradient_norm", "m3i", ("recipe.balance={kind: gradient_norm}",), "fixed"),
@@ -60,7 +59,7 @@ ABLATIONS = (
     Entry("views one", "m3i_intra", (), "two"),
     Entry("images not mixed", "m3i_no_mix", (), "mixed"),
 )
-"""What the paper leaves open, and what might mend where `m3i` loses: `m3i` with the other choice."""
+"""Variants of `m3i`: choices that the paper leaves open, and others."""
 
 
 def run_values(entry: Entry, data: DataSet, seed: int, folder: Path) -> dict[str, Any]:
@@ -156,17 +155,17 @@ class Job(Training):
     flop: float
     """Of one sample."""
     price: float
-    """What a sample takes of the budget: its FLOPs, or those of `m3i` where all see as many samples."""
+    """FLOPs that a sample takes from the budget: its own, or those of `m3i` if all recipes see as many samples."""
     budget: float
     points: int
-    """How often it is measured along its training; 1: at the end."""
+    """Number of evaluations along its training; 1: at the end."""
 
     @property
     def steps(self) -> int:
-        """As many as the budget pays for.
+        """Number of steps that the budget pays for.
 
         Raises:
-            ConfigError: too few to keep compute equal and to train at all.
+            ConfigError: they are fewer than `FEWEST_STEPS`.
         """
         if not self.entry.trained:
             return 2
@@ -176,7 +175,7 @@ class Job(Training):
             least = math.ceil(FEWEST_STEPS * self.price * batch / 1e10) / 100
             raise ConfigError(
                 f"{self.budget / 1e12:g} TFLOP are {steps} steps of '{self.entry.name}'",
-                why=f"with fewer than {FEWEST_STEPS} nothing is equal and nothing trained",
+                why=f"with fewer than {FEWEST_STEPS} steps, rounding changes the compute and nothing is learned",
                 fix=f"--budget {least:g} or more",
             )
         return steps
@@ -197,40 +196,41 @@ class Job(Training):
         return values, [self.data.sha256, measured]
 
     def measured(self, folder: Path, environment: dict[str, str]) -> dict[str, Any]:
-        """Return what its checkpoints are worth: at the end, and along the training."""
+        """Return the results at the end of the training, and along it."""
         checkpoints = sorted((folder / "run" / "checkpoints").glob("step-*"))
         points = [self._point(folder, checkpoint, environment) for checkpoint in checkpoints]
         self.say(_short(points[-1]["measures"]))
         return {"steps": self.steps, "gflop_per_sample": self.flop / 1e9, **points[-1], "curve": points}
 
     def _point(self, folder: Path, checkpoint: Path, environment: dict[str, str]) -> dict[str, Any]:
-        """What a checkpoint is worth; measured once. The export of the last one stays."""
+        """Return the results of a checkpoint; evaluated once. The export of the last one stays."""
         path = folder / f"{checkpoint.name}.json"
         if not path.is_file():
-            self.say(f"measuring {checkpoint.name}")
-            write(path, self._worth(folder, checkpoint, environment))
+            self.say(f"evaluating {checkpoint.name}")
+            write(path, self._evaluate(folder, checkpoint, environment))
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return found
 
-    def _worth(self, folder: Path, checkpoint: Path, environment: dict[str, str]) -> dict[str, Any]:
+    def _evaluate(self, folder: Path, checkpoint: Path, environment: dict[str, str]) -> dict[str, Any]:
+        """Export a checkpoint, and return its results and those of the baselines."""
         model, log = folder / "export", folder / f"{checkpoint.name}.log"
         tool(["export", str(checkpoint), "--output", str(model), "--overwrite"], log, environment)
         pixels = {} if self.entry.trained or self.seed else {"baseline": "pixels"}
         probes = [probe.options() | (pixels if probe.train_data else {}) for probe in self.data.probes]
         documents = tool([str(model), json.dumps(probes)], log, environment, (EVALUATE,))
-        worth: dict[str, Any] = {"measures": {}, "pixels": {}, "guessing": {}, "not_measured": {}}
+        results: dict[str, Any] = {"measures": {}, "pixels": {}, "chance": {}, "not_measured": {}}
         for probe, document in zip(self.data.probes, documents, strict=True):
-            for name, (estimate, guess) in figures(document["measures"], probe.prefix).items():
-                worth["measures"][name] = {part: estimate[part] for part in ("value", "low", "high")}
-                worth["guessing"][name] = guess
+            for name, (estimate, chance) in single_values(document["measures"], probe.prefix).items():
+                results["measures"][name] = {part: estimate[part] for part in ("value", "low", "high")}
+                results["chance"][name] = chance
             baseline = document.get("baseline", {}).get("measures", {})
-            worth["pixels"] |= {name: one for name, (one, _) in figures(baseline, probe.prefix).items()}
-            worth["not_measured"] |= {probe.prefix + name: why for name, why in document["not_measured"].items()}
-        return {"step": int(checkpoint.name.rpartition("-")[2]), **worth}
+            results["pixels"] |= {name: one for name, (one, _) in single_values(baseline, probe.prefix).items()}
+            results["not_measured"] |= {probe.prefix + name: why for name, why in document["not_measured"].items()}
+        return {"step": int(checkpoint.name.rpartition("-")[2]), **results}
 
 
-def figures(measures: dict[str, Any], prefix: str = "") -> dict[str, tuple[dict[str, Any], float]]:
-    """Return one figure a measure, with the interval that other test images would give, and what guessing reaches."""
+def single_values(measures: dict[str, Any], prefix: str = "") -> dict[str, tuple[dict[str, Any], float]]:
+    """Return one or two estimates of every metric, with their intervals over test images, and with chance level."""
     found = {}
     for name, of_name in measures.items():
         if name in ("linear", "zero_shot"):
@@ -238,7 +238,8 @@ def figures(measures: dict[str, Any], prefix: str = "") -> dict[str, tuple[dict[
         elif name == "knn":
             found[name] = of_name["k=20"], of_name["majority"]
         elif name == "few_shot":
-            found |= {f"few_shot_{k}": (of_name[f"k={k}"], of_name["majority"]) for k in SHOTS if f"k={k}" in of_name}
+            shots = [k for k in (5, 20) if f"k={k}" in of_name]
+            found |= {f"few_shot_{k}": (of_name[f"k={k}"], of_name["majority"]) for k in shots}
         elif name == "dense":
             found[name] = of_name["mean_iou"], of_name["mean_iou"]["majority"]
         elif name == "retrieval":

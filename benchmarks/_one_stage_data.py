@@ -14,6 +14,7 @@ from typing import Any
 from _common import scene_shards
 from transformers import AutoTokenizer
 
+from m3i_scale.data.batch import CAPTION_MULTIPLE
 from m3i_scale.errors import DataError
 from m3i_scale.shards.folder import FACTS
 
@@ -170,7 +171,7 @@ def _class_names(shards: Path) -> list[str]:
 
 
 def padded_tokens(folder: Path, batch: int) -> int:
-    """Return the mean padded length of a batch of captions, in tokens."""
+    """Return the mean length of a batch of captions, in tokens, with padding as in training."""
     captions: list[str] = []
     for shard in sorted((folder / "train").glob("*.tar")):
         with tarfile.open(shard) as tar:
@@ -182,7 +183,7 @@ def padded_tokens(folder: Path, batch: int) -> int:
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True, trust_remote_code=False)
     lengths = [min(len(ids), TOKENS) for ids in tokenizer(captions)["input_ids"]]
     longest = [max(lengths[start : start + batch]) for start in range(0, len(lengths), batch)]
-    return round(statistics.fmean(longest))
+    return round(statistics.fmean(min(-(-length // CAPTION_MULTIPLE) * CAPTION_MULTIPLE, TOKENS) for length in longest))
 
 
 def _fingerprint(folders: Iterable[Path]) -> str:

@@ -6,12 +6,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from _mean_rank import MEASURES
+from _mean_rank import METRICS
 
 TITLES = {
     "linear": "linear probe",
     "knn": "kNN",
-    "classification_5_per_class top-1": "5 per class",
+    "classification_5_per_class top-1": "5 per class, fine-tuned",
     "few_shot_5": "5 per class, frozen",
     "few_shot_20": "20 per class, frozen",
     "transfer_linear": "transfer: linear probe",
@@ -26,7 +26,7 @@ TITLES = {
 }
 """Columns, in order; other figures follow under their own names."""
 NO_RECIPES = (
-    *("mean_rank", "counted", "ablations", "m3i_minus", "untrained", "pixels", "guessing", "other_images", "ladder"),
+    *("mean_rank", "counted", "ablations", "m3i_minus", "untrained", "pixels", "chance", "other_images", "ladder"),
     *("curves", "not_measured", "settings", "machine"),
 )
 
@@ -49,9 +49,9 @@ def markdown(document: dict[str, Any]) -> str:
     ]
     rows.append(["untrained", "", "", "", *_cells(document["untrained"], titles)])
     rows.append(["raw pixels", "", "", "", *(_plain(document["pixels"].get(name)) for name in titles)])
-    rows.append(["guessing", "", "", "", *(_plain(document["guessing"].get(name)) for name in titles)])
+    rows.append(["chance", "", "", "", *(_plain(document["chance"].get(name)) for name in titles)])
     widest = {name: max(row.get(name, 0.0) for row in document["other_images"].values()) for name in titles}
-    rows.append(["± other test images", "", "", "", *(_plain(widest[name] or None) for name in titles)])
+    rows.append(["± test set sampling", "", "", "", *(_plain(widest[name] or None) for name in titles)])
     text = _table(head, rows) + "\n" + _counted_lines(document["counted"])
     if ladder := document.get("ladder"):
         rows = [[f"`{name}`", *(_rank(row, name) for row in ladder.values())] for name in recipes_of(document)]
@@ -73,15 +73,15 @@ def markdown(document: dict[str, Any]) -> str:
 
 
 def _counted_lines(counted: dict[str, dict[str, Any]]) -> str:
-    """List the measures that count in the mean rank, and the reason why others do not."""
-    titles = {name: TITLES[figures[0]] if len(figures) == 1 else name for name, figures in MEASURES.items()}
+    """List the metrics that count in the mean rank, and the reason why others do not."""
+    titles = {name: TITLES[names[0]] if len(names) == 1 else name.replace("_", "-") for name, names in METRICS.items()}
     in_rank = [titles[name] for name, one in counted.items() if one["counts"]]
-    lines = [f"In the mean rank: {', '.join(in_rank) or 'no measure'}."]
+    lines = [f"In the mean rank: {', '.join(in_rank) or 'no metric'}."]
     for name, one in counted.items():
         if not one["counts"]:
-            bars = ", ".join(f"{bar} {value:.3f}" for bar, value in one["bars"].items() if one["low"] <= value)
-            best = f"`{one['recipe']}` {one['mean']:.3f} ± {one['mean'] - one['low']:.3f}"
-            lines.append(f"- Not {titles[name]}: best recipe {best}; not above {bars}.")
+            best = f"`{one['recipe']}` {one['mean']:.3f} ({one['low']:.3f} … {one['high']:.3f})"
+            baselines = ", ".join(f"{baseline} {one['baselines'][baseline]:.3f}" for baseline in one["beaten_by"])
+            lines.append(f"- Not {titles[name]}: the best recipe, {best}, does not beat {baselines}.")
     return "\n".join([lines[0], "", *lines[1:]]).rstrip() + "\n"
 
 

@@ -1,4 +1,4 @@
-"""Trainings of a benchmark: each has a folder of its own, runs and is measured once, and goes on where it was cut."""
+"""Trainings of a benchmark. Each has its own folder, is evaluated once, and resumes after an interruption."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @dataclass(frozen=True)
 class Training(ABC):
-    """Describes one training with one seed, and measures what it is worth."""
+    """One training with one seed, and its evaluation."""
 
     name: str
     seed: int
     output: Path
-    """Every result has a folder of its own in it, named by what it depends on."""
+    """Folder of all results; each has a folder in it, named by a hash of what it depends on."""
 
     code: ClassVar[tuple[str, ...]] = ("m3i_scale", "ds_configs", "recipes", "benchmarks/_trainings.py")
     """Files and folders that a result depends on; a change in them trains anew."""
@@ -47,7 +47,7 @@ class Training(ABC):
 
     @abstractmethod
     def measured(self, folder: Path, environment: dict[str, str]) -> dict[str, Any]:
-        """Return what the trained run in `folder` is worth."""
+        """Evaluate the trained run in `folder`."""
 
     @property
     def folder(self) -> Path:

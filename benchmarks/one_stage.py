@@ -3,15 +3,14 @@
 Every recipe trains the same small ViT on the same shards with the same crops, colors and optimizer, under one of two
 protocols. `compute`: for as many steps as the same number of counted FLOPs pays for (student, decoders, heads and
 targets, forward and backward). `samples`: for as many as it pays for in `m3i`, so that all see as many samples, as the
-paper compares. Frozen features are then measured in what each part is good at, and exports after trainings of
-`benchmarks/downstream.py`. Recipes have a mean rank over the measures in which the best of them beats raw pixels and
-untrained weights. Several seeds; figures are means with 95 %
-intervals over seeds, differences those between trainings of the same seed.
+paper compares. Exports are evaluated with frozen features, and after fine-tuning by `benchmarks/downstream.py`. Recipes
+have a mean rank over the metrics in which the best of them beats raw pixels, chance and untrained weights. Results are
+means over several seeds with 95 % intervals; differences are those between trainings of the same seed.
 
     python benchmarks/one_stage.py --json [--protocol samples] [--budget 2 --budget 6 …] [--data DIR | --photos DIR]
         [--markdown tables.md] [--plot curves.svg]
 
-What is done is not done again: results lie in --output, a folder for every training.
+Every training has a folder in --output. Trainings that have a result there are not repeated.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ import downstream
 import typer
 from _common import emit, emoji_shards, machine, need, say
 from _intervals import LEVEL, mean_interval
-from _mean_rank import counted_measures, mean_ranks
+from _mean_rank import counted_metrics, mean_ranks
 from _one_stage import ABLATIONS, RECIPES, UNTRAINED, Entry, Job, flop_per_sample, run_values
 from _one_stage_data import EMOJI, PHOTOS, DataSet, open_data, open_photos
 from _one_stage_report import markdown, plot
@@ -75,9 +74,9 @@ def main(
     markdown_file: Path = typer.Option(None, "--markdown", help="Also write the tables."),
     plot_file: Path = typer.Option(None, "--plot", help="Also draw the curves (SVG; needs matplotlib)."),
 ) -> None:
-    """Print {recipe: {measure: {mean, low, high, seeds}}, counted: {measure: …}, mean_rank: {recipe: …}}, m3i_minus,
-    ablations, curves, controls, settings, machine. Of a ladder: those of its largest budget, and the first five by
-    budget.
+    """Print {recipe: {measure: {mean, low, high, seeds}}, counted: {metric: …}, mean_rank: {recipe: …}}, m3i_minus,
+    ablations, curves, baselines, settings, machine. Of a ladder: those of its largest budget, with the metrics that
+    count there, and the ranks and results by budget.
     """
     if plot_file is not None:
         need("matplotlib")
@@ -90,7 +89,7 @@ def main(
         if photos is not None and data is not None:
             raise ConfigError("--photos cannot be combined with --data", fix="leave one out")
         if photos is not None and tasks not in ([], ["none"]):
-            raise ConfigError("--photos has no labels for --downstream", fix="leave out --downstream")
+            raise ConfigError("--photos cannot be combined with --downstream", fix="leave one out")
         opened = open_data(data or emoji_shards()) if photos is None else open_photos(photos)
         comparison = Comparison(
             opened,
@@ -122,8 +121,8 @@ def _chosen(only: list[str], ablations: bool | None) -> tuple[list[Entry], list[
     entries = [entry for entry in RECIPES if not only or entry.name in only]
     if ablations and "m3i" not in {entry.name for entry in entries}:
         raise ConfigError("--ablations are those of m3i, which is left out", fix="--only m3i --ablations")
-    wanted = not only if ablations is None else ablations
-    return entries, list(ABLATIONS) if wanted else []
+    with_ablations = not only if ablations is None else ablations
+    return entries, list(ABLATIONS) if with_ablations else []
 
 
 @dataclass(frozen=True)
@@ -154,8 +153,8 @@ class Comparison:
         ]
 
     def document(self, workers: int, tasks: list[downstream.Measured]) -> dict[str, Any]:
-        """Run all trainings, in parallel, and return what they come to."""
-        # Boxes are of built-in scenes, whatever the data.
+        """Run all trainings in parallel, and return the results."""
+        # Boxes are always those of built-in scenes.
         shards = {
             task: downstream.data_of(task, None if task.kind == "detection" else self.data.folder) for task in tasks
         }
@@ -169,9 +168,9 @@ class Comparison:
         check_budget(jobs)
 
         def work(job: Job, environment: dict[str, str]) -> dict[str, Any]:
-            found = job.result(environment)
-            tasks = {} if job.entry.default else shards  # an ablation is judged by frozen features alone
-            return found | {"measures": found["measures"] | _fine_tuned(job, tasks, environment)}
+            result = job.result(environment)
+            tasks = {} if job.entry.default else shards  # ablations are compared by frozen features only
+            return result | {"measures": result["measures"] | _fine_tuned(job, tasks, environment)}
 
         self.output.mkdir(parents=True, exist_ok=True)
         try:
@@ -179,18 +178,19 @@ class Comparison:
                 results = iter(train_all(jobs, workers, work))
         except Timeout:
             raise DataError(
-                "another comparison writes here", where=str(self.output), fix="wait for it, or give another --output"
+                "another comparison writes to this folder", where=str(self.output), fix="wait, or use another --output"
             ) from None
         untrained = [next(results) for _ in controls]
-        found = {row: [next(results) for _ in of_row] for row, of_row in trained.items()}
+        by_row = {row: [next(results) for _ in of_row] for row, of_row in trained.items()}
         by_budget = {
-            budget: {entry.name: found[budget, entry.name] for entry in (*self.entries, *self.others)}
+            budget: {entry.name: by_row[budget, entry.name] for entry in (*self.entries, *self.others)}
             for budget in self.budgets
         }
         largest = by_budget[self.budgets[-1]]
-        document = self._rows(largest, untrained) | self._controls(largest, untrained)
+        counted = counted_metrics({entry.name: largest[entry.name] for entry in self.entries}, untrained)
+        document = self._rows(largest, counted) | {"counted": counted} | self._baselines(largest, untrained)
         if len(self.budgets) > 1:
-            ladder = {f"{budget:g}": self._rows(by_name, untrained) for budget, by_name in by_budget.items()}
+            ladder = {f"{budget:g}": self._rows(by_name, counted) for budget, by_name in by_budget.items()}
             document["ladder"] = ladder
         settings = {
             "data": str(self.data.folder),
@@ -220,12 +220,11 @@ class Comparison:
     def _flop(self, entry: Entry) -> float:
         return flop_per_sample(run_values(entry, self.data, 0, self.output), self.data)
 
-    def _rows(self, by_name: dict[str, list[dict[str, Any]]], untrained: list[dict[str, Any]]) -> dict[str, Any]:
-        """Return the figures of every recipe at one budget, and how they rank."""
+    def _rows(self, by_name: dict[str, list[dict[str, Any]]], counted: dict[str, Any]) -> dict[str, Any]:
+        """Return the results of every recipe at one budget, and their ranks."""
         rows: dict[str, Any] = {entry.name: _means(by_name[entry.name]) for entry in self.entries}
         compared = {entry.name: by_name[entry.name] for entry in self.entries}
-        rows["counted"] = counted_measures(compared, untrained)
-        rows["mean_rank"] = mean_ranks(compared, [name for name, one in rows["counted"].items() if one["counts"]])
+        rows["mean_rank"] = mean_ranks(compared, [name for name, one in counted.items() if one["counts"]])
         rows["ablations"] = {
             entry.name: {"default": entry.default, "measures": _means(by_name[entry.name])} for entry in self.others
         }
@@ -235,14 +234,14 @@ class Comparison:
             }
         return rows
 
-    def _controls(self, by_name: dict[str, list[dict[str, Any]]], untrained: list[dict[str, Any]]) -> dict[str, Any]:
-        """Return what figures are to be held against."""
-        guessing = {name: value for results in by_name.values() for name, value in results[0]["guessing"].items()}
+    def _baselines(self, by_name: dict[str, list[dict[str, Any]]], untrained: list[dict[str, Any]]) -> dict[str, Any]:
+        """Return the results of the baselines, and the sampling error of the test images."""
+        chance = {name: value for results in by_name.values() for name, value in results[0]["chance"].items()}
         firsts = {entry.name: by_name[entry.name][0] for entry in self.entries}
         return {
             "untrained": _means(untrained),
             "pixels": {name: figure["value"] for name, figure in untrained[0]["pixels"].items()},
-            "guessing": guessing,
+            "chance": chance,
             "other_images": {
                 name: {measure: (figure["high"] - figure["low"]) / 2 for measure, figure in first["measures"].items()}
                 for name, first in firsts.items()
@@ -271,7 +270,7 @@ class Comparison:
 
 
 def check_budget(jobs: list[Job]) -> None:
-    """Refuse a budget that is too small for some training, and name one that is enough for all.
+    """Check that the budget is large enough for every training; the error names one that is.
 
     Raises:
         ConfigError: see `Job.steps`.
@@ -280,14 +279,14 @@ def check_budget(jobs: list[Job]) -> None:
 
 
 def _fine_tuned(job: Job, shards: dict[downstream.Measured, Path], environment: dict[str, str]) -> dict[str, Any]:
-    """Figures of a job's export after the tasks of `downstream.py`."""
+    """Return the results of a job's export after fine-tuning by tasks of `downstream.py`."""
     measures = {}
     for task, folder in shards.items():
         kept = job.output / "downstream"
-        found = downstream.result(task, job.folder / "export", folder, job.seed, kept, environment)
-        say(f"{job.entry.name}, seed {job.seed}, {task.name}: {downstream.percent(found, task.figures[0]):.2f} %")
+        result = downstream.result(task, job.folder / "export", folder, job.seed, kept, environment)
+        say(f"{job.entry.name}, seed {job.seed}, {task.name}: {downstream.percent(result, task.figures[0]):.2f} %")
         for name in task.figures:
-            measures[f"{task.name} {name}"] = {part: found["figures"][name][part] for part in ("value", "low", "high")}
+            measures[f"{task.name} {name}"] = {part: result["figures"][name][part] for part in ("value", "low", "high")}
     return measures
 
 
@@ -296,7 +295,7 @@ def _means(results: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _differences(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> dict[str, Any]:
-    """m3i minus another row, seed by seed: both sides have its order of samples, augmentation and first weights."""
+    """Return m3i minus another row, paired by seed: same order of samples, augmentation and initial weights."""
     return {
         name: mean_interval([one - other for one, other in zip(_seeds(ours, name), _seeds(theirs, name), strict=True)])
         for name in ours[0]["measures"]

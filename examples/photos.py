@@ -4,8 +4,8 @@
         --tiny-imagenet /data/tiny-imagenet-200 --output /data/photos
 
 Imagenette has class labels, Flickr8k has captions, and Tiny-ImageNet is for training without either, and for transfer.
-Training images that nearly equal a held-out image of any of the three sets are left out. All licenses are
-non-commercial: do not redistribute the shards.
+Eight training images that are copies of held-out images are left out. All licenses are non-commercial: do not
+redistribute the shards.
 """
 
 from __future__ import annotations
@@ -14,16 +14,12 @@ import io
 import re
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import typer
-from numpy.typing import NDArray
 from PIL import Image
 
 from m3i_scale.data.images import DECODE_ERRORS, on_white
@@ -52,26 +48,27 @@ IMAGENETTE_CLASSES = {
 JPEG_QUALITY = 92
 TRANSFER_PER_CLASS = 50
 """Tiny-ImageNet training images per class that are kept out of pre-training, to fit transfer probes on."""
-FITTED = ("train", "transfer")
-"""Splits that a model or a probe is fitted on."""
-SIGNATURE_SIDE = 16
-DUPLICATE_CORRELATION = 0.99
-"""Minimum correlation of two images at 16 × 16 pixels. On the three sets, all eight pairs above it are the same photo;
-the pairs from 0.95 to 0.985 are different photos of sky, water or snow."""
+COPIES = {
+    *("n01855672_44", "n01917289_323", "n03770439_128", "n03976657_138", "n03976657_298", "n03976657_498"),
+    *("n07753592_446", "2974587819_742fb7c338"),
+}
+"""Training images of Tiny-ImageNet, and one of Flickr8k, that are held-out images of Tiny-ImageNet and Imagenette: all
+pairs with a correlation above 0.99 at 16 × 16 pixels, centered per channel. The next pair has 0.97."""
 _CAPTION = re.compile(r"(\S+?)#\d+\s+(.*\S)\s*")
 """A line of Flickr8k.token.txt. Copies of the file have a space instead of the tab in some lines."""
-_CHUNK = 512
 
 
 @dataclass(frozen=True)
 class PhotoSet:
-    """Origin and license of a download."""
+    """Origin, license and size of a download."""
 
     folder: str
     """Folder below the output."""
     title: str
     origin: str
     license: str
+    counts: dict[str, int] = field(hash=False)
+    """Number of images by split."""
 
 
 IMAGENETTE = PhotoSet(
@@ -79,18 +76,21 @@ IMAGENETTE = PhotoSet(
     "Imagenette",
     "https://github.com/fastai/imagenette",
     "ImageNet terms of access: non-commercial research and education",
+    {"train": 9469, "val": 3925},
 )
 FLICKR8K = PhotoSet(
     "flickr8k",
     "Flickr8k",
     "https://hockenmaier.cs.illinois.edu/8k-pictures.html",
     "non-commercial research and education",
+    {"train": 6000, "dev": 1000, "test": 1000},
 )
 TINY = PhotoSet(
     "tiny",
     "Tiny-ImageNet",
     "http://cs231n.stanford.edu/tiny-imagenet-200.zip",
     "ImageNet terms of access: non-commercial research and education",
+    {"train": 90_000, "transfer": 10_000, "val": 10_000},
 )
 
 
@@ -130,26 +130,19 @@ def imagenette_photos(folder: Path) -> list[Photo]:
     """List the photos of Imagenette; splits: train and val.
 
     Raises:
-        DataError: a folder is missing, or is not a class of Imagenette.
+        DataError: a folder is missing.
     """
     photos = []
     for split in ("train", "val"):
         of_split = _subfolder(folder, split, "the folder of Imagenette must have train/WNID/*.JPEG and val/WNID/*.JPEG")
         for wnid in IMAGENETTE_CLASSES:
-            of_class = _subfolder(of_split, wnid, "Imagenette has ten classes, each with a folder in train and in val")
+            of_class = _subfolder(of_split, wnid, "use Imagenette2, not Imagewoof or ImageNet")
             photos += [Photo(path, split, wnid) for path in _images(of_class)]
-        unknown = sorted({path.name for path in of_split.iterdir() if path.is_dir()} - {*IMAGENETTE_CLASSES})
-        if unknown:
-            raise DataError(
-                f"'{unknown[0]}' is not a class of Imagenette",
-                where=str(of_split / unknown[0]),
-                fix="use Imagenette2, not Imagewoof or ImageNet",
-            )
     return photos
 
 
-def flickr8k_photos(folder: Path, notes: list[str]) -> list[Photo]:
-    """List the photos of Flickr8k with captions; splits: train, dev and test.
+def flickr8k_photos(folder: Path) -> list[Photo]:
+    """List the photos of Flickr8k with captions; splits: train, dev and test. Some photos are in no split.
 
     Training photos have all captions, one per line; held-out photos have the first one.
 
@@ -159,26 +152,21 @@ def flickr8k_photos(folder: Path, notes: list[str]) -> list[Photo]:
     captions = read_captions(folder / "Flickr8k.token.txt")
     images = _subfolder(folder, "images", "the folder of Flickr8k must have images/*.jpg and Flickr8k.token.txt")
     files = {path.name: path for path in _images(images)}
-    splits: dict[str, str] = {}
-    repeated = 0
-    for split in ("test", "dev", "train"):  # held out if in several lists
-        for name in read_split(folder, split):
+    photos = []
+    for split in FLICKR8K.counts:
+        listed = folder / f"Flickr_8k.{split}Images.txt"
+        with reading(listed, UnicodeDecodeError, fix="get Flickr8k_text.zip from the page of Flickr8k"):
+            names = listed.read_text(encoding="utf-8").split()
+        for name in names:
             if name not in files or name not in captions:
-                what = "no image" if name not in files else "no caption"
                 raise DataError(
-                    f"{what} for '{name}', which is in the list of {split} images",
+                    f"no {'image' if name not in files else 'caption'} of '{name}', which is in {listed.name}",
                     where=str(folder),
                     fix="use the images, captions and lists of the same download",
                 )
-            repeated += name in splits
-            splits.setdefault(name, split)
-    notes += [f"Flickr8k: {repeated} list entries repeat an image of another list; held out"] if repeated else []
-    unlisted = len(files.keys() - splits.keys())
-    notes += [f"Flickr8k: left out {unlisted} images that are in no list"] if unlisted else []
-    return [
-        Photo(files[name], split, caption="\n".join(captions[name][: None if split == "train" else 1]))
-        for name, split in splits.items()
-    ]
+            of_image = captions[name] if split == "train" else captions[name][:1]
+            photos.append(Photo(files[name], split, caption="\n".join(of_image)))
+    return photos
 
 
 def read_captions(path: Path) -> dict[str, list[str]]:
@@ -201,25 +189,6 @@ def read_captions(path: Path) -> dict[str, list[str]]:
         if match is not None:
             captions[match[1]].append(match[2])
     return captions
-
-
-def read_split(folder: Path, split: str) -> list[str]:
-    """Return the names in `Flickr_8k.trainImages.txt` or its like. Only the first column is read.
-
-    Raises:
-        DataError: there is no list, or there are several.
-    """
-    wanted = f"flickr8k.{split}images.txt"
-    found = [path for path in sorted(folder.iterdir()) if path.name.lower().replace("_", "") == wanted]
-    if len(found) != 1:
-        raise DataError(
-            f"there must be one list of {split} images, found {len(found)}",
-            where=str(folder / f"Flickr_8k.{split}Images.txt"),
-            fix="get Flickr8k_text.zip from the page of Flickr8k",
-        )
-    with reading(found[0], UnicodeDecodeError):
-        rows = found[0].read_text(encoding="utf-8").splitlines()
-    return [*dict.fromkeys(row.split()[0] for row in rows if row.strip())]
 
 
 def tiny_photos(folder: Path) -> tuple[list[Photo], dict[str, str]]:
@@ -279,54 +248,20 @@ def _images(folder: Path) -> list[Path]:
     return paths
 
 
-# -------------------- near-duplicates
+def check_counts(one: PhotoSet, photos: Sequence[Photo], folder: Path) -> None:
+    """Check that a download is complete.
 
-
-def near_duplicates(train: list[Path], held_out: list[Path], advance: Callable[[], None]) -> dict[Path, Path]:
-    """Return training images that nearly equal a held-out image, with that image."""
-    signatures = partial(_signatures, advance=advance)
-    train_ND, held_out_MD = signatures(train), signatures(held_out)
-    found = {}
-    for start in range(0, len(train), _CHUNK):
-        similarity = train_ND[start : start + _CHUNK] @ held_out_MD.T
-        nearest = similarity.argmax(axis=1)
-        for row in np.flatnonzero(similarity.max(axis=1) > DUPLICATE_CORRELATION).tolist():
-            found[train[start + row]] = held_out[nearest[row]]
-    return found
-
-
-def _signatures(paths: Sequence[Path], advance: Callable[[], None]) -> NDArray[np.float32]:
-    """Return small images without mean, at unit length (N, D). An image of one color is zero, and equals none."""
-
-    def signature(path: Path) -> NDArray[np.float32]:
-        with reading(path, *DECODE_ERRORS), Image.open(path) as image:
-            image.draft("RGB", (4 * SIGNATURE_SIDE, 4 * SIGNATURE_SIDE))
-            small = on_white(image).resize((SIGNATURE_SIDE, SIGNATURE_SIDE), Image.Resampling.BOX)
-        advance()
-        return np.asarray(small, np.float32).ravel()
-
-    with ThreadPoolExecutor() as pool:
-        pixels_ND = np.stack(list(pool.map(signature, paths)))
-    pixels_ND -= pixels_ND.mean(axis=1, keepdims=True)
-    norm_N1 = np.linalg.norm(pixels_ND, axis=1, keepdims=True)
-    pixels_ND /= np.maximum(norm_N1, 1e-6)
-    return pixels_ND
-
-
-def without_duplicates(sets: dict[PhotoSet, list[Photo]], notes: list[str], tell: Callable[[int, int], None]) -> None:
-    """Remove training photos that nearly equal a held-out photo of any set, and note how many."""
-    owner = {photo.path: one for one, photos in sets.items() for photo in photos}
-    train = [photo.path for photos in sets.values() for photo in photos if photo.split in FITTED]
-    held_out = [photo.path for photos in sets.values() for photo in photos if photo.split not in FITTED]
-    read = iter(range(1, len(owner) + 1))
-    found = near_duplicates(train, held_out, lambda: tell(next(read), len(train) + len(held_out)))
-    counts = Counter((owner[path].title, owner[other].title) for path, other in found.items())
-    notes += [
-        f"left out {count} training images of {title} that nearly equal held-out images of {other}"
-        for (title, other), count in sorted(counts.items())
-    ]
-    for one, photos in sets.items():
-        sets[one] = [photo for photo in photos if photo.path not in found]
+    Raises:
+        DataError: a split has a different number of images.
+    """
+    count = Counter(photo.split for photo in photos)
+    for split, expected in one.counts.items():
+        if count[split] != expected:
+            raise DataError(
+                f"the {split} split of {one.title} must have {expected:,} images, got {count[split]:,}",
+                where=str(folder),
+                fix=f"download it again from {one.origin}",
+            )
 
 
 def photo_records(one: PhotoSet, photos: Iterable[Photo], classes: Sequence[str], short_side: int) -> list[Record]:
@@ -361,16 +296,15 @@ def main(
     """Make shards of photos with class labels, of photos with captions, and of photos for transfer."""
     if output.exists():
         raise DataError("the output folder already exists", where=str(output), fix="remove it, or use another --output")
-    notes: list[str] = []
     tiny, tiny_names = tiny_photos(tiny_imagenet)
-    sets = {IMAGENETTE: imagenette_photos(imagenette), FLICKR8K: flickr8k_photos(flickr8k, notes), TINY: tiny}
-    common = [tiny_names[wnid] for wnid in tiny_names if wnid in IMAGENETTE_CLASSES]
-    names = f": {', '.join(common)}" if common else ""
-    notes.append(f"classes in both Imagenette and Tiny-ImageNet: {len(common)}{names}")
-    with sample_bar(quiet=as_json) as tell:
-        without_duplicates(sets, notes, tell)
+    sets = {IMAGENETTE: imagenette_photos(imagenette), FLICKR8K: flickr8k_photos(flickr8k), TINY: tiny}
+    for (one, photos), folder in zip(sets.items(), (imagenette, flickr8k, tiny_imagenet), strict=True):
+        check_counts(one, photos, folder)
+        sets[one] = [photo for photo in photos if photo.path.stem not in COPIES]
+    left_out = sum(sum(one.counts.values()) - len(photos) for one, photos in sets.items())
+    note = f"left out {left_out} training images that are copies of held-out images"
     classes = {IMAGENETTE: IMAGENETTE_CLASSES, FLICKR8K: {}, TINY: tiny_names}
-    document: dict[str, Any] = {"output": str(output), "notes": notes, "sets": {}}
+    document: dict[str, Any] = {"output": str(output), "copies_left_out": left_out, "sets": {}}
     lines = []
     with atomic_dir(output) as folder, sample_bar(quiet=as_json) as tell:
         for one, photos in sets.items():
@@ -389,9 +323,8 @@ def main(
             splits = summary["splits"]
             document["sets"][one.folder] = {"splits": splits, "origin": one.origin, "license": one.license}
             lines += summary_lines(summary, output / one.folder)
-    lines += notes
     lines += [f"{one.title}: from {one.origin}; license: {one.license}" for one in sets]
-    print_summary(document, as_json, [*lines, "Do not redistribute these shards."])
+    print_summary(document, as_json, [*lines, note, "Do not redistribute these shards."])
 
 
 if __name__ == "__main__":

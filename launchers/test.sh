@@ -93,7 +93,7 @@ else
   interrupted=no
   trap 'interrupted=yes' INT # pytest ends by itself, and the rest is not wanted either
   : >"$reports-hosts.xml"
-  run_tests "$reports.xml" -n 2 --dist loadfile "${of_hosts[@]/#/--ignore=}" "$@"
+  run_tests "$reports.xml" -n 2 --dist loadfile --no-loadscope-reorder "${of_hosts[@]/#/--ignore=}" "$@"
   if [ "$interrupted" = no ]; then run_tests "$reports-hosts.xml" -n 2 --dist loadfile "${of_hosts[@]}" "$@"; fi
 fi
 

@@ -1,4 +1,4 @@
-"""For all tests: one thread, repeatable random numbers, no time limits on single examples."""
+"""For all tests: one thread, repeatable random numbers, no time limits on single examples, long files first."""
 
 from __future__ import annotations
 
@@ -32,6 +32,12 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile("shared_machine")
+LONGEST = ("test_docs.py", "test_worlds.py", "test_resume.py", "test_simulated_runs.py", "test_compiled_layers.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Start with the files that take minutes, so that no worker waits for one of them at the end."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)
 
 
 @pytest.fixture(autouse=True)

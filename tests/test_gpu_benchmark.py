@@ -112,6 +112,7 @@ def test_what_it_cannot_do_is_refused(arguments):
     assert done.stderr.rstrip().splitlines()[-1].startswith("error:")
 
 
+@pytest.mark.bench
 def test_what_no_gpu_is_needed_for_holds():
     done = call("--device", "cpu", "--only", "facts", "--only", "start", "--only", "parity")
     document = json.loads(done.stdout)
@@ -120,6 +121,7 @@ def test_what_no_gpu_is_needed_for_holds():
     assert len(document["sections"]["parity"]["must"]) > 60
 
 
+@pytest.mark.bench
 def test_what_a_cuda_device_would_see_holds():
     document = json.loads(call("--fake").stdout)
     assert document["sections"]

@@ -25,7 +25,7 @@ from m3i_scale.evaluation.towers import (
 )
 
 NEIGHBOURS = (10, 20)
-SHOTS = (1, 5)
+SHOTS = (1, 5, 20)
 DRAWS = 10
 """Number of random training subsets that few-shot accuracy is averaged over."""
 

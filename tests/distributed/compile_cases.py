@@ -9,7 +9,7 @@ from torch._dynamo.utils import counters
 
 from m3i_scale.run.setup import start_engine
 
-COMPILED = {"zero1": ("zero1_cpu_fp32", "selective"), "zero3": ("zero3_cpu_fp32", "every_2")}
+COMPILED = {"zero3": ("zero3_cpu_fp32", "selective")}
 """DeepSpeed files, and policies of activations."""
 
 

@@ -187,7 +187,7 @@ def test_killed_at_any_step_it_goes_on_as_if_nothing_had_happened(reference: Pat
     ("number", "hearers"),
     [
         (signal.SIGTERM, "one rank"),
-        (signal.SIGUSR2, "one rank"),
+        pytest.param(signal.SIGUSR2, "one rank", marks=pytest.mark.bench),
         (signal.SIGTERM, "all, workers too"),
         (None, "its folder"),
     ],

@@ -209,7 +209,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.mark.parametrize("ds_config", ["zero3_cpu_fp32", "zero2_bf16"])
+@pytest.mark.parametrize("ds_config", ["zero3_cpu_fp32", pytest.param("zero2_bf16", marks=pytest.mark.bench)])
 def test_it_trains_on_two_ranks_and_becomes_a_stock_segmenter(
     shards: Path, forks: Forks, tmp_path: Path, ds_config: str
 ) -> None:
