@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from triton_library import install
 from m3i_scale.backbones.families import FAMILIES, preset_config
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.bench,  # minutes; compiled layers are off by default
     pytest.mark.skipif(torch.version.cuda is not None, reason="this build of torch has a GPU's own library"),
 ]
 LAYERS = {
@@ -36,18 +35,11 @@ LAYERS = {
 }
 
 
-MODELS = ("m3i", "m3i, selective")
-"""Compiled in CI: the default recipe. All models take ten minutes."""
-
-
-def compile_models(names: Sequence[str], folder: Path) -> dict[str, Any]:
-    caches = {"TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"), "TRITON_CACHE_DIR": str(folder / "triton")}
-    return run_preloaded("compile_layers.py", [install()], names, **caches)
-
-
 @pytest.fixture(scope="module")
 def document(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return compile_models(MODELS, tmp_path_factory.mktemp("caches"))
+    folder = tmp_path_factory.mktemp("caches")
+    caches = {"TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"), "TRITON_CACHE_DIR": str(folder / "triton")}
+    return run_preloaded("compile_layers.py", [install()], **caches)
 
 
 def graphs_of(document: dict[str, Any], name: str, layer: str, *, is_backward: bool) -> list[dict[str, Any]]:
@@ -55,7 +47,8 @@ def graphs_of(document: dict[str, Any], name: str, layer: str, *, is_backward: b
     return [graph for graph in graphs if (graph["layer"], graph["is_backward"]) == (layer, is_backward)]
 
 
-def check_model(document: dict[str, Any], name: str) -> None:
+@pytest.mark.parametrize("name", LAYERS)
+def test_every_layer_compiles_forward_and_backward(document: dict[str, Any], name: str) -> None:
     assert sorted({graph["layer"] for graph in document["models"][name]}) == LAYERS[name]
     for layer in LAYERS[name]:
         for is_backward in (False, True):
@@ -64,20 +57,8 @@ def check_model(document: dict[str, Any], name: str) -> None:
             assert all(graph["kernels"] > 0 for graph in graphs)
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_every_layer_compiles_forward_and_backward(document: dict[str, Any], name: str) -> None:
-    check_model(document, name)
-
-
-@pytest.mark.bench
-def test_the_layers_of_all_models_compile(tmp_path: Path) -> None:
-    others = [name for name in LAYERS if name not in MODELS]
-    document = compile_models(others, tmp_path)
-    for name in others:
-        check_model(document, name)
-
-
-def test_no_family_is_left_out() -> None:
+def test_no_model_is_left_out(document: dict[str, Any]) -> None:
+    assert document["models"].keys() == LAYERS.keys()
     families = {type(preset_config(name)) for family in FAMILIES for name in family.presets()}
     compiled = {type(preset_config(name)) for name in LAYERS if not name.startswith("m3i")}
     assert families == compiled | {type(preset_config("vit-b/16"))}  # that of m3i

@@ -6,6 +6,7 @@ of a run go through a few steps. Faults that are planted in the code are found a
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -56,13 +57,21 @@ pytestmark = [
     pytest.mark.skipif(torch.version.cuda is not None, reason="this build of torch has a GPU's own library"),
 ]
 Answers = dict[str, dict[str, Any]]
+VARIANTS = ("zero3_bf16_all_reduce", "zero3_bf16_lean", "m3i in parts", "siglip", "supervised", "stages")
+"""Runs whose parts are mostly those of others; each takes about 20 seconds."""
+
+
+def params(names: Iterable[str]) -> list[Any]:
+    return [pytest.param(name, marks=[pytest.mark.bench] if name in VARIANTS else []) for name in names]
 
 
 @pytest.fixture(scope="module")
-def simulated() -> Answers:
-    """All runs, forked from one process, whose imports take longer than most of them."""
-    answers = run_preloaded("simulate.py")
-    assert answers.keys() == {*FILES, *SHORT, *SABOTAGED}
+def simulated(request: pytest.FixtureRequest) -> Answers:
+    """The runs of the selected tests, forked from one process, whose imports take longer than most of them."""
+    tests = [item for item in request.session.items if item.path == request.path]
+    names = sorted({item.callspec.params["name"] for item in tests if isinstance(item, pytest.Function)})
+    answers = run_preloaded("simulate.py", arguments=names)
+    assert answers.keys() == {*names}
     return answers
 
 
@@ -72,18 +81,18 @@ def last_step(name: str, answer: dict[str, Any]) -> dict[str, Any]:
     return [step for step in steps if not (name in FILES and step["logged"])][-1]
 
 
-@pytest.mark.parametrize("name", [*FILES, *SHORT])
+@pytest.mark.parametrize("name", params([*FILES, *SHORT]))
 def test_a_run_has_no_fault(simulated: Answers, name: str) -> None:
     assert "error" not in simulated[name], simulated[name]["error"]
     assert simulated[name]["faults"] == {}
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", params(FILES))
 def test_a_run_saves_goes_back_and_is_resumed(simulated: Answers, name: str) -> None:
     assert [step["step"] for step in simulated[name]["steps"]] == [1, 2, 3, 3, 4, 5]
 
 
-@pytest.mark.parametrize("name", [*FILES, *SHORT])
+@pytest.mark.parametrize("name", params([*FILES, *SHORT]))
 def test_a_step_asks_for_as_much_as_known(simulated: Answers, name: str) -> None:
     step = last_step(name, simulated[name])
     waits, collectives, kernels = (FILES | SHORT)[name]

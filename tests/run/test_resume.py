@@ -186,7 +186,7 @@ def test_killed_at_any_step_it_goes_on_as_if_nothing_had_happened(reference: Pat
 @pytest.mark.parametrize(
     ("number", "hearers"),
     [
-        (signal.SIGTERM, "one rank"),
+        pytest.param(signal.SIGTERM, "one rank", marks=pytest.mark.bench),
         pytest.param(signal.SIGUSR2, "one rank", marks=pytest.mark.bench),
         (signal.SIGTERM, "all, workers too"),
         (None, "its folder"),

@@ -229,7 +229,7 @@ def test_it_starts_from_boxes_where_patches_are_and_rare_classes() -> None:
     torch.testing.assert_close(rays, torch.tensor(wanted, dtype=torch.float32))
 
 
-@pytest.mark.slow
+@pytest.mark.bench
 def test_eight_scenes_are_learnt_by_heart() -> None:
     torch.manual_seed(0)
     scenes = [scene(seed, objects=2 + seed % 3) for seed in range(8)]
