@@ -102,7 +102,7 @@ class LeagueRun(Training):
     """Number of evaluations."""
 
     def values(self, folder: Path) -> dict[str, Any]:
-        """See `Training`."""
+        """Return the config of the protocol with data, output folder and online evaluation."""
         values = run_values(str(PROTOCOLS / f"{self.name}.yaml"), self.size.overrides(self.name))
         values |= {"output_dir": str(folder / "run"), "seed": self.seed}
         values["data"] = values["data"] | {"datasets": {"main": {"path": str(self.data / "train")}}}
@@ -120,20 +120,20 @@ class LeagueRun(Training):
         return values
 
     def depends(self) -> tuple[dict[str, Any], list[Any]]:
-        """See `Training`."""
+        """Return the config without paths, and the SHA-256 of the data."""
         values = self.values(Path())
         values["data"]["datasets"]["main"]["path"] = values["evaluation"]["online"]["data"] = ""
         values["evaluation"]["online"]["train_data"] = ""
         return values, [self.sha256]
 
     def measured(self, folder: Path, environment: dict[str, str]) -> dict[str, Any]:
-        """Return the metrics of the last evaluation, their best values, and those of all evaluations by step."""
+        """Return the metrics of the last evaluation, the best accuracies, and the curve over all evaluations."""
         run = read_run(folder / "run")
         prefix = f"evaluation/{METHODS[self.name].encoder}/"
         curve = [
             {"step": line["step"], **{name: line[prefix + name] for name in ("knn", "linear", "rankme")}}
             for line in run.evaluations
-            if prefix + "knn" in line and line["step"] > 0  # the first evaluation is that of the initial weights
+            if prefix + "knn" in line and line["step"] > 0  # step 0 evaluates the initial weights
         ]
         if not curve:
             raise UserError(

@@ -155,7 +155,7 @@ class Job(Training):
     flop: float
     """Of one sample."""
     price: float
-    """FLOPs that a sample takes from the budget: its own, or those of `m3i` if all recipes see as many samples."""
+    """FLOPs that a sample takes from the budget: its own, or the FLOPs of `m3i` if samples are equal."""
     budget: float
     points: int
     """Number of evaluations along its training; 1: at the end."""
@@ -212,7 +212,7 @@ class Job(Training):
         return found
 
     def _evaluate(self, folder: Path, checkpoint: Path, environment: dict[str, str]) -> dict[str, Any]:
-        """Export a checkpoint, and return its results and those of the baselines."""
+        """Export a checkpoint, and return its results and the results of raw pixels and chance."""
         model, log = folder / "export", folder / f"{checkpoint.name}.log"
         tool(["export", str(checkpoint), "--output", str(model), "--overwrite"], log, environment)
         pixels = {} if self.entry.trained or self.seed else {"baseline": "pixels"}

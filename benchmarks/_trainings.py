@@ -32,7 +32,7 @@ class Training(ABC):
     name: str
     seed: int
     output: Path
-    """Folder of all results; each has a folder in it, named by a hash of what it depends on."""
+    """Folder of all results. Each result has a subfolder named by the hash of its settings, code and data."""
 
     code: ClassVar[tuple[str, ...]] = ("m3i_scale", "ds_configs", "recipes", "benchmarks/_trainings.py")
     """Files and folders that a result depends on; a change in them trains anew."""

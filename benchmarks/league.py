@@ -36,7 +36,7 @@ SMALL_METHODS = ("mae", "simclr", "byol")
 POINTS, SMALL_POINTS = 20, 5
 """Number of evaluations of a training."""
 LEAST_SIDE = 224
-"""Of the stored images, in pixels; smaller ones would be enlarged."""
+"""Minimum short side of the stored images, in pixels. Crops of smaller images would be enlarged."""
 
 
 def main(

@@ -154,7 +154,7 @@ class Comparison:
 
     def document(self, workers: int, tasks: list[downstream.Measured]) -> dict[str, Any]:
         """Run all trainings in parallel, and return the results."""
-        # Boxes are always those of built-in scenes.
+        # Detection always uses the built-in scenes.
         shards = {
             task: downstream.data_of(task, None if task.kind == "detection" else self.data.folder) for task in tasks
         }

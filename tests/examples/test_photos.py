@@ -71,7 +71,7 @@ def run(*arguments):
 
 @pytest.fixture
 def small_counts(monkeypatch):
-    """The counts of the small downloads, in place of those of the real ones."""
+    """Expect the image counts of the small downloads."""
     for one, counts in (
         (photos.IMAGENETTE, {"train": 30, "val": 10}),
         (photos.FLICKR8K, {"train": 4, "dev": 1, "test": 2}),

@@ -58,7 +58,7 @@ pytestmark = [
 ]
 Answers = dict[str, dict[str, Any]]
 VARIANTS = ("zero3_bf16_all_reduce", "zero3_bf16_lean", "m3i in parts", "siglip", "supervised", "stages")
-"""Runs whose parts are mostly those of others; each takes about 20 seconds."""
+"""Runs that mostly repeat parts of other runs. Each takes about 20 seconds, so CI leaves them out."""
 
 
 def params(names: Iterable[str]) -> list[Any]:
@@ -67,7 +67,7 @@ def params(names: Iterable[str]) -> list[Any]:
 
 @pytest.fixture(scope="module")
 def simulated(request: pytest.FixtureRequest) -> Answers:
-    """The runs of the selected tests, forked from one process, whose imports take longer than most of them."""
+    """Simulate the runs of the selected tests, in forks of one process: imports take longer than most runs."""
     tests = [item for item in request.session.items if item.path == request.path]
     names = sorted({item.callspec.params["name"] for item in tests if isinstance(item, pytest.Function)})
     answers = run_preloaded("simulate.py", arguments=names)
