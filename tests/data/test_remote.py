@@ -198,6 +198,17 @@ def test_hub(shards, tmp_path, cache_bytes):
     assert len(expected) == sum(SIZES)
 
 
+def test_a_forked_reader_leaves_the_connections_of_its_parent_alone(shards):
+    with servers.faulty_server(shards) as server:
+        place, access = Url(f"{server.address}/labels.json"), Access(attempts=1, timeout_s=30.0)
+        expected = read_file(place, access)
+        reader = multiprocessing.get_context("fork").Process(target=read_file, args=(place, access))
+        reader.start()
+        reader.join(300)
+        assert reader.exitcode == 0
+        assert read_file(place, access) == expected
+
+
 def test_what_lies_beside_is_found(nginx, shards):
     train_tokenizer(["one", "two"], shards / "tokenizer", 60)
     try:

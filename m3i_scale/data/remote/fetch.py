@@ -29,6 +29,9 @@ _FRESH: dict[str, dict[str, Any]] = {"s3": {"refresh": True}, "hf": {"refresh": 
 """Arguments that make `info` query the server instead of a cached listing."""
 _EXACT = {"hf": {"cache_type": "none"}}
 """Arguments that make `cat_file` read the requested range only, without megabytes of read-ahead."""
+_KEPT: dict[int, Any] = {}
+"""File systems that were used, by `id`. A forked process must not close the sessions that it inherits: that would
+remove their connections from the epoll set that it shares with its parent, and requests of the parent would stall."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +124,7 @@ def filesystem(url: Url, access: Access) -> Any:
         options["config_kwargs"] = {**seconds, "retries": {"total_max_attempts": 1}}
     try:
         files = fsspec.filesystem(url.scheme, **options)
+        _KEPT[id(files)] = files
     except ImportError:
         package = _PACKAGES[url.scheme]
         raise ConfigError(
