@@ -28,6 +28,7 @@ from m3i_scale.errors import UserError
 from m3i_scale.files import folder_bytes
 from m3i_scale.host.output_dir import lock_directory
 from m3i_scale.run.setup import run_yaml
+from m3i_scale.run.summary import finished_text
 
 pytestmark = pytest.mark.slow
 
@@ -323,6 +324,15 @@ def test_prune_goes_by_the_run_file_and_first_only_says_so(run_dir: Path) -> Non
     assert left(run_dir) == names(4, 6)
     assert not list((run_dir / "checkpoints").glob(".tmp-*"))
     assert document("verify", run_dir)["good"]
+
+
+def test_the_end_of_a_run_names_the_best_checkpoint(run_dir: Path) -> None:
+    run = load_run(str(run_dir / "run.yaml"), [f"output_dir={run_dir}"])
+    text = finished_text(run, 6)
+    assert f"evaluation/loss (1): {at(run_dir, 4)}" in text
+    assert f"m3i-scale export {at(run_dir, 4)}" in text
+    cut(at(run_dir, 4) / "meta.json")
+    assert f"evaluation/loss (3): {at(run_dir, 2)}" in finished_text(run, 6)
 
 
 def test_prune_by_options(run_dir: Path) -> None:
