@@ -9,7 +9,7 @@ from pathlib import Path
 from m3i_scale.backbones.build import backbone_config
 from m3i_scale.backbones.families import DEFAULT_PRESET
 from m3i_scale.checkpoint.layout import checkpoints, step_of
-from m3i_scale.checkpoint.retention import entries_of, evaluations, ranked
+from m3i_scale.checkpoint.retention import PREFIX, entries_of, evaluations, ranked
 from m3i_scale.config import RunConfig
 from m3i_scale.data.remote.access import is_remote
 from m3i_scale.engine.activations import describe_policy
@@ -107,18 +107,18 @@ def _starts_of(stages: Sequence[ResolvedRun]) -> list[int]:
 def finished_text(run: RunConfig, step: int) -> str:
     """Return the message of a run that has finished: the newest and the best checkpoint, and the next command."""
     steps = f"{step:,} steps" if step >= run.optim.steps else f"{step:,} of {run.optim.steps:,} steps, no data is left"
-    root, exported, best = run.output_dir / "checkpoints", run.output_dir, run.checkpoint.keep_best
+    root, source, best, weights = run.output_dir / "checkpoints", run.output_dir, run.checkpoint.keep_best, ""
     newest = next(iter(checkpoints(root)), None)
     text = f"finished: {steps}" + ("" if newest is None else f". Checkpoint: {newest}")
     if best is not None:
         good = [entry for entry in entries_of(root, evaluations(run.output_dir)) if entry.good]
         for entry in ranked(good, best)[:1]:
-            exported = entry.path
-            text += f"\nbest checkpoint by {best.metric} ({entry.metrics[best.metric]:.6g}): {exported}"
+            source, weights = entry.path, " --weights ema" if best.metric.startswith(f"{PREFIX}ema/") else ""
+            text += f"\nbest checkpoint by {best.metric} ({entry.metrics[best.metric]:.6g}): {source}"
     if run.task is not None or newest is None:  # `finetune` evaluates the model
         return text
     output = shlex.quote(str(run.output_dir / "export"))
-    return f"{text}\nnext: m3i-scale export {shlex.quote(str(exported))} --output {output}"
+    return f"{text}\nnext: m3i-scale export {shlex.quote(str(source))} --output {output}{weights}"
 
 
 def _line(topic: str, text: str) -> str:

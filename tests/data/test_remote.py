@@ -23,6 +23,7 @@ from m3i_scale.data.remote.read_errors import BadShardError
 from m3i_scale.data.shards import expand_shards, read_label_sets
 from m3i_scale.data.state import merge_states
 from m3i_scale.data.tokenizer import find_tokenizer
+from m3i_scale.data.workers import START_METHOD
 from m3i_scale.errors import ConfigError, DataError
 from m3i_scale.shards.existing_shards import local_shards
 from m3i_scale.shards.make import train_tokenizer
@@ -202,7 +203,7 @@ def test_a_forked_reader_leaves_the_connections_of_its_parent_alone(shards):
     with servers.faulty_server(shards) as server:
         place, access = Url(f"{server.address}/labels.json"), Access(attempts=1, timeout_s=30.0)
         expected = read_file(place, access)
-        reader = multiprocessing.get_context("fork").Process(target=read_file, args=(place, access))
+        reader = multiprocessing.get_context(START_METHOD).Process(target=read_file, args=(place, access), daemon=True)
         reader.start()
         reader.join(300)
         assert reader.exitcode == 0

@@ -335,6 +335,14 @@ def test_the_end_of_a_run_names_the_best_checkpoint(run_dir: Path) -> None:
     assert f"evaluation/loss (3): {at(run_dir, 2)}" in finished_text(run, 6)
 
 
+def test_the_best_ema_weights_are_exported_as_such(run_dir: Path) -> None:
+    lines = [{"kind": "evaluation", "step": step, "evaluation/ema/knn": step / 10} for step in (2, 4)]
+    (run_dir / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    best = "checkpoint.keep_best={metric: evaluation/ema/knn, mode: max}"
+    text = finished_text(load_run(str(run_dir / "run.yaml"), [f"output_dir={run_dir}", best]), 6)
+    assert f"m3i-scale export {at(run_dir, 4)} --output {run_dir / 'export'} --weights ema" in text
+
+
 def test_prune_by_options(run_dir: Path) -> None:
     assert document("prune", run_dir, "--keep-every", 4, "--dry-run")["removed"] == names(2)
     assert document("prune", run_dir, "--keep-best", "evaluation/loss:max", "--dry-run")["removed"] == names(4)

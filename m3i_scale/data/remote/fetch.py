@@ -29,9 +29,9 @@ _FRESH: dict[str, dict[str, Any]] = {"s3": {"refresh": True}, "hf": {"refresh": 
 """Arguments that make `info` query the server instead of a cached listing."""
 _EXACT = {"hf": {"cache_type": "none"}}
 """Arguments that make `cat_file` read the requested range only, without megabytes of read-ahead."""
-_KEPT: dict[int, Any] = {}
-"""File systems that were used, by `id`. A forked process must not close the sessions that it inherits: that would
-remove their connections from the epoll set that it shares with its parent, and requests of the parent would stall."""
+_FILE_SYSTEMS: dict[int, Any] = {}
+"""All file systems by `id`, never closed. If a forked process closed inherited sessions, it would remove their
+connections from the epoll set that it shares with its parent, and requests of the parent would stall."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,6 @@ def filesystem(url: Url, access: Access) -> Any:
         options["config_kwargs"] = {**seconds, "retries": {"total_max_attempts": 1}}
     try:
         files = fsspec.filesystem(url.scheme, **options)
-        _KEPT[id(files)] = files
     except ImportError:
         package = _PACKAGES[url.scheme]
         raise ConfigError(
@@ -132,6 +131,7 @@ def filesystem(url: Url, access: Access) -> Any:
             where=str(url),
             fix=f"run `pip install {package}`",
         ) from None
+    _FILE_SYSTEMS[id(files)] = files
     if url.scheme == "s3":
         files.retries = 1  # retries are spread out and counted by `retried`
     elif url.scheme == "gs":
