@@ -51,7 +51,7 @@ the best value over the epochs, chosen on the validation images."""
 SMALL = (
     "backbone.preset=null",
     "backbone.config={hidden_size: 192, num_hidden_layers: 6, num_attention_heads: 3, intermediate_size: 768, "
-    "image_size: 64, patch_size: 8}",
+    "image_size: 64, patch_size: 16}",
 )
 """Backbone of `--small`."""
 

@@ -1,4 +1,4 @@
-"""Tables and curves of `one_stage.py`, for docs/benchmarks/one-stage.md."""
+"""Tables and curves of `one_stage.py`, for docs/benchmarks/one-stage.md and one-stage-drawings.md."""
 
 from __future__ import annotations
 
