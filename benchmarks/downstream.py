@@ -1,13 +1,13 @@
 """Compare an export with random weights of its architecture: segmentation, classification, few-shot, detection.
 
-Every training is `m3i-scale finetune`, by a built-in protocol whose length fits two cores: a frozen backbone with a
-linear head classifies pixels; all weights are fine-tuned on all labels, on a few of every class, and with a small Mask
-R-CNN. Every seed has an order of images, first weights of the head, a few-shot subset and random weights of its own;
-figures are means with 95 % intervals over seeds.
+Every training is a `m3i-scale finetune` by a built-in protocol, short enough for two cores: linear segmentation on the
+frozen backbone, and fine-tuning of all weights on all labels, on five images per class, and with a small Mask R-CNN.
+Every seed has a different image order, initialization of the head, few-shot subset and random backbone. Results are
+means with 95% intervals over seeds.
 
     python benchmarks/downstream.py --json [--export FOLDER …] [--only segmentation …] [--data FOLDER]
 
-What is done is not done again: results lie in --output.
+Results are stored in --output, and finished trainings are not repeated.
 """
 
 from __future__ import annotations
@@ -38,45 +38,43 @@ ROOT = Path(__file__).resolve().parent.parent
 QUICKSTART = Path("runs/quickstart/export")
 CODE = ("m3i_scale", "protocols", "ds_configs", "benchmarks/downstream.py")
 QUIET = ("log.progress=false", "evaluation.batches=1")
-"""Figures are those of the end: little is measured on the way."""
+"""The results are those of the last step, so evaluations during training are short."""
 
 
 @dataclass(frozen=True)
-class Measured:
-    """A task, and how it is trained here."""
+class DownstreamTask:
+    """A task and its training."""
 
     name: str
     command: tuple[str, ...]
-    figures: tuple[str, ...]
-    """As `evaluate` calls them, the main one first."""
+    metrics: tuple[str, ...]
+    """Names in the result of `evaluate`, the main one first."""
     overrides: tuple[str, ...]
 
     @property
     def kind(self) -> str:
-        """The command of `finetune`."""
+        """Return the command of `finetune`."""
         return self.command[0]
 
 
 TASKS = (
-    Measured("segmentation", ("segmentation", "--protocol", "segment", "--epochs", "1"), ("mIoU",), ()),
-    Measured("classification", ("classification", "--epochs", "1"), ("top-1",), ("optim.lr=1.0e-3",)),
-    Measured(
+    DownstreamTask("segmentation", ("segmentation", "--protocol", "segment", "--epochs", "1"), ("mIoU",), ()),
+    DownstreamTask("classification", ("classification", "--epochs", "1"), ("top-1",), ("optim.lr=1.0e-3",)),
+    DownstreamTask(
         "classification_5_per_class",
         ("classification", "--per-class", "5", "--epochs", "40"),
         ("top-1",),
         ("optim.lr=1.0e-3",),
     ),
-    Measured(
+    DownstreamTask(
         "detection",
         ("detection", "--protocol", "detect", "--epochs", "2"),
         ("box_AP", "mask_AP"),
         (
-            # An object of a scene is as wide as a few patches: seen at half the size it would be less than two, and
-            # there are four of them.
-            "data.augment.scale_jitter=[0.8,1.25]",
+            "data.augment.scale_jitter=[0.8,1.25]",  # at half the size, an object would be less than two patches wide
             "task.head.mask_side=7",
             "task.head.regions.per_image=32",
-            "task.head.score_above=0.01",  # so early nothing is sure
+            "task.head.score_above=0.01",  # scores are low after two epochs
         ),
     ),
 )
@@ -85,15 +83,15 @@ TASKS = (
 def main(
     as_json: bool = typer.Option(False, "--json", help="Print one JSON document (always does)."),
     exports: list[Path] = typer.Option(
-        [], "--export", help="An export; several: one a seed, in turn. Default: the quickstart's."
+        [], "--export", help="Export, or several that the seeds use in turn. Default: the quickstart's."
     ),
-    only: list[str] = typer.Option([], help="Only these tasks; classification: both with it."),
+    only: list[str] = typer.Option([], help="Only these tasks; `classification` selects both of its tasks."),
     data: Path = typer.Option(
-        None, help="Folder of shards with train and val; default: the emoji set, and scenes of it for detection."
+        None, help="Folder with train and val shards; default: the emoji set, for detection scenes made of it."
     ),
-    seeds: int = typer.Option(3, min=2, help="Trainings of a task, of each side."),
+    seeds: int = typer.Option(3, min=2, help="Trainings per task and initialization."),
     output: Path = typer.Option(Path("runs/downstream"), help="Keeps every training's result."),
-    workers: int = typer.Option(0, min=0, help="Trainings at a time; 0: one a core, or one a GPU."),
+    workers: int = typer.Option(0, min=0, help="Trainings at a time; 0: one per core, or one per GPU."),
 ) -> None:
     """Print {task: {export, random: {seeds, mean, low, high}, difference: {mean, low, high}, seconds}}, machine."""
     try:
@@ -111,7 +109,7 @@ def _checked(folder: Path) -> Path:
         AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ConfigError(
-            "no model of a class of transformers", where=f"--export {folder}", why=str(error).splitlines()[0]
+            "not a model that transformers can load", where=f"--export {folder}", why=str(error).splitlines()[0]
         ) from None
     return folder.resolve()
 
@@ -126,8 +124,8 @@ def _quickstart() -> Path:
     return _checked(QUICKSTART)
 
 
-def chosen(only: list[str]) -> list[Measured]:
-    """Return the tasks of these names or kinds, all where none is named.
+def chosen(only: list[str]) -> list[DownstreamTask]:
+    """Return the tasks with these names or kinds; all without names.
 
     Raises:
         ConfigError: there is no such task.
@@ -140,11 +138,11 @@ def chosen(only: list[str]) -> list[Measured]:
     return [task for task in TASKS if not only or task.name in only or task.kind in only]
 
 
-def data_of(task: Measured, given: Path | None) -> Path:
-    """Return the shards of a task: those that are given, or built-in ones.
+def data_of(task: DownstreamTask, given: Path | None) -> Path:
+    """Return the shards of a task: `given`, or the built-in ones.
 
     Raises:
-        DataError: those have no such labels.
+        DataError: `given` does not have the labels of the task.
     """
     if given is None:
         return (scene_shards() if task.kind == "detection" else emoji_shards()).resolve()
@@ -154,8 +152,10 @@ def data_of(task: Measured, given: Path | None) -> Path:
     return given.resolve()
 
 
-def compare(task: Measured, exports: list[Path], data: Path, seeds: int, output: Path, workers: int) -> dict[str, Any]:
-    """Train from the export and from random weights, in parallel, and compare."""
+def compare(
+    task: DownstreamTask, exports: list[Path], data: Path, seeds: int, output: Path, workers: int
+) -> dict[str, Any]:
+    """Train from the exports and from random weights, in parallel, and return means, intervals and difference."""
     jobs = [
         (side, seed, start)
         for seed in range(seeds)
@@ -176,11 +176,11 @@ def compare(task: Measured, exports: list[Path], data: Path, seeds: int, output:
         place = places.get()
         try:
             gpu = {"CUDA_VISIBLE_DEVICES": str(place)} if count else {}
-            found = result(task, start, data, seed, output, environment | gpu)
+            document = result(task, start, data, seed, output, environment | gpu)
         finally:
             places.put(place)
-        say(f"{task.name}, {side}, seed {seed}: {percent(found, task.figures[0]):.2f} %")
-        return found
+        say(f"{task.name}, {side}, seed {seed}: {percent(document, task.metrics[0]):.2f} %")
+        return document
 
     with ThreadPoolExecutor(workers) as pool:
         futures = [pool.submit(work, job) for job in jobs]
@@ -190,42 +190,42 @@ def compare(task: Measured, exports: list[Path], data: Path, seeds: int, output:
             pool.shutdown(wait=False, cancel_futures=True)
             stop_all()
             raise
-    figures = {}
-    for name in task.figures:
+    metrics = {}
+    for name in task.metrics:
         export, random = (
-            [percent(found, name) for (side, *_), found in zip(jobs, results, strict=True) if side == wanted]
+            [percent(document, name) for (side, *_), document in zip(jobs, results, strict=True) if side == wanted]
             for wanted in ("export", "random")
         )
-        figures[name] = {
+        metrics[name] = {
             "export": mean_interval(export),
             "random": mean_interval(random),
             "difference": difference_interval(export, random),
         }
-    main_figure, *others = task.figures
-    return figures[main_figure] | {
-        "figure": f"{main_figure}, percent",
-        "other_figures": {name: figures[name] for name in others},
+    main_metric, *others = task.metrics
+    return metrics[main_metric] | {
+        "metric": f"{main_metric}, percent",
+        "other_metrics": {name: metrics[name] for name in others},
         "command": ["m3i-scale", "finetune", *task.command, *task.overrides],
         "data": str(data),
-        "seconds": round(sum(found["seconds"] for found in results) / workers),  # also of what was done before
+        "seconds": round(sum(document["seconds"] for document in results) / workers),  # includes earlier calls
     }
 
 
-def percent(found: dict[str, Any], figure: str) -> float:
-    """Return a figure of the result of a training."""
-    value: float = found["figures"][figure]["value"]
+def percent(document: dict[str, Any], metric: str) -> float:
+    """Return a metric of a `finetune` result, in percent."""
+    value: float = document["figures"][metric]["value"]
     return 100 * value
 
 
 def random_weights(export: Path, seed: int, output: Path) -> Path:
-    """Return a folder with the architecture and the image processor of an export, and first weights."""
+    """Return a folder with the architecture and the image processor of an export, and random weights."""
     config = AutoConfig.from_pretrained(export, local_files_only=True, trust_remote_code=False)
     name = hashlib.sha256((export / "config.json").read_bytes()).hexdigest()[:12]
     folder = output / "random" / f"{name}-{seed}"
     if not (folder / "preprocessor_config.json").is_file():
         torch.manual_seed(seed)
         AutoModel.from_config(config, trust_remote_code=False).save_pretrained(folder)
-        shutil.copy(export / "preprocessor_config.json", folder)  # last: the folder is whole then
+        shutil.copy(export / "preprocessor_config.json", folder)  # last: its presence marks a complete folder
     return folder.resolve()
 
 
@@ -235,9 +235,9 @@ def _code() -> list[Path]:
 
 
 def result(
-    task: Measured, start: Path, data: Path, seed: int, output: Path, environment: dict[str, str]
+    task: DownstreamTask, start: Path, data: Path, seed: int, output: Path, environment: dict[str, str]
 ) -> dict[str, Any]:
-    """Return what one training came to; or what an earlier call with the same weights, data and code found."""
+    """Fine-tune and return the result of `finetune`, or the stored one for the same weights, data and code."""
     digest = hashlib.sha256(json.dumps([task.command, task.overrides, seed, torch.__version__]).encode())
     weights = sorted(start.glob("*.safetensors"))
     manifests = [data / split / "manifest.json" for split in ("train", "val")]
@@ -256,8 +256,8 @@ def result(
         document["seconds"] = time.monotonic() - started
         path.write_text(json.dumps(document, indent=1), encoding="utf-8")
         shutil.rmtree(folder / "run")
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return found
+    stored: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return stored
 
 
 if __name__ == "__main__":

@@ -140,7 +140,7 @@ class Comparison:
     others: list[Entry]
     """`m3i` with other choices."""
 
-    def tasks(self) -> list[downstream.Measured]:
+    def tasks(self) -> list[downstream.DownstreamTask]:
         """Return the tasks that exports are trained by where none is named: those that the data have labels for."""
         if not self.data.fine_tuned:
             return []
@@ -152,7 +152,7 @@ class Comparison:
             and (task.kind == "detection" or (train / Task.class_of(task.kind).labels_file).is_file())
         ]
 
-    def document(self, workers: int, tasks: list[downstream.Measured]) -> dict[str, Any]:
+    def document(self, workers: int, tasks: list[downstream.DownstreamTask]) -> dict[str, Any]:
         """Run all trainings in parallel, and return the results."""
         # Detection always uses the built-in scenes.
         shards = {
@@ -278,14 +278,14 @@ def check_budget(jobs: list[Job]) -> None:
     _ = max((job for job in jobs if job.entry.trained), key=lambda job: job.price / job.budget).steps
 
 
-def _fine_tuned(job: Job, shards: dict[downstream.Measured, Path], environment: dict[str, str]) -> dict[str, Any]:
+def _fine_tuned(job: Job, shards: dict[downstream.DownstreamTask, Path], environment: dict[str, str]) -> dict[str, Any]:
     """Return the results of a job's export after fine-tuning by tasks of `downstream.py`."""
     measures = {}
     for task, folder in shards.items():
         kept = job.output / "downstream"
         result = downstream.result(task, job.folder / "export", folder, job.seed, kept, environment)
-        say(f"{job.entry.name}, seed {job.seed}, {task.name}: {downstream.percent(result, task.figures[0]):.2f} %")
-        for name in task.figures:
+        say(f"{job.entry.name}, seed {job.seed}, {task.name}: {downstream.percent(result, task.metrics[0]):.2f} %")
+        for name in task.metrics:
             measures[f"{task.name} {name}"] = {part: result["figures"][name][part] for part in ("value", "low", "high")}
     return measures
 

@@ -47,7 +47,7 @@ def test_both_sides_train_alike_and_once(name, exports, tmp_path, monkeypatch):
         run = next(a for a in arguments if a.startswith("output_dir=")).partition("=")[2]
         Path(run).mkdir()
         value = 0.1 + 0.01 * seed + (0.2 if start in exports else 0.0)
-        return {"figures": {figure: {"value": value / 2**place} for place, figure in enumerate(task.figures)}}
+        return {"figures": {figure: {"value": value / 2**place} for place, figure in enumerate(task.metrics)}}
 
     monkeypatch.setattr(downstream, "tool", tool)
     for split in ("train", "val"):
@@ -56,8 +56,8 @@ def test_both_sides_train_alike_and_once(name, exports, tmp_path, monkeypatch):
     found = downstream.compare(task, exports, tmp_path / "data", 3, tmp_path / "out", 2)
     assert found["export"]["seeds"] == pytest.approx([30.0, 31.0, 32.0])
     assert found["random"]["seeds"] == pytest.approx([10.0, 11.0, 12.0])
-    assert [*found["other_figures"]] == [*task.figures[1:]]
-    for place, other in enumerate(found["other_figures"].values(), 1):
+    assert [*found["other_metrics"]] == [*task.metrics[1:]]
+    for place, other in enumerate(found["other_metrics"].values(), 1):
         assert other["export"]["mean"] == pytest.approx(31.0 / 2**place)
         assert other["difference"]["mean"] == pytest.approx(20.0 / 2**place)
     assert found["difference"]["mean"] == pytest.approx(20.0)

@@ -257,7 +257,7 @@ def test_every_row_of_the_whole_comparison(folder, tmp_path, monkeypatch):
         fine_tuned.append(Path(arguments[2]))
         (log.parent / "run").mkdir()
         seed = int(Path(arguments[2]).parent.name.split("-")[-2])
-        return {"figures": {name: {"value": 0.1 + 0.1 * seed, "low": 0.0, "high": 0.3} for name in detection.figures}}
+        return {"figures": {name: {"value": 0.1 + 0.1 * seed, "low": 0.0, "high": 0.3} for name in detection.metrics}}
 
     (detection,) = downstream.chosen(["detection"])
     for split in ("train", "val"):
@@ -275,7 +275,7 @@ def test_every_row_of_the_whole_comparison(folder, tmp_path, monkeypatch):
     rows = [entry.name for entry in (*_one_stage.RECIPES, *_one_stage.ABLATIONS)]
     assert set(document["m3i_minus"]) == {*rows} - {"m3i"}
     assert document["m3i_minus"]["mae"]["linear"]["mean"] == 0
-    boxes = {f"detection {name}" for name in detection.figures}
+    boxes = {f"detection {name}" for name in detection.metrics}
     probes = {"linear", "knn", "dense", "zero_shot", "retrieval", "text_to_image"}
     assert set(document["m3i"]) == {*probes, *boxes}
     # The interval of the trained is from 0.441; untrained weights reach 0.369, raw pixels 0.450 in kNN, and boxes vary.
