@@ -1,7 +1,8 @@
 """Compare an export with random weights of its architecture: segmentation, classification, few-shot, detection.
 
-Every training is a `m3i-scale finetune` by a built-in protocol, short enough for two cores: linear segmentation on the
-frozen backbone, and fine-tuning of all weights on all labels, on five images per class, and with a small Mask R-CNN.
+Every training runs `m3i-scale finetune` with a built-in protocol that is short enough for two cores. The tasks are
+linear segmentation on a frozen backbone, and fine-tuning of all weights: on all labels, on five images per class, and
+with a small Mask R-CNN.
 Every seed has a different image order, initialization of the head, few-shot subset and random backbone. Results are
 means with 95% intervals over seeds.
 
@@ -38,7 +39,7 @@ ROOT = Path(__file__).resolve().parent.parent
 QUICKSTART = Path("runs/quickstart/export")
 CODE = ("m3i_scale", "protocols", "ds_configs", "benchmarks/downstream.py")
 QUIET = ("log.progress=false", "evaluation.batches=1")
-"""The results are those of the last step, so evaluations during training are short."""
+"""Only the results of the last step are used, so evaluations during training are short."""
 
 
 @dataclass(frozen=True)
@@ -83,11 +84,11 @@ TASKS = (
 def main(
     as_json: bool = typer.Option(False, "--json", help="Print one JSON document (always does)."),
     exports: list[Path] = typer.Option(
-        [], "--export", help="Export, or several that the seeds use in turn. Default: the quickstart's."
+        [], "--export", help="Export, or several that the seeds use in turn. Default: the export of the quickstart."
     ),
     only: list[str] = typer.Option([], help="Only these tasks; `classification` selects both of its tasks."),
     data: Path = typer.Option(
-        None, help="Folder with train and val shards; default: the emoji set, for detection scenes made of it."
+        None, help="Folder with train and val shards; default: the emoji set; for detection, scenes of emoji."
     ),
     seeds: int = typer.Option(3, min=2, help="Trainings per task and initialization."),
     output: Path = typer.Option(Path("runs/downstream"), help="Keeps every training's result."),
@@ -125,7 +126,7 @@ def _quickstart() -> Path:
 
 
 def chosen(only: list[str]) -> list[DownstreamTask]:
-    """Return the tasks with these names or kinds; all without names.
+    """Return the tasks with these names or kinds, or all tasks if `only` is empty.
 
     Raises:
         ConfigError: there is no such task.

@@ -47,21 +47,21 @@ def test_both_sides_train_alike_and_once(name, exports, tmp_path, monkeypatch):
         run = next(a for a in arguments if a.startswith("output_dir=")).partition("=")[2]
         Path(run).mkdir()
         value = 0.1 + 0.01 * seed + (0.2 if start in exports else 0.0)
-        return {"figures": {figure: {"value": value / 2**place} for place, figure in enumerate(task.metrics)}}
+        return {"figures": {name: {"value": value / 2**place} for place, name in enumerate(task.metrics)}}
 
     monkeypatch.setattr(downstream, "tool", tool)
     for split in ("train", "val"):
         (tmp_path / "data" / split).mkdir(parents=True)
         (tmp_path / "data" / split / "manifest.json").write_text("{}")
-    found = downstream.compare(task, exports, tmp_path / "data", 3, tmp_path / "out", 2)
-    assert found["export"]["seeds"] == pytest.approx([30.0, 31.0, 32.0])
-    assert found["random"]["seeds"] == pytest.approx([10.0, 11.0, 12.0])
-    assert [*found["other_metrics"]] == [*task.metrics[1:]]
-    for place, other in enumerate(found["other_metrics"].values(), 1):
+    document = downstream.compare(task, exports, tmp_path / "data", 3, tmp_path / "out", 2)
+    assert document["export"]["seeds"] == pytest.approx([30.0, 31.0, 32.0])
+    assert document["random"]["seeds"] == pytest.approx([10.0, 11.0, 12.0])
+    assert [*document["other_metrics"]] == [*task.metrics[1:]]
+    for place, other in enumerate(document["other_metrics"].values(), 1):
         assert other["export"]["mean"] == pytest.approx(31.0 / 2**place)
         assert other["difference"]["mean"] == pytest.approx(20.0 / 2**place)
-    assert found["difference"]["mean"] == pytest.approx(20.0)
-    assert found["difference"]["low"] < 20.0 < found["difference"]["high"]
+    assert document["difference"]["mean"] == pytest.approx(20.0)
+    assert document["difference"]["low"] < 20.0 < document["difference"]["high"]
     starts = [Path(command[2]) for command in commands]
     assert sorted(start.name for start in starts if start in exports) == ["export-0", "export-0", "export-1"]
     random = [start for start in starts if start not in exports]
@@ -79,7 +79,7 @@ def test_both_sides_train_alike_and_once(name, exports, tmp_path, monkeypatch):
 
     commands.clear()
     again = downstream.compare(task, exports, tmp_path / "data", 3, tmp_path / "out", 2)
-    assert (again["export"], commands) == (found["export"], [])
+    assert (again["export"], commands) == (document["export"], [])
     (exports[0] / "model.safetensors").write_bytes((exports[1] / "model.safetensors").read_bytes())
     downstream.compare(task, exports, tmp_path / "data", 3, tmp_path / "out", 2)
     assert [Path(command[2]).name for command in commands] == ["export-0", "export-0"]
