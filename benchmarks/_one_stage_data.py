@@ -96,7 +96,7 @@ def open_data(folder: Path) -> DataSet:
             raise DataError(
                 f"no {split} shards with a manifest.json",
                 where=str(folder / split),
-                fix=f"m3i-scale shards make … --output {folder} --split train=0.85,val=0.15",
+                fix="m3i-scale shards make … --output /data/shards --split train=0.85,val=0.15",
             )
     manifest = json.loads((folder / "train" / "manifest.json").read_text(encoding="utf-8"))
     shards = list(manifest["shards"].values())

@@ -233,10 +233,11 @@ def _check_best(run: RunConfig, recipe: Recipe, best: KeepBestConfig) -> None:
             where="evaluation.every_steps: 0",
             fix=f"set evaluation.every_steps={saves} and data.validation, or evaluation.online",
         )
-    if online is not None and metric not in known and metric.rpartition("/")[2] in _BETTER:
+    if online is not None and metric not in known and "/" in metric and metric.rpartition("/")[2] in _BETTER:
         _check_measured(online, recipe, metric)
     if metric not in known:
-        near = did_you_mean(metric if metric.startswith(PREFIX) else PREFIX + metric.partition("/")[2], known)
+        name = metric.partition("/")[2] or metric
+        near = did_you_mean(metric if metric.startswith(PREFIX) else PREFIX + name, known)
         raise ConfigError(f"no evaluation of this run writes '{metric}'", where="checkpoint.keep_best.metric", fix=near)
     figure = metric.rpartition("/")[2]
     mode = _BETTER.get(figure, best.mode)

@@ -12,10 +12,10 @@ from m3i_scale.text import GIB
 
 
 class KeepBestConfig(Section):
-    """Rule that retains the best checkpoints by a metric on data.validation."""
+    """Rule that retains the best checkpoints by an evaluation metric."""
 
     metric: str
-    """Metric name as in metrics.jsonl: evaluation/loss, evaluation/<group>/loss … (docs/reference/metrics.md)."""
+    """Metric name as in metrics.jsonl: evaluation/loss, evaluation/student/knn … (docs/reference/metrics.md)."""
     mode: Literal["min", "max"] = "min"
     """Whether lower (min) or higher (max) values are better."""
     count: int = Field(default=1, ge=1)

@@ -221,6 +221,8 @@ class OnlineEvaluation(Hook):
         if share > _MAX_SHARE:
             ratio = seconds / (started - ended)
             every = math.ceil(self._online.every_steps * ratio * (1 - _MAX_SHARE) / _MAX_SHARE)
+            if (checkpoint := self._state.resolved.run.checkpoint).keep_best is not None:  # it needs common steps
+                every = math.ceil(every / checkpoint.every_steps) * checkpoint.every_steps
             longer = f"evaluation.online.every_steps={every}, or fewer evaluation.online.samples and train_samples"
             if every >= self._state.resolved.run.optim.steps:
                 longer = "fewer evaluation.online.samples and train_samples"

@@ -170,7 +170,9 @@ class FallingMetrics:
             falls = value < best - accuracy_margin(best, count) and loss < loss_then
             self._below[name] = self._below[name] + 1 if falls else 0
             if self._below[name] == PATIENCE:
-                then = f"{loss_then:.4g} at the best value" if math.isfinite(loss_then) else "best before training"
+                then = (
+                    f"{loss_then:.4g} at the best value" if math.isfinite(loss_then) else "the best is before training"
+                )
                 warnings.append(
                     RunWarning(
                         "evaluation",

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from m3i_scale.backbones.families import PRESETS
 from m3i_scale.config import known_protocols, known_runs, run_values
+from m3i_scale.config.run_control import PROBES
 from m3i_scale.errors import UserError
 from m3i_scale.host.findings import NOT_JUDGED, Finding, finding
 from m3i_scale.objective.encoders import EmaSpec
@@ -99,8 +100,9 @@ def rank(run: RunFiles) -> RuleResult:
     steps, values = _logged(run, "health/pooled_rank")
     changes = [line["step"] for line in (*run.starts[-1:], *run.stages[-1:])]  # the micro-batch limits the rank
     used = steps > max([_section(run, "optim").get("warmup_steps", 0), *changes])
-    if used.sum() <= RECORDS:
-        raise UserError(f"no RankMe, and {used.sum()} records after warm-up, last start and last stage", fix=_ONLINE)
+    if used.sum() < 2 * RECORDS:  # the medians would share values
+        few = f"few evaluations of rankme, and {used.sum()} records after warm-up, last start and last stage"
+        raise UserError(few, fix=_evaluate_setting(run, "rankme"))
     return _trend({"health/pooled_rank": (steps[used], values[used])}, why, fix)
 
 
@@ -140,8 +142,6 @@ def _trend(series: dict[str, Series], why: str, fix: str, most: Callable[[float]
     summary, problems = [], []
     for name, (steps, values) in series.items():
         window = EVALUATIONS if name.startswith("evaluation/") else RECORDS
-        if len(values) < 2 * window:  # the medians would share values
-            raise UserError(f"{len(values)} values of {name}, and medians of {window} are compared", fix=_ONLINE)
         medians_N = np.median(np.lib.stride_tricks.sliding_window_view(values, window), axis=1)
         at = int(medians_N.argmin() if most else medians_N.argmax())
         extreme = f"{'minimum' if most else 'maximum'} {medians_N[at]:.3g} at step {steps[at + window - 1]}"
@@ -169,7 +169,7 @@ def learning_rate(run: RunFiles) -> RuleResult:
     _, name, root, linear, _ = min(scaled)
     value = f"optim.lr is {lr:.3g} with optim.batch_size {batch_size}; {name} scales to "
     value += f"{root:.3g} (square root) or {linear:.3g} (linear)"
-    problem = (value, "the learning rate does not fit the batch size", f"optim.lr={root:.3g}")
+    problem = (value, "the learning rate is unusual for the batch size", f"optim.lr={root:.3g}, if accuracies stay low")
     return value, [] if any(fits for *_, fits in scaled) else [problem]
 
 
@@ -183,7 +183,7 @@ def teacher_temperature(run: RunFiles) -> RuleResult:
         value, series = f"target_temperature of {name} is {most:.3g}", _logged(run, metric)
         if most < LEAST_TEMPERATURE and not isinstance(temperature, list):
             problems.append((f"{value}, below {LEAST_TEMPERATURE}", why, fix))
-        elif most <= LEAST_TEMPERATURE and len(series[0]) > RECORDS:
+        elif most <= LEAST_TEMPERATURE and len(series[0]) >= 2 * RECORDS:
             problems += _trend({f"{value}, and {metric}": series}, why, fix)[1]
     return f"at least {LEAST_TEMPERATURE}, or a schedule: {', '.join(teachers)}", problems
 
@@ -210,7 +210,7 @@ def overfitting(run: RunFiles) -> RuleResult:
     """Find accuracies of the online evaluation below their best value while the loss fell."""
     summary, problems, (logged, loss) = [], [], _logged(run, "loss")
     count = min((line.get("evaluation/online_labeled", math.inf) for line in run.evaluations), default=math.inf)
-    for name, (steps, values) in _evaluated(run, "knn", "linear").items():
+    for name, (steps, values) in _evaluated(run, "knn", "linear", least=EVALUATIONS + 1).items():
         at = int(values.argmax())
         summary.append(f"{name} is {values[-1]:.3f}, maximum {values[at]:.3f} at step {steps[at]}")
         before = loss[: max(int((logged <= steps[at]).sum()), 1)][-RECORDS:]
@@ -232,7 +232,7 @@ def improvement(run: RunFiles) -> RuleResult:
         raise UserError("the initial weights are pretrained")
     count = min((line.get("evaluation/online_labeled", math.inf) for line in run.evaluations), default=math.inf)
     summary, improves = [], False
-    for name, (steps, values) in _evaluated(run, "knn", "linear").items():
+    for name, (steps, values) in _evaluated(run, "knn", "linear", least=EVALUATIONS + 1).items():
         if steps[0] == 0:
             margin = accuracy_margin(values[0], count)
             improves |= bool(values[-1] > values[0] + margin)
@@ -263,16 +263,27 @@ def _logged(run: RunFiles, metric: str) -> Series:
     return run.steps[np.isfinite(values)], values[np.isfinite(values)]
 
 
-def _evaluated(run: RunFiles, *metrics: str) -> dict[str, Series]:
-    """Return the metrics of the online evaluation that have enough values."""
+def _evaluated(run: RunFiles, *metrics: str, least: int = 2 * EVALUATIONS) -> dict[str, Series]:
+    """Return the metrics of the online evaluation that have enough values for two medians, or `least`."""
     found = {}
     for name in (f"evaluation/{encoder}/{metric}" for metric in metrics for encoder in ("ema", "student")):
         lines = [line for line in run.evaluations if math.isfinite(line.get(name, math.nan))]
-        if len(lines) > EVALUATIONS:
+        if len(lines) >= least:
             found[name] = np.array([line["step"] for line in lines]), np.array([line[name] for line in lines])
     if not found:
-        raise UserError(f"fewer than {EVALUATIONS + 1} evaluations of {' or '.join(metrics)}", fix=_ONLINE)
+        fix = _evaluate_setting(run, metrics[0])
+        raise UserError(f"fewer than {least} evaluations of {' or '.join(metrics)}", fix=fix)
     return found
+
+
+def _evaluate_setting(run: RunFiles, metric: str) -> str:
+    """Return the setting that adds a metric to the online evaluation, or measures it more often."""
+    online, kind = _section(run, "evaluation").get("online"), metric if metric in (*PROBES, "rankme") else "patches"
+    if not online:
+        return _ONLINE
+    if kind not in (kinds := online.get("metrics") or [kind]):
+        return f"evaluation.online.metrics=[{', '.join([*kinds, kind])}]"
+    return f"evaluation.online.every_steps={max((run.total_steps or run.step) // (2 * EVALUATIONS), 1)}"
 
 
 def _section(run: RunFiles, name: str) -> dict[str, Any]:

@@ -92,11 +92,11 @@ def _check_classes(test: str, train: str, access: Access) -> None:
 
 def _classes(path: str, key: str, access: Access) -> list[str]:
     labels = read_labels(shard_folder(path), access=access)
-    if labels is None:
+    if not labels:  # shards of images without classes have an empty list
         metrics = [*PROBES, "zero_shot"]
         raise DataError(
             f"the shards must have class labels for {', '.join(metrics)}",
-            where=f"{_ONLINE}.{key}: no {shard_folder(path)}/{LABELS}",
+            where=f"{_ONLINE}.{key}: no class names in {shard_folder(path)}/{LABELS}",
             fix=f"use labeled shards, or leave out {_ONLINE}.train_data and these metrics",
         )
     return labels

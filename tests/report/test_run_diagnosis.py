@@ -22,7 +22,7 @@ from m3i_scale.errors import ConfigError, UserError
 from m3i_scale.host.findings import NOT_JUDGED, Finding, finding
 from m3i_scale.objective.recipe import parse_recipe
 from m3i_scale.report import diagnosis
-from m3i_scale.report.diagnosis import RULES, diagnose
+from m3i_scale.report.diagnosis import EVALUATIONS, RULES, diagnose
 
 STEPS = 1000
 ROWS = STEPS // 10
@@ -206,6 +206,23 @@ def test_high_norm_tokens_need_registers(tmp_path: Path, backbone: list[str], se
     assert settings_in(str(found.fix)) == setting
     assert setting or "a backbone with registers" in str(found.fix)
     load_run(str(tmp_path / "run.yaml"), setting)
+
+
+def test_too_few_evaluations_name_the_setting_for_more(tmp_path: Path) -> None:
+    def fix(*overrides: str) -> str:
+        few = {f"evaluation/student/{name}": [0.1] * 5 for name in ("rankme", "high_norm_tokens")}
+        (tmp_path / "metrics.jsonl").unlink(missing_ok=True)
+        make_run(tmp_path, "mae", overrides, evaluated=few)
+        (item,) = judged(tmp_path, "high_norm_tokens")
+        assert item.value.startswith(NOT_JUDGED)
+        return str(item.fix)
+
+    assert fix().startswith("evaluation.online.data=")
+    online = "evaluation.online={data: /data/shards/val, train_data: /data/shards/train"
+    for measured in ("", ", metrics: [rankme, patches]"):
+        every = fix(f"{online}{measured}}}").partition("evaluation.online.every_steps=")[2]
+        assert STEPS // int(every) >= 2 * EVALUATIONS
+    assert fix(f"{online}, metrics: [knn]}}") == "evaluation.online.metrics=[knn, patches]"
 
 
 @pytest.mark.parametrize(

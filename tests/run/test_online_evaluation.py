@@ -198,8 +198,12 @@ def test_other_classes_are_an_error(shards: Path, tmp_path: Path) -> None:
     other.mkdir()
     for path in (shards / "val").glob("*.tar"):
         (other / path.name).symlink_to(path)
-    (fault,) = faults(tmp_path, shards, "m3i", online(shards, data=str(other)))
-    assert "labels.json" in str(fault.where)
+    for classes in (None, []):  # shards of images without classes have an empty list
+        if classes is not None:
+            (other / "labels.json").write_text(json.dumps(classes))
+        (fault,) = faults(tmp_path, shards, "m3i", online(shards, data=str(other)))
+        assert "labels.json" in str(fault.where)
+        assert "evaluation.online.train_data" in str(fault.fix)
     (other / "labels.json").write_text(json.dumps(["disc", "ring"]))
     (fault,) = faults(tmp_path, shards, "m3i", online(shards, data=str(other)))
     assert "2 and 3 (1 in common)" in str(fault)
@@ -219,6 +223,8 @@ def test_a_metric_that_is_not_measured_is_an_error_with_the_reason(shards: Path,
         ("evaluation/ema/zero_shot", "max", "checkpoint.keep_best.metric"),
         ("evaluation/student/knn", "min", "checkpoint.keep_best.mode"),
         ("evaluation/loss", "min", "checkpoint.keep_best.metric"),
+        ("loss", "min", "checkpoint.keep_best.metric"),
+        ("knn", "max", "checkpoint.keep_best.metric"),
     ],
 )
 def test_a_metric_that_is_not_measured_cannot_choose_checkpoints(
