@@ -111,7 +111,7 @@ def _runs(data: Path | None, names: list[str], size: Size, output: Path) -> list
     for split in ("train", "val"):
         manifest = data / split / "manifest.json"
         if not manifest.is_file():
-            fix = "python examples/photos.py … --image-size 256"
+            fix = f"python examples/photos.py … --image-size {64 if size.small else 256}"
             raise DataError(f"no shards of '{split}'", where=str(manifest.parent), fix=fix)
         digest.update(manifest.read_bytes())
     if not size.small and (side := _side(data / "train")) < LEAST_SIDE:
