@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import multiprocessing
 import os
 import threading
 from collections.abc import Generator, Iterator, Mapping
@@ -224,6 +225,8 @@ class PartWorkers:
             worker.terminate()
         for worker in self.watch.workers:
             worker.join(POLL_S)
+            # A worker that was killed may hold the lock of this event, and torch would wait for the lock without limit.
+            vars(self._parts)["_workers_done_event"] = multiprocessing.Event()
         self._parts = iter(())  # the iterator refers to this object: otherwise only the cyclic collector would free it
 
 

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import pickle
 import signal
+import threading
 
 import pytest
 import torch
@@ -347,6 +348,25 @@ def test_a_worker_that_is_killed_is_told_with_the_next_batch_and_not_before(tool
         take(batches, 20)
     assert caught.value.where == "data.num_workers: 2"
     assert "memory" in caught.value.why
+
+
+def test_workers_that_were_killed_with_the_lock_of_torch_do_not_block_the_end(tools, folder, cache, monkeypatch):
+    events = []
+
+    class Recorded(torch.utils.data.dataloader._MultiProcessingDataLoaderIter):
+        def __init__(self, loader):
+            super().__init__(loader)
+            events.append(self._workers_done_event)
+
+    monkeypatch.setattr(torch.utils.data.dataloader, "_MultiProcessingDataLoaderIter", Recorded)
+    batches = iter(tools.make_loader({"s": folder}, cache, streams=4, workers=2))
+    next(batches)
+    (event,) = events
+    event._cond.acquire()  # as a killed worker leaves it
+    ending = threading.Thread(target=batches.close, daemon=True)
+    ending.start()
+    ending.join(60)
+    assert not ending.is_alive()
 
 
 @pytest.mark.parametrize(
