@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, dataloader
 
 from m3i_scale.config import DataConfig
 from m3i_scale.data.batch import Batch
@@ -225,8 +225,9 @@ class PartWorkers:
             worker.terminate()
         for worker in self.watch.workers:
             worker.join(POLL_S)
+        if isinstance(self._parts, dataloader._MultiProcessingDataLoaderIter):
             # A worker that was killed may hold the lock of this event, and torch would wait for the lock without limit.
-            vars(self._parts)["_workers_done_event"] = multiprocessing.Event()
+            self._parts._workers_done_event = multiprocessing.Event()
         self._parts = iter(())  # the iterator refers to this object: otherwise only the cyclic collector would free it
 
 

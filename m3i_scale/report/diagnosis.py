@@ -283,7 +283,9 @@ def _evaluate_setting(run: RunFiles, metric: str) -> str:
         return _ONLINE
     if kind not in (kinds := online.get("metrics") or [kind]):
         return f"evaluation.online.metrics=[{', '.join([*kinds, kind])}]"
-    return f"evaluation.online.every_steps={max((run.total_steps or run.step) // (2 * EVALUATIONS), 1)}"
+    every = max((run.total_steps or run.step) // (2 * EVALUATIONS), 1)
+    often = every >= online.get("every_steps", math.inf)
+    return "diagnose the run later" if often else f"evaluation.online.every_steps={every}"
 
 
 def _section(run: RunFiles, name: str) -> dict[str, Any]:

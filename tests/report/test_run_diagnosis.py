@@ -222,6 +222,7 @@ def test_too_few_evaluations_name_the_setting_for_more(tmp_path: Path) -> None:
     for measured in ("", ", metrics: [rankme, patches]"):
         every = fix(f"{online}{measured}}}").partition("evaluation.online.every_steps=")[2]
         assert STEPS // int(every) >= 2 * EVALUATIONS
+    assert "every_steps" not in fix(f"{online}, every_steps: 100}}")  # the run is young
     assert fix(f"{online}, metrics: [knn]}}") == "evaluation.online.metrics=[knn, patches]"
 
 
