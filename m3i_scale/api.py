@@ -15,8 +15,9 @@ from m3i_scale.data.loader import TrainStream
 from m3i_scale.errors import ConfigError, DataError, did_you_mean
 from m3i_scale.evaluation.features import Pool, VisionModel, load_vision
 from m3i_scale.objective import build
-from m3i_scale.objective.build import start_weights, update_ema_teacher
+from m3i_scale.objective.build import update_ema_teacher
 from m3i_scale.objective.information import Objective
+from m3i_scale.objective.pretrained import start_weights
 from m3i_scale.objective.ranks import ProcessGroupRanks, Ranks, SingleProcess
 from m3i_scale.objective.recipe import Recipe, load_run_and_recipe
 from m3i_scale.report.recipe_table import built_in_rows

@@ -134,6 +134,9 @@ def tiny_overrides(recipe: str) -> list[str]:
     raw, found = run.recipe, [*_BACKBONE]
     if run.backbone.from_pretrained is not None:
         found += ["backbone.preset=null", f"backbone.from_pretrained={tiny_start()}"]
+    if run.text.from_pretrained is not None:
+        kind = "siglip_text_model" if "siglip" in run.text.from_pretrained else "clip_text_model"
+        found += ["text.from_pretrained=null", f"text.model_type={kind}"]
     for name, decoder in raw["decoders"].items():
         if decoder["kind"] in ("transformer", "cross_attention", "causal_transformer"):
             found += [f"recipe.decoders.{name}.{field}" for field in ("width=32", "heads=2", "depth=1")]
@@ -144,7 +147,7 @@ def tiny_overrides(recipe: str) -> list[str]:
         found += [f"recipe.heads.{name}.{field}={value}" for field, value in small.items() if head.get(field)]
     for number, target in enumerate(raw["targets"]):
         if target["kind"] == "text":
-            found += [*_TEXT, f"recipe.targets.{number}.width=32"]
+            found += [*_TEXT, *([f"recipe.targets.{number}.width=32"] if target.get("width", 512) else [])]
         if "layers" in target:
             found.append(f"recipe.targets.{number}.layers=2")
         if "clusters" in target:

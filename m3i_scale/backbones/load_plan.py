@@ -36,6 +36,8 @@ class Take:
     part: int = 0
     parts: int = 1
     resized: bool = False
+    offset: float = 0.0
+    """Added to the values."""
 
 
 @dataclass
@@ -72,7 +74,7 @@ class LoadPlan:
                     if take.resized:
                         antialias, class_row = self.source.antialias, self.source.class_row
                         value = fit_positions(value, take.shape, antialias=antialias, class_row=class_row)
-                    yield value.reshape(take.shape)
+                    yield value.reshape(take.shape) + take.offset if take.offset else value.reshape(take.shape)
 
 
 def fit_positions(table: Tensor, shape: Shape, *, antialias: bool, class_row: bool) -> Tensor:
@@ -226,7 +228,7 @@ def _refuse(source: Source, match: Matching, missing: list[str], where: str) -> 
         raise ConfigError(
             "; ".join(errors),
             where=where,
-            why="the backbone would start with some random weights instead of the pretrained ones",
+            why="the model would start with some random weights instead of the pretrained ones",
             fix="use the configuration and the weights of one model; leave depth, widths and patch size out of "
             "`backbone.config`",
         )

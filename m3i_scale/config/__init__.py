@@ -117,12 +117,39 @@ class BackboneConfig(Section):
 class TextConfig(Section):
     """Settings of the jointly trained text encoder, which is only built if the recipe has a text target."""
 
+    model_type: Literal["bert", "clip_text_model", "siglip_text_model"] | None = None
+    """Architecture of a randomly initialized text encoder. Default: bert. A SigLIP needs `siglip_text_model`, and a
+    CLIP `clip_text_model`, to be exported as such."""
+    from_pretrained: Annotated[str, InHome] | None = None
+    """Pretrained text encoder with its projection: a folder or Hub id of a CLIP, SigLIP or BERT model. If
+    `backbone.from_pretrained` is the same CLIP or SigLIP model, its pooling head, image projection, temperature and
+    bias are loaded too (docs/guides/image-text-models.md)."""
+    freeze: bool = False
+    """Do not train the pretrained text encoder and its projection."""
     config: ModelFields = Field(default_factory=dict)
-    """Fields of the `transformers` BERT configuration. Default: BERT-Base (12 layers, hidden size 768)."""
+    """Fields of the `transformers` configuration. Default: BERT-Base (12 layers, hidden size 768), or the base size of
+    `model_type`. A pretrained encoder allows dropout only."""
     tokenizer: Annotated[str, InHome] | None = None
-    """Tokenizer folder or Hub id. Default: the `tokenizer/` folder that `shards make` wrote next to the shards."""
+    """Tokenizer folder or Hub id. Default: that of `from_pretrained`, or the `tokenizer/` folder that `shards make`
+    wrote next to the shards."""
     max_tokens: int = Field(default=defaults.MAX_TOKENS, ge=4, le=MAX_CAPTION_TOKENS)
     """Maximum caption length in tokens. Longer captions are truncated."""
+
+    @property
+    def tokenizer_source(self) -> str | None:
+        """Return the configured tokenizer, or None if it is next to the shards."""
+        return self.tokenizer or self.from_pretrained
+
+    @model_validator(mode="after")
+    def _one_start(self) -> Self:
+        if self.from_pretrained is not None and self.model_type is not None:
+            raise ValueError("model_type has no effect together with from_pretrained: set one of them to null")
+        if self.freeze and self.from_pretrained is None:
+            raise FixableError(
+                "`freeze` needs pretrained weights: the text encoder would stay random",
+                "set text.from_pretrained, or leave out text.freeze",
+            )
+        return self
 
 
 class RunConfig(Section):

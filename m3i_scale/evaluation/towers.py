@@ -22,6 +22,7 @@ from m3i_scale.evaluation.features import no_pooling_layer, unit_rows
 from m3i_scale.files import read_json
 from m3i_scale.objective.build import build_objective
 from m3i_scale.objective.information import Objective
+from m3i_scale.objective.text_tower import TEXT_FAMILIES
 from m3i_scale.output import quiet_loading
 from m3i_scale.upgrade import upgrade_recipe
 
@@ -57,7 +58,12 @@ class Towers:
         for start in range(0, len(captions), _TEXT_BATCH):
             batch = captions[start : start + _TEXT_BATCH]
             tokens = self.tokenizer(
-                batch, padding=True, truncation=True, max_length=self.max_tokens, return_tensors="pt"
+                batch,
+                padding=True,
+                truncation=True,
+                max_length=self.max_tokens,
+                return_tensors="pt",
+                return_attention_mask=True,
             ).to(self.device)
             embedded = self.objective.embed_text(tokens["input_ids"], tokens["attention_mask"].bool())
             parts.append(np.asarray(embedded.cpu().numpy(), dtype=np.float32))
@@ -139,7 +145,9 @@ def _weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
         if not (place / "config.json").is_file():  # a recipe without text
             continue
         with quiet_loading(folder):
-            model, info = AutoModel.from_pretrained(
+            of_text = read_json(place / "config.json") if prefix == "text.model." else {}
+            loader = TEXT_FAMILIES[of_text["model_type"]].model_class if of_text else AutoModel
+            model, info = loader.from_pretrained(
                 place,
                 dtype=torch.float32,
                 local_files_only=True,

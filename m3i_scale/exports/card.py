@@ -75,6 +75,7 @@ def render_card(source: Source, provenance: dict[str, Any], config: dict[str, An
         queried=config["model_type"] == "rf_detr",
         text=source.recipe.uses_text_tower and task == "features" and provenance["format"] != "timm",
         max_tokens=source.run.text.max_tokens,
+        blend=provenance.get("blend"),
         vocab_size=source.vocab_size,
         recipe=source.recipe.summary(),
         description=redact_text(source.run.description),

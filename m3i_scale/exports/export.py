@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from safetensors import SafetensorError
+from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
 from m3i_scale import __version__
 from m3i_scale.checkpoint.layout import MANIFEST
 from m3i_scale.errors import CheckpointError, ExportError, did_you_mean
+from m3i_scale.exports.blend import Blend, blend
 from m3i_scale.exports.card import compute_of, curve_of, last_figures, render_card
 from m3i_scale.exports.push import PROVENANCE, check_repository_name, push
 from m3i_scale.exports.reference import make_reference
@@ -50,6 +52,7 @@ def export(
     overwrite: bool = False,
     license_id: str = "other",
     evaluation_file: Path | None = None,
+    blended: Blend | None = None,
 ) -> dict[str, Any]:
     """Export a checkpoint and verify it in a fresh process. The folder appears only after verification.
 
@@ -62,6 +65,7 @@ def export(
         overwrite: replace an earlier export. Any other non-empty folder is an error.
         license_id: license of the weights for the model card, as a Hub license id.
         evaluation_file: output of `m3i-scale evaluate --output`; default: evaluation.json of the run, if any.
+        blended: model to interpolate the weights with.
 
     Returns:
         Provenance: checkpoint, step, files with hashes, verification results, skipped checkpoints.
@@ -75,7 +79,9 @@ def export(
     parts = plan_parts(source, wanted, tokenizer)
     _check_rounding(source, wanted, dtype)
     evaluation, other_evaluation = evaluation_of(source, weights, evaluation_file)
-    tensors = ExportedWeights(source, weights)
+    tensors: Mapping[str, Tensor] = ExportedWeights(source, weights)
+    if blended is not None:
+        tensors = blend(source, parts, tensors, blended)
     origin = _origin(source)
     with _export_folder(target) as folder:
         fingerprints = write_folder(folder, source, parts, tensors, DTYPES[dtype], tokenizer, wanted)
@@ -91,6 +97,7 @@ def export(
                 "format": wanted.format,
                 "label_set": wanted.label_set,
                 "request": asdict(wanted),
+                "blend": None if blended is None else {"model": blended.folder.name, "alpha": blended.alpha},
                 "license": license_id,
                 "verified": proven,
                 "evaluation": evaluation,
@@ -104,7 +111,8 @@ def export(
         write_json(folder / PROVENANCE, facts)
         _follow_umask(folder)
     size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
-    return {"output": str(target), "bytes": size, "warning": _warning(source, other_evaluation), **facts}
+    warning = _warning(source, other_evaluation, wanted)
+    return {"output": str(target), "bytes": size, "warning": warning, **facts}
 
 
 def export_and_push(
@@ -130,9 +138,12 @@ def export_and_push(
     return facts | {"push": push(Path(output).absolute(), push_to, public=public, dry_run=dry_run)}
 
 
-def _warning(source: Source, other: str | None) -> str | None:
-    """Return which checkpoints were skipped, followed by the `other` warning; None if there is neither."""
+def _warning(source: Source, other: str | None, wanted: ExportContents) -> str | None:
+    """Return which checkpoints were skipped and what is left out, with the `other` warning; None if there is none."""
     skipped, warnings = source.passed_over, [] if other is None else [other]
+    captioning = [target.name for target in source.recipe.targets if target.kind == "caption"]
+    if wanted.task == "zero_shot" and captioning:
+        warnings.append(f"the caption decoder of '{captioning[0]}' is not part of a zero-shot model")
     if skipped:
         reasons = "; ".join(f"{path.name}: {reason}" for path, reason in skipped)
         taken = f"{len(skipped)} newer checkpoints do not verify, so {source.checkpoint.name} was taken ({reasons})"

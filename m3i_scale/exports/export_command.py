@@ -50,6 +50,13 @@ def export(
         Path | None,
         typer.Option(help="Output of `evaluate --output` for the model card. Default: evaluation.json of the run."),
     ] = None,
+    blend: Annotated[
+        Path | None,
+        typer.Option(help="Model of the same shape to interpolate with (WiSE-FT), e.g. the start of the run."),
+    ] = None,
+    alpha: Annotated[
+        float | None, typer.Option(help="With --blend: share of the trained weights, from 0 to 1. Default: 0.5.")
+    ] = None,
     push: Annotated[
         str | None, typer.Option(metavar="USER/NAME", help="Upload to this private repository of the Hub.")
     ] = None,
@@ -66,11 +73,15 @@ def export(
     """
     leave_out_accelerator_warning()
     from m3i_scale.config.sections import import_given
+    from m3i_scale.errors import ExportError
+    from m3i_scale.exports.blend import Blend
     from m3i_scale.exports.export import export_and_push
     from m3i_scale.exports.push import push_summary
     from m3i_scale.exports.write import ExportContents
 
     import_given(imports)
+    if alpha is not None and blend is None:
+        raise ExportError("--alpha has no effect without --blend", fix="add --blend FOLDER, or leave it out")
     result = export_and_push(
         run,
         output,
@@ -83,6 +94,7 @@ def export(
         overwrite=overwrite,
         license_id=license_id,
         evaluation_file=evaluation,
+        blended=None if blend is None else Blend(blend, 0.5 if alpha is None else alpha),
     )
     if as_json:
         print_json(result)
@@ -98,6 +110,7 @@ def _export_table(facts: dict[str, Any], pushed: list[tuple[str, str]]) -> Group
         "model": f"{facts['task']} of run {facts['name']}, {facts['parameters'] / 1e6:,.1f}M parameters",
         "weights": f"{facts['weights']}, {facts['dtype']}, {facts['format']} format",
         "trained": f"{facts['step']:,} steps, {facts['samples']:,} samples ({facts['checkpoint']})",
+        "blend": facts["blend"] and f"{facts['blend']['alpha']:g} trained, the rest {facts['blend']['model']}",
         "label set": facts["label_set"],
         "license": facts["license"],
         "verified": f"loads as {', '.join(facts['verified']['classes'].values())}, with the outputs of the checkpoint",

@@ -131,8 +131,8 @@ def main(export: Path, work: Path) -> None:
         tokenizer = AutoTokenizer.from_pretrained(
             export / job["tokenizer"], local_files_only=True, trust_remote_code=False
         )
-        tokens = dict(tokenizer(captions, padding=True, truncation=True, return_tensors="pt"))
-        inputs |= {key: tokens[key].contiguous() for key in ("input_ids", "attention_mask")}
+        tokens = dict(tokenizer(captions, padding=job["padding"], truncation=True, return_tensors="pt"))
+        inputs |= {key: tokens[key].contiguous() for key in ("input_ids", "attention_mask") if key in tokens}
         outputs["tokens"] = inputs["input_ids"]
     for spec in job["models"]:
         if (export / spec["folder"]).is_dir():

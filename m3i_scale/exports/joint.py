@@ -1,4 +1,4 @@
-"""Conversion of a recipe's heads to standard models: classifier, backbone for detectors, dual encoder."""
+"""Conversion of a recipe's heads to standard models: classifier, and backbone for detectors."""
 
 from __future__ import annotations
 
@@ -6,18 +6,14 @@ import math
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import (
-    BertModel,
     Dinov2Backbone,
     Dinov2Config,
     Dinov2ForImageClassification,
-    VisionTextDualEncoderConfig,
-    VisionTextDualEncoderModel,
     ViTConfig,
     ViTForImageClassification,
 )
@@ -26,10 +22,9 @@ from m3i_scale.backbones.build import backbone_config
 from m3i_scale.backbones.families import VisionConfig, token_family
 from m3i_scale.backbones.internimage import InternImageConfig
 from m3i_scale.errors import ExportError
-from m3i_scale.exports.as_timm import timm_part, timm_vision
+from m3i_scale.exports.as_timm import timm_part
 from m3i_scale.exports.source import Source, model_files, target_of
 from m3i_scale.exports.tensors import (
-    TEXT,
     VISION,
     ExportedModule,
     TensorSource,
@@ -41,15 +36,9 @@ from m3i_scale.exports.tensors import (
     vision_names,
 )
 from m3i_scale.objective.decoders import ClassTokenSpec, DecoderSpec
-from m3i_scale.objective.encoders import text_config
 from m3i_scale.objective.information import Objective
 from m3i_scale.objective.targets.base import Target
 from m3i_scale.objective.targets.category import Category, FeatureNorm
-from m3i_scale.objective.targets.text import Text, TextHead
-
-TANH_SCALE = 2.0**-10
-"""BERT's pooling layer ends with tanh, which training here does not have. For arguments scaled down this much, tanh is
-the identity: at 10 the error is 3·10⁻⁵. A power of two is exact in every dtype."""
 
 
 def classifier_part(source: Source, label_set: str, *, timm: bool = False) -> ExportedModule:
@@ -108,16 +97,16 @@ def _plain_classifier(source: Source, label_set: str, *, timm: bool) -> Exported
 
     if isinstance(config, InternImageConfig):
         if timm:
-            raise _no_class(config, decoder, "timm")
+            raise no_class(config, decoder, "timm")
         return _internimage_classifier(config, target, decoder, head, names, trained)
     if isinstance(decoder, ClassTokenSpec) and (decoder.blocks > 1 or (timm and decoder.mean)):
-        raise _no_class(config, decoder, "timm" if timm else "image classification")
+        raise no_class(config, decoder, "timm" if timm else "image classification")
     if timm or decoder.kind == "mean_pool":
         norm = f"decoders.{target.decoder}.norm."
         part = timm_part(config, source.run.data.augment, decoder.kind, norm, head, names, trained)
         return part if timm else replace(part, native=None)
     if not isinstance(decoder, ClassTokenSpec) or not isinstance(config, ViTConfig | Dinov2Config):
-        raise _no_class(config, decoder, "image classification")
+        raise no_class(config, decoder, "image classification")
     tensors = copied(vision_names(config), VISION)
     if decoder.mean and isinstance(config, ViTConfig):
         tensors, config = _as_dinov2(config)
@@ -171,79 +160,6 @@ def _feature_map(objective: Objective, pixels_BCHW: Tensor) -> Mapping[str, Tens
     return {"feature_maps": tokens_BND.transpose(1, 2).unflatten(2, objective.student.grid)}
 
 
-def zero_shot_part(source: Source, vocab_size: int) -> ExportedModule:
-    """Return both encoders, projections and temperature as `VisionTextDualEncoderModel`."""
-    target = cast(Text, target_of(source, "text"))
-    if target.distribution.first_bias is not None:
-        raise ExportError(
-            f"the dual encoder of Transformers cannot store the bias that a {target.distribution.kind} text target "
-            "adds to every logit",
-            where=f"recipe.targets: {target.name}",
-            fix="use --task features; heads/ then has the bias",
-        )
-    decoder = source.recipe.decoders[target.decoder]
-    config = backbone_config(source.run.backbone)
-    vision, tensors = _pooled_vision(source, config, decoder, f"decoders.{target.decoder}.norm.")
-    run = source.run
-    text = text_config(run.text.config, vocab_size, run.text.max_tokens)
-    dual = VisionTextDualEncoderConfig(
-        vision_config=vision, text_config=_public_values(text.to_dict()), projection_dim=target.width
-    )
-    width = text.hidden_size
-    tensors |= copied(empty(lambda: BertModel(text, add_pooling_layer=False)).state_dict(), TEXT, "text_model.")
-    tensors |= {
-        "text_model.pooler.dense.weight": TensorSource((), lambda: TANH_SCALE * torch.eye(width)),
-        "text_model.pooler.dense.bias": TensorSource((), lambda: torch.zeros(width)),
-        "text_projection.weight": TensorSource(("text.projection.weight",)),
-        "visual_projection.weight": TensorSource((f"heads.{target.name}.projection.weight",)),
-        "logit_scale": TensorSource((f"heads.{target.name}.log_scale",), _bounded_scale),
-    }
-
-    def trained(
-        objective: Objective, pixels_BCHW: Tensor, input_ids_TL: Tensor, attention_mask_TL: Tensor
-    ) -> Mapping[str, Tensor]:
-        images_BE, scale, _ = objective.heads[target.name](objective.pooled(target.decoder, pixels_BCHW))
-        texts_TE = objective.embed_text(input_ids_TL, attention_mask_TL.bool())
-        return {"logits_per_image": scale * (images_BE @ texts_TE.T)}
-
-    return ExportedModule(
-        "zero_shot",
-        empty(lambda: VisionTextDualEncoderModel(dual)),
-        tensors,
-        trained,
-        auto="VisionTextDualEncoderModel",
-        inputs=("pixel_values", "input_ids", "attention_mask"),
-        output="logits_per_image",
-    )
-
-
-def _bounded_scale(log_scale: Tensor) -> Tensor:
-    return log_scale.clamp(max=math.log(TextHead.max_scale)).reshape(())
-
-
-def _pooled_vision(
-    source: Source, config: VisionConfig, decoder: DecoderSpec, norm: str
-) -> tuple[dict[str, Any], dict[str, TensorSource]]:
-    """Return configuration and tensors of a vision model with the output of the recipe's decoder as `pooler_output`."""
-    names = vision_names(config)
-    pools_mean = decoder.kind == "mean_pool"
-    reads_token = isinstance(decoder, ClassTokenSpec) and decoder.alone
-    if isinstance(config, InternImageConfig) or not (pools_mean or reads_token):
-        raise _no_class(config, decoder, "a dual encoder")
-    if pools_mean:
-        return timm_vision(config, norm, source.run.data.augment, "vision_model.timm_model.")
-    tensors = copied(names, VISION, "vision_model.")
-    values = _public_values(config.to_dict())
-    if isinstance(config, ViTConfig):
-        width = config.hidden_size
-        values |= {"pooler_act": "linear", "pooler_output_size": width}
-        tensors |= {
-            "vision_model.pooler.dense.weight": TensorSource((), lambda: torch.eye(width)),
-            "vision_model.pooler.dense.bias": TensorSource((), lambda: torch.zeros(width)),
-        }
-    return values, tensors
-
-
 def _as_dinov2(config: ViTConfig) -> tuple[dict[str, TensorSource], Dinov2Config]:
     width, hidden = config.hidden_size, config.intermediate_size
     ratio = math.ceil(hidden / width)
@@ -277,7 +193,7 @@ def _internimage_classifier(
     from m3i_scale.backbones.internimage.modeling_internimage import InternImageForImageClassification
 
     if decoder.kind != "mean_pool":
-        raise _no_class(config, decoder, "image classification")
+        raise no_class(config, decoder, "image classification")
     tensors = copied(vision_names(config), VISION, "model.")
     norm = f"decoders.{target.decoder}.norm."
     tensors |= {f"pool_norm.{suffix}": TensorSource((norm + suffix,)) for suffix in ("weight", "bias")}
@@ -295,10 +211,12 @@ def _internimage_classifier(
     )
 
 
-def _no_class(config: VisionConfig, decoder: DecoderSpec, what: str) -> ExportError:
+def no_class(config: VisionConfig, decoder: DecoderSpec, what: str) -> ExportError:
+    """Return the error for a pooling that no class of `transformers` computes."""
     more = isinstance(decoder, ClassTokenSpec) and not decoder.alone
     pools = {
         "attention_pool": "the recipe pools by attention with the mean token as its query",
+        "map_head": "the recipe pools by attention with a learned query",
         "mean_pool": "the recipe pools by a mean that is normalized once more",
         "class_token": "the recipe reads class tokens of several layers, or the mean of the patches beside it"
         if more
@@ -309,7 +227,3 @@ def _no_class(config: VisionConfig, decoder: DecoderSpec, what: str) -> ExportEr
         "backbone",
         fix="use --task features; heads/ then has the pooling and projection",
     )
-
-
-def _public_values(values: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in values.items() if not key.startswith("_")}

@@ -64,7 +64,11 @@ def make_reference(
     if tokenizer is not None:
         captions = _captions(tokenizer)
         tokens = tokenizer(
-            captions, padding=True, truncation=True, max_length=source.run.text.max_tokens, return_tensors="pt"
+            captions,
+            padding=padding_of(parts),
+            truncation=True,
+            max_length=source.run.text.max_tokens,
+            return_tensors="pt",
         )
     inputs: dict[str, Tensor] = {"pixel_values": pixels_BCHW, **(tokens or {})}
     outputs: dict[str, Tensor] = {}
@@ -84,6 +88,12 @@ def make_reference(
         str(dtype).removeprefix("torch."),
         augment.std,
     )
+
+
+def padding_of(parts: list[ExportedModule]) -> str:
+    """Return how captions are padded: to full length for a text encoder without attention mask (SigLIP)."""
+    masked = any("attention_mask" in part.inputs for part in parts)
+    return "longest" if masked else "max_length"
 
 
 def _objective(source: Source, weights: Mapping[str, Tensor], dtype: torch.dtype) -> Objective:

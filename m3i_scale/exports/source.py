@@ -28,6 +28,7 @@ from m3i_scale.exports.tensors import VISION
 from m3i_scale.files import read_json, read_json_lines, sha256_of
 from m3i_scale.objective.recipe import Recipe, parse_recipe
 from m3i_scale.objective.targets.base import Target
+from m3i_scale.objective.text_tower import without_source
 from m3i_scale.upgrade import upgrade_line, upgrade_weights
 
 
@@ -69,7 +70,8 @@ def find_source(path: Path) -> Source:
         run = parse_section(RunConfig, read_yaml(file), where=str(file), stored=True)
         meta = read_json(checkpoint / "meta.json")
         step = int(meta["step"])
-        run = run.model_copy(update={"backbone": _without_source(run.backbone, meta)})
+        text = without_source(run.text, meta.get("identity", {}).get("text"))
+        run = run.model_copy(update={"backbone": _without_source(run.backbone, meta), "text": text})
         run = run.in_stage(run.stage_at(step - 1))
         if run.stages and run.stages[0].image_size is not None:  # of the current stage: the size to export
             config = run.backbone.config | {"image_size": run.stages[0].image_size}
@@ -214,7 +216,7 @@ class ExportedWeights(Mapping[str, Tensor]):
 def source_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     """Load the tokenizer that the text tower was trained with."""
     kept = source.run_dir / "tokenizer"  # the run's copy outlives the shards
-    configured = str(kept) if kept.is_dir() else source.run.text.tokenizer or source.meta.get("tokenizer")
+    configured = str(kept) if kept.is_dir() else source.run.text.tokenizer_source or source.meta.get("tokenizer")
     try:
         tokenizer = find_tokenizer(source.run.data.datasets, configured)
     except ConfigError as error:

@@ -17,7 +17,7 @@ from accelerate import init_empty_weights
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import CLIPVisionModel, Dinov2Config, PreTrainedModel, RfDetrPreTrainedModel
+from transformers import CLIPModel, CLIPTextModel, CLIPVisionModel, Dinov2Config, PreTrainedModel, RfDetrPreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from m3i_scale.backbones.build import vision_class
@@ -328,10 +328,11 @@ def _stored(model: PreTrainedModel) -> dict[str, tuple[torch.Size, tuple[str, ..
 
 
 def _file_name(part: ExportedModule, key: str) -> str:
-    """Return the name in the file. CLIP's vision tower is one level deeper in the file: every version of `transformers`
-    can read that, and versions before 5 require it."""
-    for name, one in part.model.named_modules():
+    """Return the name in the file. CLIP's towers are one level deeper in the file unless they are parts of a CLIPModel:
+    every version of `transformers` can read that, and versions before 5 require it."""
+    for name, one in () if isinstance(part.model, CLIPModel) else part.model.named_modules():
         tower = f"{name}." if name else ""
-        if isinstance(one, CLIPVisionModel) and key.startswith(tower):
-            return f"{tower}vision_model.{key.removeprefix(tower)}"
+        if isinstance(one, CLIPVisionModel | CLIPTextModel) and key.startswith(tower):
+            kind = "vision" if isinstance(one, CLIPVisionModel) else "text"
+            return f"{tower}{kind}_model.{key.removeprefix(tower)}"
     return key.removeprefix(part.strip)

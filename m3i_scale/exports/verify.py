@@ -22,7 +22,7 @@ from torch import Tensor
 
 from m3i_scale.errors import ExportError
 from m3i_scale.exports import fresh
-from m3i_scale.exports.reference import Reference
+from m3i_scale.exports.reference import Reference, padding_of
 from m3i_scale.files import read_json, write_json
 
 RELATIVE_TOLERANCE = 1e-4
@@ -81,6 +81,7 @@ def _job(reference: Reference) -> dict[str, Any]:
     return {
         "models": [{key: getattr(part, key) for key in keys} for part in reference.parts],
         "tokenizer": texts[0] if texts else None,
+        "padding": padding_of(reference.parts),
     }
 
 

@@ -12,7 +12,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import (
     BeitImageProcessor,
-    BertModel,
     BitImageProcessor,
     DeformableDetrImageProcessor,
     EomtImageProcessor,
@@ -24,8 +23,9 @@ from m3i_scale.backbones.build import backbone_config, vision_class
 from m3i_scale.config import RunConfig
 from m3i_scale.errors import ExportError
 from m3i_scale.exports.as_timm import timm_part
+from m3i_scale.exports.dual_encoder import text_encoder_config, text_inputs, zero_shot_part
 from m3i_scale.exports.fresh import fingerprint
-from m3i_scale.exports.joint import backbone_part, classifier_part, zero_shot_part
+from m3i_scale.exports.joint import backbone_part, classifier_part
 from m3i_scale.exports.source import Source, choose_label_set, model_files, portable_section, target_of
 from m3i_scale.exports.tensors import (
     DEFAULT_SHARD_SIZE,
@@ -41,9 +41,9 @@ from m3i_scale.exports.tensors import (
 )
 from m3i_scale.files import read_json, write_json
 from m3i_scale.objective.build import build_objective
-from m3i_scale.objective.encoders import TextTower, text_config
 from m3i_scale.objective.information import Objective
 from m3i_scale.objective.targets.base import Target
+from m3i_scale.objective.text_tower import TextTower, text_family
 from m3i_scale.tasks.base import TARGETS
 from m3i_scale.text import redact
 from m3i_scale.upgrade import upgrade_recipe
@@ -90,7 +90,7 @@ def plan_parts(
         return [backbone_part(source)]
     if wanted.task == "zero_shot":
         return [zero_shot_part(source, 0 if tokenizer is None else len(tokenizer))]
-    return [_vision_part(source), *([] if tokenizer is None else [_text_part(source.run, tokenizer)])]
+    return [_vision_part(source), *([] if tokenizer is None else [_text_part(source, tokenizer)])]
 
 
 def write_folder(
@@ -111,7 +111,10 @@ def write_folder(
     if tokenizer is not None:
         # Truncate to the same length as in training.
         tokenizer.model_max_length = source.run.text.max_tokens
-        write_tokenizer(folder / next(part.folder for part in parts if "input_ids" in part.inputs), tokenizer)
+        part = next(part for part in parts if "input_ids" in part.inputs)
+        if "attention_mask" not in part.inputs:  # as in SigLIP's tokenizer: padding takes part in attention
+            tokenizer.model_input_names = ["input_ids"]
+        write_tokenizer(folder / part.folder, tokenizer)
     if wanted.task == "features" and wanted.format != "timm":
         fingerprints["heads"] = write_heads(folder / "heads", source, weights, dtype)
     return fingerprints
@@ -150,22 +153,25 @@ def _vision_output(objective: Objective, pixels_BCHW: Tensor) -> Mapping[str, Te
     return {"last_hidden_state": objective.student.last_hidden_state(pixels_BCHW)}
 
 
-def _text_part(run: RunConfig, tokenizer: PreTrainedTokenizerBase) -> ExportedModule:
-    config = text_config(run.text.config, len(tokenizer), run.text.max_tokens)
-    options: dict[str, Any] = {"add_pooling_layer": False}
-    model = empty(lambda: BertModel(config, **options))
+def _text_part(source: Source, tokenizer: PreTrainedTokenizerBase) -> ExportedModule:
+    config = text_encoder_config(source, len(tokenizer))
+    family = text_family(config)
+    model = empty(lambda: family.model_class(config, **family.options))
     return ExportedModule(
         "text",
         model,
         copied(model.state_dict(), TEXT),
         _text_output,
         folder="text",
-        options=options,
-        inputs=("input_ids", "attention_mask"),
+        auto=family.auto,
+        options=family.options,
+        inputs=text_inputs(config),
     )
 
 
-def _text_output(objective: Objective, input_ids_TL: Tensor, attention_mask_TL: Tensor) -> Mapping[str, Tensor]:
+def _text_output(
+    objective: Objective, input_ids_TL: Tensor, attention_mask_TL: Tensor | None = None
+) -> Mapping[str, Tensor]:
     output = cast(TextTower, objective.text).model(input_ids=input_ids_TL, attention_mask=attention_mask_TL)
     return {"last_hidden_state": output.last_hidden_state}
 
@@ -249,7 +255,7 @@ def portable_run(run: RunConfig) -> dict[str, Any]:
         "seed": run.seed,
         "recipe": _portable_recipe(run.recipe),
         "backbone": {"attention": run.backbone.attention, **portable_section(config)},
-        "text": {"config": run.text.config, "max_tokens": run.text.max_tokens},
+        "text": run.text.model_dump(mode="json", include={"model_type", "config", "max_tokens"}, exclude_none=True),
         "data": {"augment": run.data.augment.model_dump(mode="json", include={"mean", "std", "stretch"})},
     }
 

@@ -12,23 +12,24 @@ from torch import Tensor, nn
 from transformers import CLIPVisionModel, PreTrainedModel, SiglipVisionModel
 
 from m3i_scale.backbones.base import MaskToken
-from m3i_scale.backbones.build import backbone_config, backbone_source, build_backbone, draw_first_values
+from m3i_scale.backbones.build import backbone_config, build_backbone
 from m3i_scale.backbones.families import VisionConfig, family_of
-from m3i_scale.backbones.load_plan import LoadPlan, plan_load
 from m3i_scale.config import RunConfig
 from m3i_scale.errors import ConfigError, UserError
 from m3i_scale.objective.balance import GroupWeights
 from m3i_scale.objective.decoders import width_of
-from m3i_scale.objective.encoders import EmaTeacher, Projector, TextTower, text_config
-from m3i_scale.objective.fit import check_fit, text_widths
+from m3i_scale.objective.encoders import EmaTeacher, Projector
+from m3i_scale.objective.fit import check_fit
 from m3i_scale.objective.heads import ImageHead
-from m3i_scale.objective.information import EMA_PREFIX, TEACHERS_PREFIX, Objective
+from m3i_scale.objective.information import EMA_PREFIX, Objective
 from m3i_scale.objective.inputs import PixelNorm
 from m3i_scale.objective.positions import grid_position
 from m3i_scale.objective.ranks import Ranks, SingleProcess
 from m3i_scale.objective.recipe import Recipe, parse_recipe
 from m3i_scale.objective.targets.base import HeadTarget, ImageTarget, Sizes
+from m3i_scale.objective.targets.text import Text
 from m3i_scale.objective.teacher import Teacher, build_teacher
+from m3i_scale.objective.text_tower import TextTower, text_config
 
 
 def build_objective(
@@ -75,9 +76,9 @@ def build_objective(
         ema_teacher = EmaTeacher(build_backbone(config), 0, pools, nn.ModuleDict(), target_heads)
     projector = Projector(config.hidden_size, depth) if depth else None
     if recipe.uses_text_tower and vocab_size is not None:
-        kernel = run.backbone.attention_kernel
-        tower = text_config(run.text.config, vocab_size, run.text.max_tokens, kernel)
-        text = TextTower(tower, next(iter(text_widths(recipe))))
+        width = joint_width(recipe, decoders)
+        text = TextTower(text_config(run.text, vocab_size, width, run.backbone.attention_kernel), width)
+        text.requires_grad_(not run.text.freeze)
     return Objective(
         recipe,
         student,
@@ -117,6 +118,19 @@ def build_on_meta(
             where="backbone.config, text.config, recipe",
             fix="compare the sizes in these sections with a built-in recipe; if they are right, report it as a bug",
         ) from error
+
+
+def joint_width(recipe: Recipe, decoders: nn.ModuleDict) -> int:
+    """Return the width of the joint space of images and texts, which all text targets of a recipe share."""
+    targets = [target for target in recipe.targets if isinstance(target, Text)]
+    widths = {target.width or width_of(decoders[target.decoder]) for target in targets}
+    if len(widths) > 1:
+        raise ConfigError(
+            f"all text targets must have the same width, because they share a text tower; got {sorted(widths)}",
+            where="recipe",
+            fix="give their heads one width",
+        )
+    return widths.pop()
 
 
 def _decoder(recipe: Recipe, name: str, config: VisionConfig) -> nn.Module:
@@ -178,34 +192,12 @@ def _ema_copies(
     return pools, heads
 
 
-def start_weights(objective: Objective, run: RunConfig) -> None:
-    """Load the initial weights of a run: random values from `run.seed`, then pretrained weights of backbone and
-    teachers. The EMA teacher starts as a copy of the student."""
-    draw_first_values(objective, initialize_module, seed=run.seed, skip=(EMA_PREFIX, TEACHERS_PREFIX))
-    if run.backbone.from_pretrained is not None:
-        _read(objective, "student.model.", plan_load(backbone_source(run.backbone), backbone_config(run.backbone)))
-    for name, teacher in objective.teachers.items():
-        frozen = cast(Teacher, teacher)
-        _read(objective, f"{TEACHERS_PREFIX}{name}.{frozen.prefix}", frozen.plan())
-    named = dict(objective.named_parameters())
-    with torch.no_grad():
-        for online, ema in ema_pairs(objective):
-            named[ema].copy_(named[online])
-
-
 @torch.no_grad()
 def update_ema_teacher(objective: Objective, decay: float) -> None:
     """Update every parameter of the EMA teacher: ema ← decay · ema + (1 − decay) · online."""
     named = dict(objective.named_parameters())
     for online, ema in ema_pairs(objective):
         named[ema].lerp_(named[online], 1.0 - decay)
-
-
-@torch.no_grad()
-def _read(objective: Objective, prefix: str, plan: LoadPlan) -> None:
-    named = dict(objective.named_parameters())
-    for name, value in zip(plan.names, plan.tensors(), strict=True):
-        named[prefix + name].copy_(value)
 
 
 def initialize_module(owner: nn.Module, module: nn.Module) -> None:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 from transformers import ViTConfig
+from transformers.activations import ACT2FN
 from transformers.models.vit.modeling_vit import ViTLayer
 
 from m3i_scale.backbones.base import attend, gather_tokens, split_heads
@@ -146,6 +147,37 @@ class AttentionPool(nn.Module):
         return pooled_BD
 
 
+class MapHead(nn.Module):
+    """Attention pooling of SigLIP (`SiglipMultiheadAttentionPoolingHead`): a learned query, then an MLP."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        width, self.heads = config.hidden_size, config.num_attention_heads
+        self.width = width
+        self.probe = nn.Parameter(torch.zeros(1, 1, width))
+        # Separate layers instead of nn.MultiheadAttention, which reads weights of a child outside of its forward: under
+        # ZeRO-3 they are not gathered then.
+        self.query, self.key, self.value, self.output = (nn.Linear(width, width) for _ in range(4))
+        self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.fc1 = nn.Linear(width, config.intermediate_size)
+        self.activation = ACT2FN[config.hidden_act]
+        self.fc2 = nn.Linear(config.intermediate_size, width)
+
+    def reset_parameters(self) -> None:
+        """Initialize the learned query."""
+        nn.init.xavier_uniform_(self.probe)
+
+    def forward(self, tokens_BLD: Tensor) -> Tensor:
+        """Pool visible tokens into one vector: (B, L, D) → (B, D)."""
+        query_BHID = split_heads(self.query(self.probe.to(tokens_BLD.dtype)), self.heads)
+        key_BHLD, value_BHLD = (split_heads(layer(tokens_BLD), self.heads) for layer in (self.key, self.value))
+        query_BHID = query_BHID.expand(len(tokens_BLD), -1, -1, -1)
+        mixed_BHID = F.scaled_dot_product_attention(query_BHID, key_BHLD, value_BHLD)
+        mixed_BD = self.output(mixed_BHID.transpose(1, 2).flatten(2).squeeze(1))
+        pooled_BD: Tensor = mixed_BD + self.fc2(self.activation(self.fc1(self.norm(mixed_BD))))
+        return pooled_BD
+
+
 class Pointwise(nn.Module):
     """The identity: every patch token is the prediction for its position."""
 
@@ -265,6 +297,17 @@ class AttentionPoolSpec(DecoderSpec):
         heads = self.heads or max(config.hidden_size // 64, 1)
         _check_heads(config.hidden_size, heads)
         return AttentionPool(config.hidden_size, self.width or config.hidden_size, heads)
+
+
+class MapHeadSpec(DecoderSpec):
+    """A decoder that pools the image as SigLIP does: attention with a learned query, then an MLP."""
+
+    kind: ClassVar[str] = "map_head"
+
+    def build(self, config: VisionConfig) -> nn.Module:
+        if not hasattr(config, "intermediate_size"):
+            raise ValueError(f"it has the shape of a Transformer layer, and a {config.model_type} has none")
+        return MapHead(config)
 
 
 class MeanPoolSpec(DecoderSpec):

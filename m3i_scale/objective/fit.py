@@ -9,7 +9,6 @@ from m3i_scale.config import RunConfig
 from m3i_scale.errors import ConfigError
 from m3i_scale.objective.decoders import ClassTokenSpec
 from m3i_scale.objective.recipe import Recipe
-from m3i_scale.objective.targets.text import Text
 
 
 def check_fit(
@@ -39,13 +38,6 @@ def check_fit(
             f"{run.optim.micro_batch_size}",
             where="optim.micro_batch_size",
             fix=f"set optim.micro_batch_size={len(recipe.mix.inputs)} or more",
-        )
-    widths = text_widths(recipe)
-    if len(widths) > 1:
-        raise ConfigError(
-            f"all text targets must have the same width, because they share a text tower; got {sorted(widths)}",
-            where="recipe",
-            fix="give their heads one width",
         )
     first_is_cls = [
         target.name for target in recipe.targets if isinstance(recipe.decoders[target.decoder], ClassTokenSpec)
@@ -158,8 +150,3 @@ def _check_views(recipe: Recipe, student: Backbone, image_size: int) -> None:
             where="recipe.inputs",
             fix="set `masked: drop`, or use a vision Transformer",
         )
-
-
-def text_widths(recipe: Recipe) -> set[int]:
-    """Return the widths that text targets require of the text tower."""
-    return {target.width for target in recipe.targets if isinstance(target, Text)}

@@ -20,7 +20,7 @@ from m3i_scale.data.batch import Batch
 from m3i_scale.objective.balance import GroupWeights
 from m3i_scale.objective.decoders import blocks_read, pool
 from m3i_scale.objective.diagnostics import HostFigures, health_figures, mean_information
-from m3i_scale.objective.encoders import EmaTeacher, Projector, TextTower
+from m3i_scale.objective.encoders import EmaTeacher, Projector
 from m3i_scale.objective.heads import BackboneReader
 from m3i_scale.objective.inputs import EncodedInput, PixelNorm, build_inputs
 from m3i_scale.objective.ranks import Ranks
@@ -29,6 +29,7 @@ from m3i_scale.objective.regularizers import Memory
 from m3i_scale.objective.schedule import settled
 from m3i_scale.objective.targets.base import Context, Encoded, HeadTarget, Target, TargetModules
 from m3i_scale.objective.targets.text import gather_targets
+from m3i_scale.objective.text_tower import TextTower
 
 EMA_PREFIX, TEACHERS_PREFIX = "momentum.", "teachers."
 """Prefixes of the parameter names of an `Objective`'s EMA teacher and of its frozen teachers."""
@@ -190,7 +191,8 @@ class Objective(nn.Module):
         by_token = [target for target in self.recipe.targets if target.by_token]
         decoders = [self.decoders[name] for name in dict.fromkeys(target.decoder for target in by_token)]
         heads = [self.heads[target.name] for target in by_token]
-        return [*([] if self.text is None else [self.text]), *decoders, *heads]
+        towers = [] if self.text is None or self.text.family.fixed_length else [self.text]
+        return [*towers, *decoders, *heads]
 
     @torch.no_grad()
     def after_backward(self, scale: float = 1.0) -> None:

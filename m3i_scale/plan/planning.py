@@ -144,8 +144,8 @@ def read_vocabulary(run: RunConfig, recipe: Recipe, classes: int | None, tokens:
             why="a pixel of a mask has one byte",
             fix=f"use --classes {NO_CLASS} or less",
         )
-    if tokens is None and recipe.uses_text and (there or run.text.tokenizer):
-        tokens = len(find_tokenizer(run.data.datasets, run.text.tokenizer))
+    if tokens is None and recipe.uses_text and (there or run.text.tokenizer_source):
+        tokens = len(find_tokenizer(run.data.datasets, run.text.tokenizer_source))
     elif tokens is None and recipe.uses_text:
         assumed.append(f"a vocabulary of {VOCABULARY} tokens")
     return Vocabulary(label_sets, tokens or VOCABULARY, tuple(assumed))

@@ -25,6 +25,7 @@ from m3i_scale.host.output_dir import check_output_dir
 from m3i_scale.objective.build import build_on_meta
 from m3i_scale.objective.fit import check_fit
 from m3i_scale.objective.information import Objective
+from m3i_scale.objective.pretrained import plan_text
 from m3i_scale.objective.recipe import Recipe, load_run_and_recipe, parse_recipe
 from m3i_scale.objective.teacher import FrozenTeacher
 from m3i_scale.run.callbacks.loggers import trackers_of
@@ -104,13 +105,15 @@ def examine(
 
 
 def _check_weights(run: RunConfig) -> None:
-    """Match the local pretrained weights with the parameters of the backbone, reading only file headers."""
-    start, resumes = run.backbone.from_pretrained, (run.output_dir / "checkpoints").exists()
-    if start is None or resumes or not Path(start).exists():
+    """Match the local pretrained weights with the parameters of the encoders, reading only file headers."""
+    if (run.output_dir / "checkpoints").exists():  # the run resumes
         return
+    start, text = run.backbone.from_pretrained, run.text.from_pretrained
     model = ErrorCollector().collect(backbone_config, run.backbone)  # its errors are already recorded
-    if model is not None:
+    if start is not None and Path(start).exists() and model is not None:
         plan_load(backbone_source(run.backbone), model)
+    if text is not None and Path(text).exists():
+        plan_text(run)
 
 
 def _check_checkpoint(run: RunConfig, resolved: ResolvedRun | None, ranks: int) -> Path | None:

@@ -31,6 +31,7 @@ from m3i_scale.host.output_dir import QUARANTINE, QUARANTINE_VALIDATION, check_o
 from m3i_scale.objective.build import build_on_meta
 from m3i_scale.objective.ranks import Ranks
 from m3i_scale.objective.recipe import Recipe, parse_recipe
+from m3i_scale.objective.text_tower import with_token_ids
 from m3i_scale.text import redact_text, without_secrets
 
 _NAMED = {
@@ -148,12 +149,13 @@ def check_text(run: RunConfig, recipe: Recipe) -> None:
     """Validate that the `text` section is used."""
     if not recipe.uses_text and run.text != TextConfig():  # a resolved config includes the defaults of all sections
         raise ConfigError("`text` has no effect: the recipe has no text target", where="text", fix="leave it out")
-    if run.text.config and not recipe.uses_text_tower:
-        raise ConfigError(
-            "`text.config` has no effect: the recipe predicts captions token by token, without a text encoder",
-            where="text.config",
-            fix="leave it out; the size of the decoder is set in recipe.decoders",
-        )
+    for key in ("config", "model_type", "from_pretrained"):
+        if getattr(run.text, key) and not recipe.uses_text_tower:
+            raise ConfigError(
+                f"`text.{key}` has no effect: the recipe predicts captions token by token, without a text encoder",
+                where=f"text.{key}",
+                fix="leave it out; the size of the decoder is set in recipe.decoders",
+            )
 
 
 def find_shards(
@@ -193,6 +195,9 @@ def read_facts(
         facts.tokenizer = errors.collect(_tokenizer, run, access)
         if facts.tokenizer is not None and recipe.predicts_captions:
             errors.collect(check_ends, facts.tokenizer)
+        if facts.tokenizer is not None and recipe.uses_text_tower:
+            section = errors.collect(with_token_ids, run.text, facts.tokenizer) or run.text
+            run = run.model_copy(update={"text": section})
     facts.run = errors.collect(with_validation_labels, run, facts.label_sets, file or LABELS) or run
     return facts
 
@@ -298,18 +303,11 @@ def no_captions(datasets: dict[str, DatasetConfig], why: str) -> ConfigError:
 
 
 def _tokenizer(run: RunConfig, access: Access) -> PreTrainedTokenizerBase:
-    """Return the tokenizer of a run. Its padding token must be 0."""
+    """Return the tokenizer of a run."""
     read = {name: source for name, source in run.data.datasets.items() if source.captions != "none"}
     if read and all(read_sample_count(source.path, "with_caption", access) == 0 for source in read.values()):
         raise no_captions(read, "manifest.json next to the shards counts none")
-    tokenizer = find_tokenizer(run.data.datasets, run.text.tokenizer, access)
-    if tokenizer.pad_token_id != 0:
-        raise ConfigError(
-            f"the tokenizer must pad with token 0 like the text tower, got {tokenizer.pad_token_id}",
-            where="text.tokenizer",
-            fix="use a BERT-type tokenizer, or the one that `shards make` trains",
-        )
-    return tokenizer
+    return find_tokenizer(run.data.datasets, run.text.tokenizer_source, access)
 
 
 def with_validation_labels(

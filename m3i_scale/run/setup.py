@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, cast
 
 import torch
@@ -13,8 +13,8 @@ import yaml
 from rich.table import Table
 from rich.text import Text
 
-from m3i_scale.backbones.build import backbone_config, backbone_source
-from m3i_scale.backbones.load_plan import LoadPlan, plan_load
+from m3i_scale.backbones.build import backbone_config
+from m3i_scale.backbones.load_plan import LoadPlan
 from m3i_scale.checkpoint.commit import explain
 from m3i_scale.config import RunConfig
 from m3i_scale.data.loader import TrainStream
@@ -33,9 +33,11 @@ from m3i_scale.errors import ConfigError
 from m3i_scale.files import sha256_of_json, write_json
 from m3i_scale.objective.build import build_objective, ema_pairs, initialize_module, scales_of
 from m3i_scale.objective.information import EMA_PREFIX, TEACHERS_PREFIX, Objective
+from m3i_scale.objective.pretrained import pretrained_plans
 from m3i_scale.objective.ranks import ProcessGroupRanks
 from m3i_scale.objective.recipe import without_folders
-from m3i_scale.objective.teacher import Teacher, teachers_sha256
+from m3i_scale.objective.teacher import teachers_sha256
+from m3i_scale.objective.text_tower import text_identity
 from m3i_scale.output import wide_console
 from m3i_scale.run.data_checks import RunWithData, open_stream
 
@@ -81,7 +83,7 @@ class ResolvedRun(RunWithData):
             "backbone": model,
             "optim": run.optim.model_dump(include={"batch_size", "weight_decay", "betas", "eps"}, mode="json"),
             "attention": run.backbone.attention,
-            "text": run.text.config if self.recipe.uses_text_tower else None,
+            "text": text_identity(run.text) if self.recipe.uses_text_tower else None,
             "label_sets": self.label_sets if self.recipe.labels_file is not None else None,
             "vocab_size": self.vocab_size,
             "teachers_sha256": teachers_sha256(self.recipe, run.backbone),
@@ -141,8 +143,8 @@ def start_engine(
     reads_source: bool = True,
 ) -> tuple[Any, ShardedEma | None]:
     """Build the partitioned modules, initialize the weights, and start DeepSpeed and the EMA. `report_start` is called
-    on rank 0 with a report on every tensor of `backbone.from_pretrained`. `reads_source` is False if a checkpoint is
-    loaded right after."""
+    on rank 0 with a report on every tensor of the pretrained weights, by part. `reads_source` is False if a checkpoint
+    is loaded right after."""
     run = resolved.run
     allow_tf32(compute_dtype(resolved.deepspeed.config))
     engine = build_engine(
@@ -166,6 +168,8 @@ def _build(resolved: ResolvedRun, ranks: ProcessGroupRanks) -> Objective:
         resolved.run, resolved.label_sets, resolved.vocab_size, ranks, image_counts=resolved.image_counts
     )
     keep_in_checkpoints(objective.student)
+    if objective.text is not None:
+        keep_in_checkpoints(objective.text)
     if resolved.run.task is not None:
         (names,) = resolved.label_sets.values()
         resolved.run.task.prepare(objective, len(names), resolved.run.data.augment.erasing)
@@ -177,42 +181,46 @@ def _prepare(
     module: Objective, run: RunConfig, report_start: Callable[[dict[str, Any]], None], reads_source: bool
 ) -> None:
     initialize_sharded(module, initialize_module, seed=run.seed, skip=(EMA_PREFIX, TEACHERS_PREFIX))
-    if run.backbone.from_pretrained is not None and reads_source:
-        plans: list[LoadPlan] = []
-
-        def open_plan() -> LoadPlan:
-            plans.append(plan_load(backbone_source(run.backbone), backbone_config(run.backbone)))
-            return plans[0]
-
-        stream_into(module, "student.model.", open_plan)
-        from_rank_0(lambda: report_start(plans[0].report))
-    for name, teacher in module.teachers.items():
-        frozen = cast(Teacher, teacher)
-        stream_into(module, f"{TEACHERS_PREFIX}{name}.{frozen.prefix}", frozen.plan)
+    reports: dict[str, dict[str, Any]] = {}
+    for part, prefix, open_plan in pretrained_plans(module, run):
+        if part == "teachers" or reads_source:
+            stream_into(module, prefix, partial(_reported, part, open_plan, reports))
+    if reads_source and (run.backbone.from_pretrained is not None or run.text.from_pretrained is not None):
+        from_rank_0(lambda: report_start(reports))
     if run.backbone.compiles:
         compile_layers(module, run.backbone.activation_checkpointing)
 
 
-def print_start(report: dict[str, Any], run: RunConfig) -> None:
-    """Print the load result of the pretrained weights, and save it, with the names of all tensors, in the run's
-    folder."""
-    rows = [
-        ("start from", f"{report['source']} ({report['kind']}, files: {len(report['files'])})"),
-        ("loaded", f"{report['loaded']} tensors, {report['parameters']:,} parameters"),
-    ]
-    rows += [
-        ("resized", f"{name}: {tuple(how['from'])} → {tuple(how['to'])}") for name, how in report["resized"].items()
-    ]
-    rows += [("zero", f"{len(names)} × {reason}") for reason, names in report["zeros"].items()]
-    rows += [("left out", f"{len(names)} × {reason}, e.g. {names[0]}") for reason, names in report["left_out"].items()]
-    rows += [("fresh", name) for name in report["fresh"]]
-    rows += [("assumed", f"{name} = {why}") for name, why in report["assumed"].items()]
+def _reported(part: str, open_plan: Callable[[], LoadPlan], reports: dict[str, dict[str, Any]]) -> LoadPlan:
+    plan = open_plan()
+    if part != "teachers":
+        reports[part] = plan.report
+    return plan
+
+
+def print_start(reports: dict[str, dict[str, Any]], run: RunConfig) -> None:
+    """Print the load result of the pretrained weights by part (backbone, text, heads), and save it, with the names of
+    all tensors, in the run's folder."""
     table = Table(box=None, show_header=False)
-    for topic, text in rows:
-        table.add_row(Text(topic, style="bold"), Text(text))
+    for report in reports.values():
+        rows = [
+            ("start from", f"{report['source']} ({report['kind']}, files: {len(report['files'])})"),
+            ("loaded", f"{report['loaded']} tensors, {report['parameters']:,} parameters"),
+        ]
+        rows += [
+            ("resized", f"{name}: {tuple(how['from'])} → {tuple(how['to'])}") for name, how in report["resized"].items()
+        ]
+        rows += [("zero", f"{len(names)} × {reason}") for reason, names in report["zeros"].items()]
+        rows += [
+            ("left out", f"{len(names)} × {reason}, e.g. {names[0]}") for reason, names in report["left_out"].items()
+        ]
+        rows += [("fresh", name) for name in report["fresh"]]
+        rows += [("assumed", f"{name} = {why}") for name, why in report["assumed"].items()]
+        for topic, text in rows:
+            table.add_row(Text(topic, style="bold"), Text(text))
     wide_console(stderr=True, soft_wrap=True).print(table)
     try:
-        write_json(run.output_dir / START, report)
+        write_json(run.output_dir / START, reports)
     except OSError as error:
         raise explain(error, run.output_dir / "checkpoints") from None
 

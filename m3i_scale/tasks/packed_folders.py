@@ -17,6 +17,7 @@ from m3i_scale.data.tokenizer import find_tokenizer
 from m3i_scale.errors import CheckpointError, ConfigError, ErrorCollector, error_prefix
 from m3i_scale.host.output_dir import RUN_FILE, lock_directory
 from m3i_scale.objective.recipe import parse_recipe
+from m3i_scale.objective.text_tower import with_token_ids
 from m3i_scale.output import print_line
 from m3i_scale.rank_variables import under_launcher
 from m3i_scale.run.check import check_run
@@ -239,6 +240,8 @@ class RunFolders:
                 run.task.check_classes(facts.label_sets)
         if recipe.uses_text:
             facts.tokenizer = self._tokenizer(run)
+        if recipe.uses_text_tower:
+            run = run.model_copy(update={"text": with_token_ids(run.text, facts.tokenizer)})
         facts.run = with_validation_labels(run, facts.label_sets, LABELS, classes)
         return facts
 
@@ -248,8 +251,8 @@ class RunFolders:
         if read and not any(map(self._has_captions, read.values())):
             raise no_captions(read, "there is no NAME.txt with text next to an image")
         in_shards = {name: source for name, source in read.items() if source.path not in self.unpacked}
-        if run.text.tokenizer is not None or in_shards:
-            return find_tokenizer(in_shards, run.text.tokenizer)
+        if run.text.tokenizer_source is not None or in_shards:
+            return find_tokenizer(in_shards, run.text.tokenizer_source)
         return learn_tokenizer([], ShardOptions().vocabulary)
 
     def _has_captions(self, source: DatasetConfig) -> bool:

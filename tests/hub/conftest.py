@@ -162,8 +162,9 @@ def first_weights(objective):
         initialize_module(module, module) if not hasattr(module, "config") else None
 
 
-def write_checkpoint(final, run, objective, step, vocab_size, tokenizer, label_sets):
+def write_checkpoint(final, run, objective, step, vocab_size, tokenizer, label_sets, identity=None):
     meta = {
+        "identity": identity or {},
         "step": step,
         "world_size": 2,
         "label_sets": label_sets,

@@ -21,10 +21,11 @@ from m3i_scale.backbones.internimage import InternImageModel
 from m3i_scale.config import RunConfig
 from m3i_scale.errors import ConfigError
 from m3i_scale.exports.write import inference_names, portable_run
-from m3i_scale.objective.build import build_objective, start_weights
+from m3i_scale.objective.build import build_objective
 from m3i_scale.objective.decoders import Pointwise
 from m3i_scale.objective.information import Objective
 from m3i_scale.objective.inputs import EncodedInput, normalize
+from m3i_scale.objective.pretrained import start_weights
 from m3i_scale.objective.ranks import SingleProcess
 from m3i_scale.objective.recipe import parse_recipe
 from m3i_scale.objective.targets.base import Context, Encoded, TargetModules

@@ -9,11 +9,12 @@ import torch
 from tiny import GRID, LABEL_SETS, RECIPES, VOCABULARY, random_batch, tiny_objective, tiny_run
 from torch import nn
 
+from m3i_scale.config import TextConfig
 from m3i_scale.engine.partition import initialize_sharded
 from m3i_scale.errors import ConfigError
 from m3i_scale.objective.build import build_objective, ema_pairs, initialize_module
-from m3i_scale.objective.encoders import text_config
 from m3i_scale.objective.positions import grid_position
+from m3i_scale.objective.text_tower import text_config
 
 
 def build(recipe: str, *overrides: str, labels: bool = True, vocabulary: int | None = VOCABULARY) -> nn.Module:
@@ -77,7 +78,7 @@ FAULTS = {
     "micro-batch below the mix": (("m3i", "optim.micro_batch_size=1"), {}, "optim.micro_batch_size"),
     "one patch for two": (("m3i", "backbone.config.patch_size=32"), {}, "backbone.config"),
     "decoder heads": (("mae", "recipe.decoders.pixels.heads=3"), {}, "recipe.decoders.pixels"),
-    "pool heads": (("siglip", "recipe.decoders.pool.heads=5"), {}, "recipe.decoders.pool"),
+    "pool heads": (("m3i", "recipe.decoders.pool={kind: attention_pool, heads: 5}"), {}, "recipe.decoders.pool"),
     "unknown text field": (("clip", "text.config.hiden_size=8"), {}, "hidden_size"),
     "vocabulary by hand": (("clip", "text.config.vocab_size=8"), {}, "vocab_size"),
     "text heads": (("clip", "text.config.num_attention_heads=3"), {}, "text.config"),
@@ -105,9 +106,9 @@ def test_text_targets_share_one_width() -> None:
 
 
 def test_the_text_tower_is_bert_base_unless_told_otherwise() -> None:
-    config = text_config({}, 100, 64)
+    config = text_config(TextConfig(), 100, 64)
     assert (config.num_hidden_layers, config.hidden_size, config.vocab_size) == (12, 768, 100)
-    assert text_config({"num_hidden_layers": 3}, 100, 64).num_hidden_layers == 3
+    assert text_config(TextConfig(config={"num_hidden_layers": 3}), 100, 64).num_hidden_layers == 3
 
 
 @torch.no_grad()

@@ -13,7 +13,8 @@ from open_clip.loss import CoCaLoss, SigLipLoss
 from tiny import random_batch, tiny_objective
 from torch import Tensor
 from torchvision.transforms.functional import resize
-from transformers import AutoModel, BertConfig, BertModel, CLIPVisionModel
+from transformers import AutoModel, BertConfig, BertModel, CLIPVisionModel, SiglipVisionConfig
+from transformers.models.siglip.modeling_siglip import SiglipMultiheadAttentionPoolingHead
 
 from m3i_scale.backbones.build import backbone_config
 from m3i_scale.config import load_run
@@ -122,10 +123,19 @@ def densecl(objective: Objective, batch: Batch) -> Tensor:
 
 
 def siglip(objective: Objective, batch: Batch) -> Tensor:
-    head = objective.heads["text"]
-    pooled = objective.decoders["pool"](tokens(objective, batch, 1)[:, 1:])
-    image = F.normalize(pooled @ head.projection.weight.T, dim=-1)
-    text = objective.text(batch.text_ids_BT, batch.text_mask_BT)
+    """open_clip's loss on the outputs of `transformers`, with captions padded to full length."""
+    head, pool = objective.heads["text"], objective.decoders["pool"]
+    config = SiglipVisionConfig(hidden_size=64, num_attention_heads=2, intermediate_size=128, hidden_act="gelu")
+    stock = SiglipMultiheadAttentionPoolingHead(config)
+    stock.probe, stock.layernorm, stock.mlp.fc1, stock.mlp.fc2 = pool.probe, pool.norm, pool.fc1, pool.fc2
+    attention, parts = stock.attention, (pool.query, pool.key, pool.value)
+    del attention.in_proj_weight, attention.in_proj_bias
+    attention.in_proj_weight = torch.cat([part.weight for part in parts])
+    attention.in_proj_bias = torch.cat([part.bias for part in parts])
+    attention.out_proj = pool.output
+    image = F.normalize(stock(tokens(objective, batch, 1)[:, 1:]), dim=-1)
+    ids = F.pad(batch.text_ids_BT * batch.text_mask_BT, (0, 16 - batch.text_ids_BT.shape[1]))
+    text = F.normalize(objective.text.model(input_ids=ids).pooler_output, dim=-1)
     return SigLipLoss()(image, text, head.log_scale.exp(), head.bias - 10.0)
 
 

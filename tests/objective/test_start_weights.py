@@ -5,7 +5,8 @@ import torch
 from tiny import LABEL_SETS, VOCABULARY, tiny_objective, tiny_run
 from transformers import ViTConfig, ViTModel
 
-from m3i_scale.objective.build import build_objective, ema_pairs, start_weights, update_ema_teacher
+from m3i_scale.objective.build import build_objective, ema_pairs, update_ema_teacher
+from m3i_scale.objective.pretrained import start_weights
 
 SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
 

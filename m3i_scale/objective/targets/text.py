@@ -61,6 +61,9 @@ class PairDistribution(Kind):
     temperature: float = Field(default=0.07, gt=0)
     """Init value of the learned τ."""
 
+    max_scale: ClassVar[float] = 100.0
+    """Upper limit of 1/τ, as in CLIP."""
+
     @property
     def first_bias(self) -> float | None:
         """Return the init value of the learned logit bias, or None without bias."""
@@ -110,6 +113,7 @@ class BernoulliPairs(PairDistribution):
     kind: ClassVar[str] = "bernoulli"
     bias: float = -10.0
     """Init value of the learned bias."""
+    max_scale: ClassVar[float] = math.inf
 
     @property
     def first_bias(self) -> float:
@@ -140,11 +144,11 @@ class Text(Target):
     encoder: Literal["text_tower"] = "text_tower"
     distribution: PairDistribution = BoltzmannPairs()
     regularizer: OtherCandidates = OtherCandidates()
-    width: int = Field(default=512, ge=8, le=MAX_WIDTH)
-    """Dimension of the shared embedding space."""
+    width: int | None = Field(default=512, ge=8, le=MAX_WIDTH)
+    """Dimension of the shared embedding space. null: the decoder's width, without projection (SigLIP)."""
 
     def build_head(self, sizes: Sizes) -> nn.Module:
-        return TextHead(sizes.decoded, self.width, self.distribution.temperature, self.distribution.first_bias)
+        return TextHead(sizes.decoded, self.width, self.distribution)
 
     def present(self, batch: Batch) -> Tensor:
         return batch.has_text_B
@@ -159,14 +163,13 @@ class Text(Target):
 class TextHead(nn.Module):
     """Projection of ẑ_y onto the unit sphere, with the learned temperature (and bias) of the loss."""
 
-    max_scale = 100.0
-
-    def __init__(self, input_width: int, width: int, temperature: float, bias: float | None = None) -> None:
+    def __init__(self, input_width: int, width: int | None, distribution: PairDistribution) -> None:
         super().__init__()
-        self.projection = nn.Linear(input_width, width, bias=False)
-        self.first_temperature, self.first_bias = temperature, bias
+        self.projection = None if width is None else nn.Linear(input_width, width, bias=False)
+        self.first_temperature, self.first_bias = distribution.temperature, distribution.first_bias
+        self.max_scale = distribution.max_scale
         self.log_scale = nn.Parameter(torch.zeros(1))
-        self.bias = nn.Parameter(torch.zeros(1)) if bias is not None else None
+        self.bias = nn.Parameter(torch.zeros(1)) if self.first_bias is not None else None
 
     def reset_parameters(self) -> None:
         """Initialize the temperature, and the bias of a Bernoulli target."""
@@ -175,8 +178,9 @@ class TextHead(nn.Module):
             nn.init.zeros_(self.bias)
 
     def forward(self, pooled_BD: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return unit vectors fp32 (B, E), 1/τ (1), at most 100, and the bias (1) of a Bernoulli target."""
-        prediction_BE = F.normalize(self.projection(pooled_BD).float(), dim=-1)
+        """Return unit vectors fp32 (B, E), 1/τ (1), and the bias (1) of a Bernoulli target."""
+        projected_BE = pooled_BD if self.projection is None else self.projection(pooled_BD)
+        prediction_BE = F.normalize(projected_BE.float(), dim=-1)
         log_scale = self.log_scale.float()
         # Straight-through: a hard clamp has no gradient above the limit, so one overshoot would freeze τ permanently.
         bounded = log_scale + (log_scale.clamp(max=math.log(self.max_scale)) - log_scale).detach()
