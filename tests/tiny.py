@@ -57,6 +57,8 @@ MAPS = (
     "backbone.preset=internimage-h",
     "backbone.config={channels: 16, depths: [1, 1, 2, 1], groups: [1, 2, 4, 8], level2_post_norm_block_ids: [1], "
     "fusion_width: 64, image_size: 64}",
+    "backbone.weight_init=default",
+    "backbone.freeze=[]",
 )
 """A convolutional backbone with every part that the largest ones have; on images of 64 pixels, which is two cells."""
 DINOV2 = (
@@ -69,6 +71,7 @@ DINOV3 = (
     "backbone.preset=dinov3-s+/16",
     "backbone.config={hidden_size: 64, num_hidden_layers: 2, num_attention_heads: 2, intermediate_size: 96, "
     "image_size: 32, patch_size: 8}",
+    "backbone.freeze=[]",
 )
 SIGLIP = ("backbone.preset=siglip-b/16",)
 RECIPES = tuple(known_recipes())
@@ -170,13 +173,14 @@ def tiny_objective(recipe: str, *overrides: str, seed: int = 0) -> Objective:
     """Initialized, in fp32; the EMA teacher holds the first weights of the backbone."""
     run = tiny_run(recipe, *overrides)
     objective = build_objective(run, LABEL_SETS, VOCABULARY if "text" in run.model_fields_set else None)
-    first_weights(objective, seed)
+    first_weights(objective, seed, run.backbone.weight_init)
     return objective
 
 
-def first_weights(objective: Objective, seed: int) -> None:
+def first_weights(objective: Objective, seed: int, weight_init: str = "default") -> None:
     """Those that a run would start from."""
-    initialize_sharded(objective, initialize_module, seed=seed, skip=("momentum.", "teachers."))
+    initialize = functools.partial(initialize_module, weight_init=weight_init)
+    initialize_sharded(objective, initialize, seed=seed, skip=("momentum.", "teachers."))
     for teacher in objective.teachers.values():
         plan = teacher.plan()
         values = dict(zip(plan.names, plan.tensors(), strict=True))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -35,6 +35,8 @@ Initialize = Callable[[nn.Module, nn.Module], None]
 """Called with (owner, submodule). The owner is the nearest parent `transformers` model, or the submodule itself."""
 DERIVED_FIELDS = ("stage_names", "out_features", "out_indices", "_out_features", "_out_indices", "model_type")
 """Fields that a configuration computes when it is created."""
+FROZEN_PARTS = {"patch_embeddings": "patch", "position_embeddings": "positions"}
+"""Keys of `Family.parts` by value of `backbone.freeze`."""
 
 
 def backbone_config(backbone: BackboneConfig, *, where: str = "backbone") -> VisionConfig:
@@ -57,6 +59,19 @@ def backbone_config(backbone: BackboneConfig, *, where: str = "backbone") -> Vis
             where=f"{where}.attention_kernel",
             fix=f"leave out {where}.attention_kernel",
         )
+    elif backbone.weight_init != "default":
+        raise ConfigError(
+            f"`weight_init: {backbone.weight_init}` is for vision Transformers, and this backbone is an {family.name}",
+            where=f"{where}.weight_init",
+            fix=f"set {where}.weight_init=default",
+        )
+    for part in backbone.freeze:
+        if FROZEN_PARTS[part] not in family.parts:
+            raise ConfigError(
+                f"`freeze: [{part}]` has no effect: {family.name} has no {part.replace('_', ' ')}",
+                where=f"{where}.freeze",
+                fix=f"set {where}.freeze={[other for other in backbone.freeze if FROZEN_PARTS[other] in family.parts]}",
+            )
     return config
 
 
@@ -149,9 +164,22 @@ def _are_counts(value: Any) -> bool:
     return value is None or all(isinstance(count, int) and not isinstance(count, bool) for count in counts)
 
 
-def build_backbone(config: VisionConfig) -> Backbone:
-    """Build the backbone without initializing it."""
-    return MapBackbone(config) if isinstance(config, InternImageConfig) else TokenBackbone(config)
+def build_backbone(config: VisionConfig, freeze: Sequence[str] = (), student: Backbone | None = None) -> Backbone:
+    """Build the backbone without initializing it.
+
+    Args:
+        freeze: parts without gradient, as in `backbone.freeze`.
+        student: shares its frozen parts with the new backbone. An EMA of constants is these constants.
+    """
+    backbone = MapBackbone(config) if isinstance(config, InternImageConfig) else TokenBackbone(config)
+    frozen = tuple(family_of(config).parts[FROZEN_PARTS[part]] for part in freeze)
+    for name, parameter in list(backbone.model.named_parameters()):
+        if name.startswith(frozen):
+            parameter.requires_grad_(False)
+            if student is not None:
+                module, _, attribute = name.rpartition(".")
+                setattr(backbone.model.get_submodule(module), attribute, student.model.get_parameter(name))
+    return backbone
 
 
 def vision_class(config: VisionConfig) -> tuple[type[PreTrainedModel], dict[str, Any]]:

@@ -91,6 +91,11 @@ class BackboneConfig(Section):
     open_clip, or a single file with timm or open_clip parameter names. Default: random initialization."""
     config: ModelFields = Field(default_factory=dict)
     """Fields of the `transformers` configuration, e.g. {hidden_size: 192}."""
+    weight_init: Literal["default", "xavier_uniform"] = "default"
+    """Random initialization of a vision Transformer. default: that of its `transformers` class. xavier_uniform: MAE's,
+    with Xavier-uniform matrices, also for the patch embedding."""
+    freeze: list[Literal["patch_embeddings", "position_embeddings"]] = Field(default_factory=list)
+    """Parts of a vision Transformer that keep their initial values. Position embeddings start as a sine-cosine grid."""
     attention: Literal["within_image", "across_images"] = "within_image"
     """Attention in mixed inputs: tokens attend within their image or across both images."""
     attention_kernel: Literal["sdpa", "eager"] = "sdpa"
@@ -221,6 +226,15 @@ class RunConfig(Section):
             raise FixableError(
                 "optim.layer_decay is of a recipe, and this run has a task",
                 "leave it out; task.layer_decay is that of a task whose backbone is trained",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _freezes_once(self) -> Self:
+        if self.task is not None and self.task.freeze and self.backbone.freeze:
+            raise FixableError(
+                "`backbone.freeze` has no effect: `task.freeze` freezes the complete backbone",
+                "backbone.freeze=[], or task.freeze=false",
             )
         return self
 

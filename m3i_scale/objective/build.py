@@ -13,7 +13,7 @@ from transformers import CLIPVisionModel, PreTrainedModel, SiglipVisionModel
 
 from m3i_scale.backbones.base import MaskToken
 from m3i_scale.backbones.build import backbone_config, build_backbone
-from m3i_scale.backbones.families import VisionConfig, family_of
+from m3i_scale.backbones.families import TokenFamily, VisionConfig, family_of, find_family
 from m3i_scale.config import RunConfig
 from m3i_scale.errors import ConfigError, UserError
 from m3i_scale.objective.balance import GroupWeights
@@ -53,7 +53,7 @@ def build_objective(
     """
     recipe = parse_recipe(run.recipe)
     config = backbone_config(run.backbone)
-    student = build_backbone(config)
+    student = build_backbone(config, run.backbone.freeze)
     if run.task is not None and run.task.freeze:
         student.requires_grad_(False)
     check_fit(run, recipe, student, label_sets, vocab_size)
@@ -69,11 +69,13 @@ def build_objective(
     depth = recipe.ema.projector_depth if recipe.ema is not None and recipe.projects_dense_targets else 0
     if recipe.ema is not None and target_encoders:
         copies = _ema_copies(recipe, decoders, config, ranks)
-        ema_teacher = EmaTeacher(build_backbone(config), depth, *copies, layers=recipe.averaged_layers)
+        copied = build_backbone(config, run.backbone.freeze, student)
+        ema_teacher = EmaTeacher(copied, depth, *copies, layers=recipe.averaged_layers)
     if run.task is not None and run.task.ema is not None and target_encoders:
         pools = nn.ModuleDict({name: _decoder(recipe, name, config) for name in recipe.decoders})
         target_heads = _target_heads(recipe, decoders, teachers, sizes)
-        ema_teacher = EmaTeacher(build_backbone(config), 0, pools, nn.ModuleDict(), target_heads)
+        copied = build_backbone(config, run.backbone.freeze, student)
+        ema_teacher = EmaTeacher(copied, 0, pools, nn.ModuleDict(), target_heads)
     projector = Projector(config.hidden_size, depth) if depth else None
     if recipe.uses_text_tower and vocab_size is not None:
         width = joint_width(recipe, decoders)
@@ -200,9 +202,10 @@ def update_ema_teacher(objective: Objective, decay: float) -> None:
         named[ema].lerp_(named[online], 1.0 - decay)
 
 
-def initialize_module(owner: nn.Module, module: nn.Module) -> None:
+def initialize_module(owner: nn.Module, module: nn.Module, weight_init: str = "default") -> None:
     """Initialize the direct parameters of `module`, which must be gathered (not sharded). `owner` is the nearest
-    `transformers` model above it, which defines the initialization, or `module` itself."""
+    `transformers` model above it, which defines the initialization, or `module` itself. `weight_init` is the setting of
+    the backbone."""
     if isinstance(owner, PreTrainedModel):
         owner._init_weights(module)
         if isinstance(registers := getattr(module, "register_tokens", None), nn.Parameter):
@@ -214,6 +217,8 @@ def initialize_module(owner: nn.Module, module: nn.Module) -> None:
             _start_on_grid(module.weight[None])
         elif isinstance(owner, SiglipVisionModel) and type(module) is nn.Linear:
             nn.init.xavier_uniform_(module.weight)  # as SigLIP initializes attention and MLP
+        if weight_init == "xavier_uniform" and isinstance(family := find_family(owner.config), TokenFamily):
+            _start_as_mae(owner, family, module)
     elif type(module) is nn.Linear:
         # As MAE: depends on both widths. A fixed std of 0.02 suits a ViT-B; with 96 channels it passes on a fifth.
         nn.init.xavier_uniform_(module.weight)
@@ -221,6 +226,22 @@ def initialize_module(owner: nn.Module, module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
     elif callable(reset := getattr(module, "reset_parameters", None)):
         reset()
+
+
+def _start_as_mae(model: PreTrainedModel, family: TokenFamily, module: nn.Module) -> None:
+    """Initialize matrices, patch embedding and class token of a backbone as `initialize_weights` of MAE's
+    `models_mae.py`."""
+    name = next(name for name, child in model.named_modules() if child is module)
+    if type(module) is nn.Linear:
+        # MAE draws queries, keys and values as one matrix (3D, D), whose bound is 1/√2 of that of three.
+        nn.init.xavier_uniform_(module.weight, gain=0.5**0.5 if name.endswith(("q_proj", "k_proj", "v_proj")) else 1.0)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.Conv2d):
+        module.reset_parameters()  # MAE leaves the bias as torch draws it
+        nn.init.xavier_uniform_(module.weight.flatten(1))
+    elif (token := family.parts.get("class", "")).rpartition(".")[0] == name != "":
+        nn.init.normal_(getattr(module, token.rpartition(".")[2]), std=0.02)
 
 
 @torch.no_grad()

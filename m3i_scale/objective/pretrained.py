@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -61,7 +62,8 @@ def pretrained_plans(objective: Objective, run: RunConfig) -> Iterator[Plan]:
 def start_weights(objective: Objective, run: RunConfig) -> None:
     """Load the initial weights of a run: random values from `run.seed`, then pretrained weights. The EMA teacher starts
     as a copy of the student. For unpartitioned parameters."""
-    draw_first_values(objective, initialize_module, seed=run.seed, skip=(EMA_PREFIX, TEACHERS_PREFIX))
+    initialize = partial(initialize_module, weight_init=run.backbone.weight_init)
+    draw_first_values(objective, initialize, seed=run.seed, skip=(EMA_PREFIX, TEACHERS_PREFIX))
     named = dict(objective.named_parameters())
     with torch.no_grad():
         for _, prefix, open_plan in pretrained_plans(objective, run):

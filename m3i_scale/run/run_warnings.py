@@ -103,6 +103,11 @@ def config_warnings(run: RunConfig, recipe: Recipe) -> Iterator[str]:
     yield from _learning_rate(run)
     yield from _temperatures(recipe)
     yield from _augmentation(run, recipe)
+    if run.backbone.from_pretrained is not None and run.backbone.weight_init != "default":
+        yield (
+            "backbone.weight_init has no effect: the weights are those of backbone.from_pretrained. Fix: "
+            "backbone.weight_init=default"
+        )
     if run.data.validation and not run.evaluation.every_steps and not run.log.pictures_every_steps:
         yield "data.validation has no effect: evaluation.every_steps is 0. Fix: evaluation.every_steps=1000"
     online = run.evaluation.online

@@ -83,6 +83,7 @@ class ResolvedRun(RunWithData):
             "backbone": model,
             "optim": run.optim.model_dump(include={"batch_size", "weight_decay", "betas", "eps"}, mode="json"),
             "attention": run.backbone.attention,
+            "freeze": sorted(run.backbone.freeze) or None,
             "text": text_identity(run.text) if self.recipe.uses_text_tower else None,
             "label_sets": self.label_sets if self.recipe.labels_file is not None else None,
             "vocab_size": self.vocab_size,
@@ -180,7 +181,8 @@ def _build(resolved: ResolvedRun, ranks: ProcessGroupRanks) -> Objective:
 def _prepare(
     module: Objective, run: RunConfig, report_start: Callable[[dict[str, Any]], None], reads_source: bool
 ) -> None:
-    initialize_sharded(module, initialize_module, seed=run.seed, skip=(EMA_PREFIX, TEACHERS_PREFIX))
+    initialize = partial(initialize_module, weight_init=run.backbone.weight_init)
+    initialize_sharded(module, initialize, seed=run.seed, skip=(EMA_PREFIX, TEACHERS_PREFIX))
     reports: dict[str, dict[str, Any]] = {}
     for part, prefix, open_plan in pretrained_plans(module, run):
         if part == "teachers" or reads_source:

@@ -454,7 +454,7 @@ class Cases(LastingCases, PrecisionCases, TrafficCases, CompileCases, GuardCases
     ) -> dict[str, Any]:
         plan = self.plan("zero3_cpu_fp32", recipe, *overrides)
         objective = build_objective(plan.run, LABEL_SETS, plan.vocab_size, self.ranks)
-        first_weights(objective, plan.run.seed)
+        first_weights(objective, plan.run.seed, plan.run.backbone.weight_init)
         objective(self.batch(1))[0].backward()  # queues, centers and balanced weights are not empty any more
         objective.after_backward()
         objective.zero_grad()

@@ -56,7 +56,7 @@ class LastingCases(RankParts):
         """Gradients of two micro-batches that make one step: of the engine, and of plain modules."""
         plan = self.plan("zero3_cpu_fp32", recipe, f"optim.batch_size={2 * GLOBAL_BATCH}", *overrides)
         objective = build_objective(plan.run, LABEL_SETS, plan.vocab_size, self.ranks)
-        first_weights(objective, plan.run.seed)
+        first_weights(objective, plan.run.seed, plan.run.backbone.weight_init)
         for seed in (1, 2):
             (objective(self.batch(seed))[0] / 2).backward()
             objective.after_backward()
@@ -75,7 +75,8 @@ class LastingCases(RankParts):
 
     def momentum(self, ds_config: str, stage: int) -> dict[str, Any]:
         """The sharded average beside one of the gathered fp32 weights, and the copy that the forward pass used."""
-        plan = self.plan(ds_config.removesuffix("_hpz"), "sim")
+        parts = "backbone.freeze=[position_embeddings, patch_embeddings]"
+        plan = self.plan(ds_config.removesuffix("_hpz"), "sim", parts)
         if ds_config.endswith("_hpz"):
             plan.deepspeed.config["zero_optimization"]["zero_hpz_partition_size"] = self.world
         engine, momentum = start_engine(plan, self.ranks)
@@ -85,6 +86,11 @@ class LastingCases(RankParts):
         used: dict[str, Tensor] = {}
         self._watch_forward(engine.module, used)
         reference = {target: self._master(named[online]) for online, target in pairs}
+        frozen = {
+            name: self._full_value(parameter)
+            for name, parameter in named.items()
+            if name.startswith("student.") and not parameter.requires_grad
+        }
         collectives = Collectives()
         for step in range(STEPS):
             self._train_step(engine, step)
@@ -101,6 +107,9 @@ class LastingCases(RankParts):
             "stale": [name for name in reference if not self._is_nearest(used[name], reference[name])],
             "unused": sorted(set(reference) - set(used)),
             "moved": moved,
+            "frozen": [*frozen],
+            "frozen_moved": [not torch.equal(self._full_value(named[name]), value) for name, value in frozen.items()],
+            "positions": frozen["student.model.embeddings.position_embeddings"].float(),
             "collectives": collectives.seen,
             "collectives_of_others": self._other_collectives(),
             "dtype": str(next(iter(used.values())).dtype),

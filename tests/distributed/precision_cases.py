@@ -117,7 +117,7 @@ class PrecisionCases(RankParts):
         """Norms and factors of the first batch, in fp32 and without an engine."""
         plan = self.plan("zero3_cpu_fp32", *FOLLOWED)
         objective = build_objective(plan.run, LABEL_SETS, plan.vocab_size, self.ranks)
-        first_weights(objective, plan.run.seed)
+        first_weights(objective, plan.run.seed, plan.run.backbone.weight_init)
         objective(self.batch(0))[0].backward()
         objective.after_backward()
         parts = objective.squared_grad_norms.items()

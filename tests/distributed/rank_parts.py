@@ -66,11 +66,12 @@ class RankParts:
         return part(random_batch(GLOBAL_BATCH, seed=seed, image=self.image), self.rank * size, (self.rank + 1) * size)
 
     def full_values(self, module: nn.Module) -> dict[str, Tensor]:
-        values = {}
-        for name, parameter in module.named_parameters():
-            with gathered([parameter]):
-                values[name] = parameter.detach().clone()
-        return values
+        return {name: self._full_value(parameter) for name, parameter in module.named_parameters()}
+
+    @staticmethod
+    def _full_value(parameter: nn.Parameter) -> Tensor:
+        with gathered([parameter]):
+            return parameter.detach().clone()
 
     def _train_step(self, engine: Any, step: int) -> None:
         loss, _ = engine(self.batch(step))
@@ -80,7 +81,7 @@ class RankParts:
 
     def _master(self, parameter: nn.Parameter) -> Tensor:
         full = safe_get_full_fp32_param(parameter)
-        return (parameter.detach() if full is None else full).float().clone()
+        return (self._full_value(parameter) if full is None else full).float().clone()
 
     @staticmethod
     def _is_nearest(used: Tensor, exact: Tensor) -> bool:

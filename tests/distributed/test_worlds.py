@@ -11,9 +11,10 @@ from compile_cases import COMPILED
 from guard_cases import NONFINITE
 from lasting_cases import STEPS
 from precision_cases import FIRST_POWER
-from tiny import tiny_run
+from tiny import GRID, tiny_run
 from traffic_cases import COMPARED, COUNTED
 
+from m3i_scale.objective.positions import grid_position
 from m3i_scale.objective.recipe import parse_recipe
 
 pytestmark = pytest.mark.slow
@@ -477,6 +478,18 @@ def test_the_target_computes_with_the_rounded_average(worlds, engine: str, world
         assert told["unused"] == []
         assert told["stale"] == []
         assert told["dtype"] == ("torch.float32" if engine.endswith("fp32") else "torch.bfloat16")
+
+
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_frozen_parts_of_the_backbone_keep_their_bits(worlds, engine: str, world: int) -> None:
+    grid = grid_position(GRID, 64, torch.device("cpu"))
+    for rank in range(world):
+        told = worlds.result(f"momentum_{engine}", world, rank)
+        assert len(told["frozen"]) == 3  # weight and bias of the patch embedding, and positions
+        assert not any(told["frozen_moved"])
+        exact = grid if told["dtype"] == "torch.float32" else grid.bfloat16().float()
+        assert torch.equal(told["positions"][0, 1:], exact)
 
 
 def test_second_copies_in_groups_of_ranks_change_nothing(worlds) -> None:

@@ -63,7 +63,7 @@ class TrafficCases(RankParts):
         logged too; and the figures of that step that are of all ranks."""
         plan = self.plan("zero3_cpu_fp32", recipe)
         objective = build_objective(plan.run, LABEL_SETS, plan.vocab_size, self.ranks)
-        first_weights(objective, plan.run.seed)
+        first_weights(objective, plan.run.seed, plan.run.backbone.weight_init)
         told: dict[str, Any] = {}
         for name in ("plain", "logged"):
             objective.measure_health = name == "logged"

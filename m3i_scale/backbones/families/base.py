@@ -37,6 +37,8 @@ class Family(ABC):
     `PretrainedConfig` have no effect here or break the export."""
     derives: ClassVar[bool] = True
     """Whether creating the config computes fields from other fields."""
+    parts: ClassVar[dict[str, str]] = {}
+    """Name of every part of a plain Transformer in `transformers`; `{}` is the number of the layer."""
     has_class_token: ClassVar[bool] = True
     """Whether a class token represents the image. Otherwise, the mean of its patches does."""
 
@@ -71,8 +73,6 @@ class Family(ABC):
 class TokenFamily(Family):
     """Plain vision Transformers with the sequence [prefix | patches]."""
 
-    parts: ClassVar[dict[str, str]]
-    """Name of every part in `transformers`; `{}` is the number of the layer."""
     mlp_field: ClassVar[str] = "intermediate_size"
     untrained: ClassVar[tuple[str, ...]] = ()
     """Unused parameters that the stock class always creates."""
