@@ -92,6 +92,8 @@ def in_parts(ds_config: str) -> dict[str, Any]:
 
 
 TEACHER_WIDTHS = {"teacher": 48, "dinov2": 48, "clip": 40, "siglip": 32}
+FEATURE_WIDTHS = TEACHER_WIDTHS | {"clip": 24}
+"""Of image features: those of CLIP are projected."""
 
 
 @functools.cache
@@ -122,7 +124,8 @@ def _make_teacher(name: str, folder: str) -> None:
     if name == "clip":
         texts = {**sizes, "vocab_size": 20, "max_position_embeddings": 8, "bos_token_id": 1, "eos_token_id": 2}
         images = {**sizes, "image_size": 16, "patch_size": 4, "hidden_act": "gelu"}
-        CLIPModel(CLIPConfig(text_config=texts, vision_config=images)).save_pretrained(folder)
+        projected = FEATURE_WIDTHS[name]
+        CLIPModel(CLIPConfig(text_config=texts, vision_config=images, projection_dim=projected)).save_pretrained(folder)
     elif name == "siglip":
         SiglipVisionModel(SiglipVisionConfig(**sizes, image_size=64, patch_size=16)).save_pretrained(folder)
     else:
@@ -158,7 +161,7 @@ def tiny_overrides(recipe: str) -> list[str]:
         if "size" in target.get("regularizer", ()):
             found.append(f"recipe.targets.{number}.regularizer.size=20")
         if target.get("encoder") == "teacher" and "head" in target:
-            found.append(f"recipe.heads.{target['head']}.width={TEACHER_WIDTHS[target['teacher']]}")
+            found.append(f"recipe.heads.{target['head']}.width={FEATURE_WIDTHS[target['teacher']]}")
     found += [f"recipe.views.{number}.size=16" for number, view in enumerate(raw.get("views", [])) if "size" in view]
     others = [name for name, spec in raw.get("teachers", {}).items() if spec["from_pretrained"] != "student"]
     found += [f"recipe.teachers.{name}.from_pretrained={tiny_teacher(name)}" for name in others]

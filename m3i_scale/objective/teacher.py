@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig, AutoModel, CLIPConfig, CLIPVisionModelWithProjection
 from transformers.initialization import no_init_weights
 
 from m3i_scale.backbones.base import Backbone, Tokens, patch_grid
@@ -36,11 +36,11 @@ class Teacher(nn.Module, ABC):
     prefix: ClassVar[str]
     """Name prefix of the parameters that are loaded from its files."""
     width: int
-    """D, the channels of a token."""
+    """D, the channels of a patch token."""
 
     @abstractmethod
     def forward(self, images_BCHW: Tensor) -> Tokens:
-        """Encode uint8 images as image feature (B, 1, D) and patch tokens (B, N, D)."""
+        """Encode uint8 images as image feature (B, 1, E) and patch tokens (B, N, D)."""
 
     @abstractmethod
     def plan(self) -> LoadPlan:
@@ -88,7 +88,7 @@ class FrozenTeacher(Teacher):
         """Folder or Hub id, and the config key that names it."""
         self.width = int(config.hidden_size)
         with no_init_weights():
-            self.model = AutoModel.from_config(config, trust_remote_code=False)
+            self.model = _vision_model(config)
         self.pixel_norm, self.student = pixel_norm, student
         self.interpolates = "interpolate_pos_encoding" in inspect.signature(self.model.forward).parameters
         self.requires_grad_(False)
@@ -100,12 +100,13 @@ class FrozenTeacher(Teacher):
 
     @torch.no_grad()
     def forward(self, images_BCHW: Tensor) -> Tokens:
-        """Encode uint8 images as image feature (B, 1, D) and patch tokens (B, N, D).
+        """Encode uint8 images as image feature (B, 1, E) and patch tokens (B, N, D).
 
-        The image feature is the pooled output of the model: CLIP's class token after `post_layernorm`, or the attention
-        pool of SigLIP and AIMv2. RADIO's adaptors of these teachers predict the same feature. Without a pooled output,
-        it is the class token, or else the mean patch token. A ViT also uses the class token: most published weights
-        lack its tanh pooler.
+        The image feature of image-text models is `get_image_features`: the attention pool of SigLIP, or the class token
+        of CLIP after its norm and projection. RADIO predicts the same: its adaptors are compared with the text
+        embeddings of these teachers (`radio/open_clip_adaptor.py`). A CLIP vision tower without projection, or AIMv2,
+        has the pooled output. Without one, it is the class token, or else the mean patch token. A ViT also uses the
+        class token: most published weights lack its tanh pooler.
 
         Images are resized if the patch size differs from the student's, and normalized as in the model's training.
         """
@@ -120,9 +121,9 @@ class FrozenTeacher(Teacher):
         output = self.model(pixel_values=pixels_BCHW, **options)
         hidden_BSD = output.last_hidden_state
         tokens_BND = hidden_BSD[:, -grid[0] * grid[1] :]
-        pooled_BD = None if hasattr(self.model, "pooler") else getattr(output, "pooler_output", None)
-        if pooled_BD is not None:
-            return pooled_BD[:, None], tokens_BND
+        pooled_BE = None if hasattr(self.model, "pooler") else output.get("pooler_output", output.get("image_embeds"))
+        if pooled_BE is not None:
+            return pooled_BE[:, None], tokens_BND
         has_cls = hidden_BSD.shape[1] > tokens_BND.shape[1]
         return (hidden_BSD[:, :1] if has_cls else tokens_BND.mean(dim=1, keepdim=True)), tokens_BND
 
@@ -130,7 +131,7 @@ class FrozenTeacher(Teacher):
         config = self.model.config
         self.check_image_size(self.student.image_size)
         with torch.device("meta"):
-            model = AutoModel.from_config(config, trust_remote_code=False)
+            model = _vision_model(config)
         # The tanh pooler of a ViT is unused (see `forward`), and most published weights lack it.
         pooler = [name for name, _ in model.named_parameters() if "pooler" in name]
         folder = pretrained_folder(self.source, self.where)
@@ -185,6 +186,17 @@ class FrozenTeacher(Teacher):
             )
 
 
+def _has_projection(config: Any) -> bool:
+    return CLIPVisionModelWithProjection.__name__ in (config.architectures or ())
+
+
+def _vision_model(config: Any) -> Any:
+    """Return the model of a configuration that `_read_config` returned."""
+    if _has_projection(config):
+        return CLIPVisionModelWithProjection(config)
+    return AutoModel.from_config(config, trust_remote_code=False)
+
+
 @cache
 def _read_config(source: str, where: str) -> Any:
     """Return the `transformers` configuration of a teacher; for image-text models, the vision part."""
@@ -199,6 +211,10 @@ def _read_config(source: str, where: str) -> Any:
             where=where,
             fix="use a folder with config.json, model.safetensors and preprocessor_config.json, or a Hub id",
         ) from None
+    if isinstance(config, CLIPConfig):
+        config.vision_config.update(
+            {"projection_dim": config.projection_dim, "architectures": [CLIPVisionModelWithProjection.__name__]}
+        )
     config = getattr(config, "vision_config", config)
     for field in ("hidden_size", "patch_size"):
         if not isinstance(getattr(config, field, None), int):
@@ -224,7 +240,7 @@ def build_teacher(run: RunConfig, recipe: Recipe, name: str, student: VisionConf
         augment = run.data.augment
         return FrozenStart(run.backbone, build_backbone(student), PixelNorm(augment.mean, augment.std))
     config = _read_config(source, where)
-    _check_widths(recipe, name, config.hidden_size)
+    _check_widths(recipe, name, config.projection_dim if _has_projection(config) else config.hidden_size)
     config._attn_implementation = "sdpa"
     return FrozenTeacher(source, where, config, _normalisation(source), student)
 
@@ -234,7 +250,7 @@ def _check_widths(recipe: Recipe, name: str, width: int) -> None:
     for head in {target.head for target in taught}:
         if recipe.heads[head].width != width:
             raise ConfigError(
-                f"the width of head '{head}' must be {width}, the width of teacher '{name}', got "
+                f"the width of head '{head}' must be {width}, the width of the image feature of teacher '{name}', got "
                 f"{recipe.heads[head].width}",
                 where=f"recipe.heads.{head}.width",
                 fix=f"set recipe.heads.{head}.width={width}",

@@ -13,7 +13,7 @@ from open_clip.loss import CoCaLoss, SigLipLoss
 from tiny import random_batch, tiny_objective
 from torch import Tensor
 from torchvision.transforms.functional import resize
-from transformers import AutoModel, BertConfig, BertModel, CLIPVisionModel, SiglipVisionConfig
+from transformers import AutoModel, BertConfig, BertModel, CLIPModel, SiglipVisionConfig
 from transformers.models.siglip.modeling_siglip import SiglipMultiheadAttentionPoolingHead
 
 from m3i_scale.backbones.build import backbone_config
@@ -178,14 +178,15 @@ def multi_teacher(objective: Objective, batch: Batch) -> Tensor:
     """RADIO: a mean squared error of standardized patches, and a cosine of summaries; all teachers count alike."""
     student, losses = tokens(objective, batch, 1), []
     for name, kind, side, before in (
-        ("clip", CLIPVisionModel, 16, 1),
+        ("clip", CLIPModel, 16, 1),
         ("dinov2", AutoModel, 32, 1),
         ("siglip", AutoModel, 64, 0),
     ):
         stock = kind.from_pretrained(objective.recipe.teachers[name].from_pretrained).eval()
         seen = resize(batch.images_VBCHW[0].float(), [side, side], antialias=True)
         with torch.no_grad():
-            output = stock(pixel_values=normalize(seen, (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)))
+            encode = stock.get_image_features if name == "clip" else stock
+            output = encode(pixel_values=normalize(seen, (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)))
         patches, summary = output.last_hidden_state[:, before:], output.pooler_output
         wanted = F.layer_norm(patches, patches.shape[-1:])
         losses.append(F.mse_loss(objective.heads[f"{name}_map"].projection(student[:, 1:]), wanted))

@@ -12,12 +12,17 @@ from transformers import (
     Aimv2VisionModel,
     AutoModel,
     BitImageProcessor,
+    CLIPConfig,
+    CLIPModel,
     CLIPVisionConfig,
     CLIPVisionModel,
+    CLIPVisionModelWithProjection,
     Dinov2Config,
     Dinov2ForImageClassification,
     Dinov2Model,
     PreTrainedModel,
+    SiglipConfig,
+    SiglipModel,
     SiglipVisionConfig,
     SiglipVisionModel,
     ViTConfig,
@@ -108,7 +113,34 @@ def test_a_teacher_of_another_patch_size_sees_the_images_resized(patch: int, sid
     pooled_B1D, tokens_BND = teacher(images)
     assert tokens_BND.shape == (2, (32 // patch) ** 2, 40)
     torch.testing.assert_close(tokens_BND, wanted.last_hidden_state[:, 1:])
-    torch.testing.assert_close(pooled_B1D[:, 0], wanted.pooler_output)  # behind `post_layernorm`
+    projection = load_file(f"{tiny_teacher('clip')}/model.safetensors")["visual_projection.weight"]
+    torch.testing.assert_close(pooled_B1D[:, 0], wanted.pooler_output @ projection.T)
+
+
+TEXTS = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64, "vocab_size": 20}
+IMAGE_TEXT_MODELS = {
+    "clip": lambda images: CLIPModel(CLIPConfig(text_config=TEXTS, vision_config=images, projection_dim=24)),
+    "projected tower": lambda images: CLIPVisionModelWithProjection(CLIPVisionConfig(**images, projection_dim=24)),
+    "siglip": lambda images: SiglipModel(SiglipConfig(text_config=TEXTS, vision_config=images)),
+}
+
+
+@pytest.mark.parametrize("name", IMAGE_TEXT_MODELS)
+def test_the_image_feature_is_what_texts_are_compared_with(name: str, tmp_path: Path) -> None:
+    stock = IMAGE_TEXT_MODELS[name](SIZES | {"intermediate_size": 64})
+    folder = saved(stock, tmp_path)
+    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    pixels = normalize(images, (0.5,) * 3, (0.5,) * 3)
+    with torch.no_grad():
+        if isinstance(stock, CLIPVisionModelWithProjection):
+            output = stock.eval()(pixel_values=pixels)
+            wanted = output.image_embeds
+        else:
+            output = stock.eval().get_image_features(pixel_values=pixels)
+            wanted = output.pooler_output
+    pooled_B1D, tokens_BND = filled(teacher_of(folder))(images)
+    torch.testing.assert_close(pooled_B1D[:, 0], wanted)
+    torch.testing.assert_close(tokens_BND, output.last_hidden_state[:, -16:])
 
 
 IMAGE_MODELS = {
