@@ -32,12 +32,12 @@ _TEXT = {
 }
 
 
-def write_model(kind: str, folder: Path) -> Path:
+def write_model(kind: str, folder: Path, positions: int = POSITIONS, width: int = 40) -> Path:
     """A folder as published: model, image processor and tokenizer. SigLIP's scale is above CLIP's limit of 100."""
     torch.manual_seed(3)
     if kind == "clip":
-        text = _TEXT | {"projection_dim": 40}
-        model: Any = CLIPModel(CLIPConfig(text_config=text, vision_config=_IMAGE, projection_dim=40))
+        text = _TEXT | {"projection_dim": width, "max_position_embeddings": positions}
+        model: Any = CLIPModel(CLIPConfig(text_config=text, vision_config=_IMAGE, projection_dim=width))
     else:
         model = SiglipModel(SiglipConfig(text_config=_TEXT | {"projection_size": 64}, vision_config=_IMAGE))
         with torch.no_grad():

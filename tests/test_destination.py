@@ -43,7 +43,7 @@ WRITERS = {
     "finetune detection /data/export --data /data/coco --shards": "packed",
 }
 READERS = {"--input", "--root", "--images", "--masks", "--labels", "--evaluation", "--data", "--cluster", "--hostfile"}
-READERS |= {"--features"}
+READERS |= {"--features", "--blend"}
 READING = {"report --pictures"}
 NOWHERE = ("s3://bucket/run", "hf://u/x", "file:///data/x", "$HOME/x", "/data/${JOB}/x")
 

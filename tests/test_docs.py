@@ -27,6 +27,7 @@ import pytest
 import torch
 import yaml
 from _reference import PAGES as RENDERED
+from image_text_models import write_model
 from launch import free_port
 from PIL import Image, ImageDraw
 from transformers import BitImageProcessor, Dinov2Config, Dinov2Model
@@ -157,6 +158,7 @@ def a_data_folder(folder: Path) -> None:
     Dinov2Model(Dinov2Config(**sizes)).save_pretrained(folder / "models" / "dinov2-base")
     processor = BitImageProcessor(crop_size={"height": 32, "width": 32}, size={"shortest_edge": 36})
     processor.save_pretrained(folder / "models" / "dinov2-base")
+    write_model("clip", folder / "models" / "clip-base", positions=77, width=512)
 
 
 def name_of(page: Path) -> str:

@@ -36,7 +36,7 @@ Initialize = Callable[[nn.Module, nn.Module], None]
 DERIVED_FIELDS = ("stage_names", "out_features", "out_indices", "_out_features", "_out_indices", "model_type")
 """Fields that a configuration computes when it is created."""
 FROZEN_PARTS = {"patch_embeddings": "patch", "position_embeddings": "positions"}
-"""Keys of `Family.parts` by value of `backbone.freeze`."""
+"""Keys of `Family.parts` by value of `backbone.freeze`; `all` has none."""
 
 
 def backbone_config(backbone: BackboneConfig, *, where: str = "backbone") -> VisionConfig:
@@ -65,13 +65,13 @@ def backbone_config(backbone: BackboneConfig, *, where: str = "backbone") -> Vis
             where=f"{where}.weight_init",
             fix=f"set {where}.weight_init=default",
         )
-    for part in backbone.freeze:
-        if FROZEN_PARTS[part] not in family.parts:
-            raise ConfigError(
-                f"`freeze: [{part}]` has no effect: {family.name} has no {part.replace('_', ' ')}",
-                where=f"{where}.freeze",
-                fix=f"set {where}.freeze={[other for other in backbone.freeze if FROZEN_PARTS[other] in family.parts]}",
-            )
+    absent = [part for part in backbone.freeze if part != "all" and FROZEN_PARTS[part] not in family.parts]
+    for part in absent:
+        raise ConfigError(
+            f"`freeze: [{part}]` has no effect: {family.name} has no {part.replace('_', ' ')}",
+            where=f"{where}.freeze",
+            fix=f"set {where}.freeze={[other for other in backbone.freeze if other not in absent]}",
+        )
     return config
 
 
@@ -172,7 +172,8 @@ def build_backbone(config: VisionConfig, freeze: Sequence[str] = (), student: Ba
         student: shares its frozen parts with the new backbone. An EMA of constants is these constants.
     """
     backbone = MapBackbone(config) if isinstance(config, InternImageConfig) else TokenBackbone(config)
-    frozen = tuple(family_of(config).parts[FROZEN_PARTS[part]] for part in freeze)
+    parts = family_of(config).parts
+    frozen = tuple("" if part == "all" else parts[FROZEN_PARTS[part]] for part in freeze)
     for name, parameter in list(backbone.model.named_parameters()):
         if name.startswith(frozen):
             parameter.requires_grad_(False)

@@ -94,8 +94,9 @@ class BackboneConfig(Section):
     weight_init: Literal["default", "xavier_uniform"] = "default"
     """Random initialization of a vision Transformer. default: that of its `transformers` class. xavier_uniform: MAE's,
     with Xavier-uniform matrices, also for the patch embedding."""
-    freeze: list[Literal["patch_embeddings", "position_embeddings"]] = Field(default_factory=list)
-    """Parts of a vision Transformer that keep their initial values. Position embeddings start as a sine-cosine grid."""
+    freeze: list[Literal["patch_embeddings", "position_embeddings", "all"]] = Field(default_factory=list)
+    """Parts of a vision Transformer that keep their initial values. Position embeddings start as a sine-cosine grid.
+    all: the complete pretrained backbone, of any kind; only what reads it is trained (LiT, with a text target)."""
     attention: Literal["within_image", "across_images"] = "within_image"
     """Attention in mixed inputs: tokens attend within their image or across both images."""
     attention_kernel: Literal["sdpa", "eager"] = "sdpa"
@@ -116,6 +117,13 @@ class BackboneConfig(Section):
     def _one_start(self) -> Self:
         if self.from_pretrained is not None and self.preset is not None:
             raise ValueError("preset has no effect together with from_pretrained: set one of them to null")
+        if "all" in self.freeze and len(self.freeze) > 1:
+            raise FixableError("`all` includes all other parts of `freeze`", "freeze: [all]")
+        if "all" in self.freeze and self.from_pretrained is None:
+            raise FixableError(
+                "`freeze: [all]` needs pretrained weights: the backbone would stay random",
+                "set backbone.from_pretrained, or leave out backbone.freeze",
+            )
         return self
 
 

@@ -41,11 +41,15 @@ def set_leaves(module: nn.Module) -> None:
 
     Hooks, fetches and releases of a ViT layer's eight modules with parameters are most of the CPU time of a step
     (docs/benchmarks/gpu.md). A layer with parts that are called one by one is not marked, because the parts of a leaf
-    have no hooks.
+    have no hooks. A module with `reads_shapes` is marked: its forward reads the shapes of its children's parameters,
+    which are 0 until they are gathered.
     """
     for layers in stacks(module):
         for _, layer in layers:
             set_z3_leaf_module(layer, True)
+    for child in module.modules():
+        if getattr(child, "reads_shapes", False):
+            set_z3_leaf_module(child, True)
 
 
 def awaited_optimizer(ds_config: dict[str, Any]) -> str | None:

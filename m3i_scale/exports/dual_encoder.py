@@ -37,7 +37,8 @@ from m3i_scale.objective.decoders import ClassTokenSpec, DecoderSpec, MapHeadSpe
 from m3i_scale.objective.information import Objective
 from m3i_scale.objective.pretrained import MAP_HEAD
 from m3i_scale.objective.targets.text import Text
-from m3i_scale.objective.text_tower import text_config, text_family
+from m3i_scale.objective.text_config import text_config
+from m3i_scale.objective.text_tower import text_family
 
 Parts = tuple[PreTrainedModel, dict[str, TensorSource]]
 """A model with empty weights, and the sources of its tensors."""

@@ -141,7 +141,13 @@ def export_and_push(
 def _warning(source: Source, other: str | None, wanted: ExportContents) -> str | None:
     """Return which checkpoints were skipped and what is left out, with the `other` warning; None if there is none."""
     skipped, warnings = source.passed_over, [] if other is None else [other]
+    tokens = source.run.text.max_tokens
     captioning = [target.name for target in source.recipe.targets if target.kind == "caption"]
+    if wanted.task == "zero_shot" and source.run.text.model_type == "siglip_text_model" and tokens != 64:
+        warnings.append(
+            f"the zero-shot pipeline pads captions of a SigLIP to 64 tokens, and this one has {tokens} positions: pass "
+            f"tokenizer_kwargs={{'max_length': {tokens}}}"
+        )
     if wanted.task == "zero_shot" and captioning:
         warnings.append(f"the caption decoder of '{captioning[0]}' is not part of a zero-shot model")
     if skipped:

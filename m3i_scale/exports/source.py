@@ -28,7 +28,7 @@ from m3i_scale.exports.tensors import VISION
 from m3i_scale.files import read_json, read_json_lines, sha256_of
 from m3i_scale.objective.recipe import Recipe, parse_recipe
 from m3i_scale.objective.targets.base import Target
-from m3i_scale.objective.text_tower import without_source
+from m3i_scale.objective.text_config import without_source
 from m3i_scale.upgrade import upgrade_line, upgrade_weights
 
 

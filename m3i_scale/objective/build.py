@@ -29,7 +29,8 @@ from m3i_scale.objective.recipe import Recipe, parse_recipe
 from m3i_scale.objective.targets.base import HeadTarget, ImageTarget, Sizes
 from m3i_scale.objective.targets.text import Text
 from m3i_scale.objective.teacher import Teacher, build_teacher
-from m3i_scale.objective.text_tower import TextTower, text_config
+from m3i_scale.objective.text_config import text_config
+from m3i_scale.objective.text_tower import TextTower
 
 
 def build_objective(

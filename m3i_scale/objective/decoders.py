@@ -306,7 +306,9 @@ class MapHeadSpec(DecoderSpec):
 
     def build(self, config: VisionConfig) -> nn.Module:
         if not hasattr(config, "intermediate_size"):
-            raise ValueError(f"it has the shape of a Transformer layer, and a {config.model_type} has none")
+            raise ValueError(
+                f"map_head needs a vision Transformer, not {config.model_type}; use attention_pool or mean_pool"
+            )
         return MapHead(config)
 
 

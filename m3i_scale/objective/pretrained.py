@@ -22,7 +22,8 @@ from m3i_scale.objective.decoders import ClassToken, MapHead
 from m3i_scale.objective.information import EMA_PREFIX, TEACHERS_PREFIX, Objective
 from m3i_scale.objective.targets.text import Text, TextHead
 from m3i_scale.objective.teacher import Teacher
-from m3i_scale.objective.text_tower import read_text_config, text_family
+from m3i_scale.objective.text_config import read_text_config
+from m3i_scale.objective.text_tower import text_family
 
 Plan = tuple[str, str, Callable[[], LoadPlan]]
 """What is loaded (backbone, text, heads or teachers), the prefix of its parameters, and the plan."""
@@ -104,13 +105,13 @@ def _plan_heads(objective: Objective, run: RunConfig) -> LoadPlan:
             places |= more
             head = cast(TextHead, objective.heads[target.name])
             offsets[f"heads.{target.name}.bias"] = -(head.first_bias or 0.0)
-    wanted = {name: tuple(parameter.shape) for name, parameter in objective.named_parameters()}
+    wanted = [name for name, _ in objective.named_parameters()]
     takes = [
-        Take(name, wanted[name], headers[tensor][0], tensor, part, len(names), offset=offsets.get(name, 0.0))
+        Take(name, _share(shape, len(names)), path, tensor, part, len(names), offset=offsets.get(name, 0.0))
         for tensor, names in places.items()
-        if tensor in headers
+        for path, shape in [headers.get(tensor, (None, ()))]
         for part, name in enumerate(names)
-        if name in wanted
+        if path is not None and name in wanted
     ]
     taken = {take.name for take in takes}
     prefixes = tuple(
@@ -132,6 +133,11 @@ def _plan_heads(objective: Objective, run: RunConfig) -> LoadPlan:
         "fresh": fresh,
     }
     return LoadPlan(takes, report | {key: {} for key in ("resized", "zeros", "left_out", "assumed")}, where, source)
+
+
+def _share(shape: tuple[int, ...], parts: int) -> tuple[int, ...]:
+    """Return the shape of one of equal parts of a tensor. Partitioned parameters do not have it."""
+    return (shape[0] // parts, *shape[1:]) if shape else (1,)
 
 
 def _places_of(objective: Objective, target: Text) -> dict[str, tuple[str, ...]]:

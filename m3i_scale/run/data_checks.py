@@ -31,7 +31,7 @@ from m3i_scale.host.output_dir import QUARANTINE, QUARANTINE_VALIDATION, check_o
 from m3i_scale.objective.build import build_on_meta
 from m3i_scale.objective.ranks import Ranks
 from m3i_scale.objective.recipe import Recipe, parse_recipe
-from m3i_scale.objective.text_tower import with_token_ids
+from m3i_scale.objective.text_config import with_token_ids
 from m3i_scale.text import redact_text, without_secrets
 
 _NAMED = {

@@ -37,7 +37,7 @@ from m3i_scale.objective.pretrained import pretrained_plans
 from m3i_scale.objective.ranks import ProcessGroupRanks
 from m3i_scale.objective.recipe import without_folders
 from m3i_scale.objective.teacher import teachers_sha256
-from m3i_scale.objective.text_tower import text_identity
+from m3i_scale.objective.text_config import text_identity
 from m3i_scale.output import wide_console
 from m3i_scale.run.data_checks import RunWithData, open_stream
 

@@ -17,7 +17,7 @@ from m3i_scale.data.tokenizer import find_tokenizer
 from m3i_scale.errors import CheckpointError, ConfigError, ErrorCollector, error_prefix
 from m3i_scale.host.output_dir import RUN_FILE, lock_directory
 from m3i_scale.objective.recipe import parse_recipe
-from m3i_scale.objective.text_tower import with_token_ids
+from m3i_scale.objective.text_config import with_token_ids
 from m3i_scale.output import print_line
 from m3i_scale.rank_variables import under_launcher
 from m3i_scale.run.check import check_run

@@ -19,7 +19,7 @@ from m3i_scale.exports.export import export
 from m3i_scale.exports.write import ExportContents
 from m3i_scale.objective.build import build_objective
 from m3i_scale.objective.pretrained import start_weights
-from m3i_scale.objective.text_tower import text_identity
+from m3i_scale.objective.text_config import text_identity
 
 ZERO_SHOT = ExportContents("zero_shot")
 

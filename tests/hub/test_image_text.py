@@ -30,7 +30,7 @@ from m3i_scale.exports.write import ExportContents
 from m3i_scale.objective.build import build_objective
 from m3i_scale.objective.information import Objective
 from m3i_scale.objective.pretrained import MAP_HEAD, start_weights
-from m3i_scale.objective.text_tower import read_text_config, text_identity, with_token_ids
+from m3i_scale.objective.text_config import read_text_config, text_identity, with_token_ids
 
 KINDS = ("clip", "siglip")
 

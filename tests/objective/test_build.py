@@ -14,7 +14,7 @@ from m3i_scale.engine.partition import initialize_sharded
 from m3i_scale.errors import ConfigError
 from m3i_scale.objective.build import build_objective, ema_pairs, initialize_module
 from m3i_scale.objective.positions import grid_position
-from m3i_scale.objective.text_tower import text_config
+from m3i_scale.objective.text_config import text_config
 
 
 def build(recipe: str, *overrides: str, labels: bool = True, vocabulary: int | None = VOCABULARY) -> nn.Module:

@@ -168,7 +168,7 @@ def test_recipes_stand_in_the_order_of_the_paper():
     assert {row["name"] for row in rows} == set(known_recipes())
     assert list(dict.fromkeys(row["family"] for row in rows)) == list(FAMILIES)
     names = [row["name"] for row in rows]
-    assert names[:5] == ["supervised", "clip", "coca", "continue_siglip", "siglip"]
+    assert names[:6] == ["supervised", "clip", "coca", "continue_clip", "continue_siglip", "siglip"]
     assert names.index("mae") < names.index("masked_features") < names.index("masked_global") < names.index("densecl")
     assert names.index("novel_view") < names.index("densecl") < names.index("byol") < names.index("sim_pixels")
 

@@ -202,7 +202,7 @@ MISTAKES = {
     "patch size": Mistake(r"must be a multiple of patch size 7, got 32", ["backbone.config.patch_size=7"]),
     "heads": Mistake(r"must be a multiple of .* 3 heads, got 64", ["backbone.config.num_attention_heads=3"]),
     "preset": Mistake(r"unknown backbone 'vit-z/16'", ["backbone.preset=vit-z/16"]),
-    "text field": Mistake(r"'layers' of BERT", ["text.config.layers=2"]),
+    "text field": Mistake(r"unknown field 'layers' of bert", ["text.config.layers=2"]),
     "batch": Mistake(r"optim.batch_size \(6\) must be a multiple", ["optim.batch_size=6"]),
     "micro-batch below the mix": Mistake(
         r"optim.micro_batch_size must be at least", ["optim.micro_batch_size=1", "data.streams=1"]

@@ -216,7 +216,7 @@ def test_the_start_is_told_and_kept(tmp_path, capsys):
         **{"assumed": {"hidden_act": "gelu: a bare file"}, "normalisation": {"mean": [0.5] * 3, "std": [0.5] * 3}},
         "image_size": 32,
     }
-    print_start(report, run)
+    print_start({"backbone": report}, run)
     told = " ".join(capsys.readouterr().err.split())
     for part in (
         "/data/vit (timm, files: 1)",
@@ -227,4 +227,4 @@ def test_the_start_is_told_and_kept(tmp_path, capsys):
         "hidden_act = gelu: a bare file",
     ):
         assert part in told, part
-    assert json.loads((tmp_path / "start.json").read_text()) == report
+    assert json.loads((tmp_path / "start.json").read_text()) == {"backbone": report}
