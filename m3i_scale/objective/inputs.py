@@ -31,8 +31,9 @@ class MaskSpec(Section):
     """Which patches of an input are masked."""
 
     form: Mask = RandomMask()
-    """random: independent patches; block: a union of rectangles; inverse_block: all but one rectangle; target_blocks:
-    rectangles that are predicted one by one; or a user-defined class."""
+    """random: independent patches; block: a union of rectangles; beit_blocks: a union of rectangles as in BEiT's code;
+    inverse_block: all but one rectangle; target_blocks: rectangles that are predicted one by one; or a user-defined
+    class."""
     ratio: Annotated[float | tuple[float, float], AfterValidator(_is_ratio)]
     """Mask ratio. The number of masked patches is rounded and is the same for every sample. With mask tokens, a range
     [smallest, largest] is possible; the ratio is drawn per sample."""
@@ -198,7 +199,7 @@ def _single(spec: InputSpec, view: int, seeds_B: Tensor, grid: tuple[int, int], 
     ratio = spec.mask.ratio
     low, high = ratio if isinstance(ratio, tuple) else (ratio, ratio)
     visible = min(max(patches - round(high * patches), 1), patches - 1)
-    order_BN = spec.mask.form.order(seeds_B, grid, 16 * number)
+    order_BN = spec.mask.form.order_for(patches - visible, seeds_B, grid, 16 * number)
     if spec.mask.masked == "drop":
         seen = _split(spec.name, view, order_BN, visible, itself_B, itself_B)
         return replace(seen, blocks_BKT=spec.mask.form.target_blocks(seeds_B, grid, 16 * number))

@@ -11,11 +11,13 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from m3i_scale.config.sections import MAX_ASPECT, MAX_VIEWS, Kind
+from m3i_scale.config.sections import MAX_ASPECT, MAX_SIDE, MAX_VIEWS, Kind
 from m3i_scale.objective.positions import patch_coordinates
 
 _BLOCKS = 24
 """Rectangles per block mask: enough to cover 3/4 of a grid with probability near 1."""
+_ROUNDS, _TRIALS = 16, 10
+"""Rectangles of `BeitBlocks`, and draws of each."""
 
 
 class Mask(Kind):
@@ -47,6 +49,10 @@ class Mask(Kind):
             stream: stream of random numbers. It differs per input, so that masks are independent. A mask may also use
                 the next 15 streams.
         """
+
+    def order_for(self, masked: int, seeds_B: Tensor, grid: tuple[int, int], stream: int) -> Tensor:
+        """Return `order` for a mask that depends on the number of masked patches."""
+        return self.order(seeds_B, grid, stream)
 
 
 class RandomMask(Mask):
@@ -86,6 +92,46 @@ class BlockMask(Mask):
         number_K1 = torch.arange(_BLOCKS, device=seeds_B.device)[:, None]
         first_BN = number_K1.masked_fill(~inside_BKN, _BLOCKS).amin(dim=1)
         return (noise_BN - first_BN).argsort(dim=1, stable=True)
+
+
+class BeitBlocks(Mask):
+    """A mask that is a union of rectangles, drawn as in the code of BEiT and SIM: each has at most as many patches as
+    are left to mask, so the last ones are small.
+
+    If ten rectangles in a row mask nothing new or too much, random patches fill up the mask. Here, they also do after
+    `_ROUNDS` rectangles; of 20,000 masks of SIM, none has more.
+    """
+
+    kind: ClassVar[str] = "beit_blocks"
+    smallest: int = Field(default=16, ge=1, le=MAX_SIDE)
+    """Smallest number of patches of a rectangle, while that many are left."""
+
+    def order(self, seeds_B: Tensor, grid: tuple[int, int], stream: int) -> Tensor:
+        return self.order_for(grid[0] * grid[1] // 2, seeds_B, grid, stream)
+
+    def order_for(self, masked: int, seeds_B: Tensor, grid: tuple[int, int], stream: int) -> Tensor:
+        """Return `order`, with the patches of all rectangles last."""
+        place_2N = torch.stack(patch_coordinates(grid, seeds_B.device))
+        side_21 = place_2N.amax(dim=1, keepdim=True) + 1
+        u_RB4T = hash_uniform(seeds_B, 4 * _ROUNDS * _TRIALS, stream + 1).view(-1, _ROUNDS, 4, _TRIALS).transpose(0, 1)
+        half_RB1T = (u_RB4T[:, :, 1:2] - 0.5) * math.log(1 / 0.3)  # log √aspect; the aspect is 0.3 to 1 / 0.3
+        stretch_RB2T = torch.cat([half_RB1T, -half_RB1T], dim=2).exp()
+        masked_BN = torch.zeros_like(seeds_B, dtype=torch.bool)[:, None].expand(-1, grid[0] * grid[1])
+        going_B1 = torch.ones_like(masked_BN[:, :1])
+        for u_B4T, stretch_B2T in zip(u_RB4T, stretch_RB2T, strict=True):
+            left_B1 = masked - masked_BN.sum(dim=1, keepdim=True)
+            area_BT = self.smallest + (left_B1 - self.smallest) * u_B4T[:, 0]
+            size_B2T = (area_BT.sqrt()[:, None] * stretch_B2T).round()
+            start_B2T1 = (u_B4T[:, 2:] * (side_21 + 1 - size_B2T)).floor()[..., None]
+            within_B2TN = (place_2N[:, None] >= start_B2T1) & (place_2N[:, None] < start_B2T1 + size_B2T[..., None])
+            new_BTN = within_B2TN.all(dim=1) & ~masked_BN[:, None]
+            count_BT = new_BTN.sum(dim=2)
+            fits_BT = (size_B2T < side_21).all(dim=1) & (count_BT > 0) & (count_BT <= left_B1)
+            first_BT = fits_BT & (fits_BT.cumsum(dim=1) == 1) & going_B1
+            going_B1 = going_B1 & fits_BT.any(dim=1, keepdim=True)
+            masked_BN = masked_BN | (new_BTN & first_BT[..., None]).any(dim=1)
+        noise_BN = hash_uniform(seeds_B, grid[0] * grid[1], stream)
+        return (noise_BN + masked_BN).argsort(dim=1, stable=True)
 
 
 class InverseBlockMask(Mask):
