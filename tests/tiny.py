@@ -146,6 +146,8 @@ def tiny_overrides(recipe: str) -> list[str]:
     for name, decoder in raw["decoders"].items():
         if decoder["kind"] in ("transformer", "cross_attention", "causal_transformer"):
             found += [f"recipe.decoders.{name}.{field}" for field in ("width=32", "heads=2", "depth=1")]
+        elif decoder["kind"] == "siamese":
+            found += [f"recipe.decoders.{name}.{field}" for field in ("heads=2", "depth=1")]
         elif decoder["kind"] == "attention_pool":
             found.append(f"recipe.decoders.{name}.width=64")
     for name, head in raw.get("heads", {}).items():

@@ -93,13 +93,20 @@ class Backbone(nn.Module, ABC):
 
     @abstractmethod
     def encode_own(
-        self, views: Views, view_of: Sequence[int], visible: Sequence[Tensor], masked: MaskedPatches | None = None
+        self,
+        views: Views,
+        view_of: Sequence[int],
+        visible: Sequence[Tensor],
+        masked: MaskedPatches | None = None,
+        *,
+        norm: bool = True,
     ) -> list[Tokens]:
         """Encode inputs independently of each other (within-image attention): tokens by input, ordered as `visible`.
 
         Args:
             view_of: view of each input.
             visible: visible patches of each input: int64 (B, L), ascending.
+            norm: apply the final norm of a vision Transformer.
         """
 
     @abstractmethod
@@ -114,7 +121,7 @@ class Backbone(nn.Module, ABC):
             rows: image in row i of each slot: int64 (B).
         """
 
-    def encode_whole(self, images_BCHW: Tensor, blocks: int = 1) -> Tokens:
+    def encode_whole(self, images_BCHW: Tensor, blocks: int = 1, *, norm: bool = True) -> Tokens:
         """Encode normalized images without masking: class or mean token (B, 1, D), and all patch tokens (B, N, D), row
         by row.
 

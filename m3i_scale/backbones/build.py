@@ -35,8 +35,8 @@ Initialize = Callable[[nn.Module, nn.Module], None]
 """Called with (owner, submodule). The owner is the nearest parent `transformers` model, or the submodule itself."""
 DERIVED_FIELDS = ("stage_names", "out_features", "out_indices", "_out_features", "_out_indices", "model_type")
 """Fields that a configuration computes when it is created."""
-FROZEN_PARTS = {"patch_embeddings": "patch", "position_embeddings": "positions"}
-"""Keys of `Family.parts` by value of `backbone.freeze`; `all` has none."""
+FROZEN_PARTS = {"patch_embeddings": "patch", "position_embeddings": "positions", "final_norm": "norm"}
+"""Keys of `Family.parts` by value of `backbone.freeze`; `all` has none. The recipe decides about the final norm."""
 
 
 def backbone_config(backbone: BackboneConfig, *, where: str = "backbone") -> VisionConfig:
@@ -168,12 +168,16 @@ def build_backbone(config: VisionConfig, freeze: Sequence[str] = (), student: Ba
     """Build the backbone without initializing it.
 
     Args:
-        freeze: parts without gradient, as in `backbone.freeze`.
+        freeze: keys of `FROZEN_PARTS`: parts without gradient, if the backbone has them.
         student: shares its frozen parts with the new backbone. An EMA of constants is these constants.
     """
     backbone = MapBackbone(config) if isinstance(config, InternImageConfig) else TokenBackbone(config)
     parts = family_of(config).parts
-    frozen = tuple("" if part == "all" else parts[FROZEN_PARTS[part]] for part in freeze)
+    frozen = tuple(
+        "" if part == "all" else parts[FROZEN_PARTS[part]]
+        for part in freeze
+        if FROZEN_PARTS.get(part, "") in ("", *parts)
+    )
     for name, parameter in list(backbone.model.named_parameters()):
         if name.startswith(frozen):
             parameter.requires_grad_(False)

@@ -122,7 +122,13 @@ class TokenBackbone(Backbone):
             hook.remove()
 
     def encode_own(
-        self, views: Views, view_of: Sequence[int], visible: Sequence[Tensor], masked: MaskedPatches | None = None
+        self,
+        views: Views,
+        view_of: Sequence[int],
+        visible: Sequence[Tensor],
+        masked: MaskedPatches | None = None,
+        *,
+        norm: bool = True,
     ) -> list[Tokens]:
         """Encode every input as a separate sequence; inputs of the same length are batched."""
         parts = self._visible(views, view_of, visible, masked)
@@ -131,7 +137,7 @@ class TokenBackbone(Backbone):
         for length in sorted({sequence.shape[1] for sequence in sequences}):
             members = [k for k, sequence in enumerate(sequences) if sequence.shape[1] == length]
             angles = _joined([parts[k].angles for k in members], dim=0)
-            output = self.encode(torch.cat([sequences[k] for k in members]), angles)
+            output = (self.encode if norm else self._through_layers)(torch.cat([sequences[k] for k in members]), angles)
             outputs |= dict(zip(members, output.split(len(sequences[0])), strict=True))
         return [self.read(outputs[k]) for k in range(len(sequences))]
 
@@ -160,7 +166,7 @@ class TokenBackbone(Backbone):
         """Return [prefix | patches] of normalized images as the first layer gets them, and their rotary angles."""
         return torch.cat(self.embed(images_BCHW), dim=1), self.angles(images_BCHW)
 
-    def encode_whole(self, images_BCHW: Tensor, blocks: int = 1) -> Tokens:
+    def encode_whole(self, images_BCHW: Tensor, blocks: int = 1, *, norm: bool = True) -> Tokens:
         if blocks > 1 and not self.has_class_token:
             raise ValueError("the backbone has no class token")
         (tokens_BSD, angles), cls = self.embed_whole(images_BCHW), []
@@ -168,7 +174,7 @@ class TokenBackbone(Backbone):
             tokens_BSD = call_layer(layer, tokens_BSD, angles)
             if 0 < left < blocks:
                 cls.append(self.normed(tokens_BSD[:, :1]))
-        last_B1D, patches_BND = self.read(self.normed(tokens_BSD))
+        last_B1D, patches_BND = self.read(self.normed(tokens_BSD) if norm else tokens_BSD)
         return torch.cat([*cls, last_B1D], dim=1), patches_BND
 
     def encode_maps(self, images_BCHW: Tensor, layers: Sequence[int]) -> tuple[Tokens, list[Tensor]]:

@@ -98,6 +98,8 @@ class OptimConfig(Section):
     """Steps of linear warm-up. Default: 2,500, or a tenth of `steps` for runs of at most 2,500 steps."""
     weight_decay: float = Field(default=0.05, ge=0)
     """Decoupled weight decay of matrices. Biases, norms and other vectors are not decayed."""
+    decay_tokens: bool = False
+    """Apply weight decay to class, mask and register tokens and to trained position embeddings too, as timm and MAE."""
     betas: tuple[Share, Share] = (0.9, 0.95)
     """Decay of AdamW's first and second moment (β₁, β₂)."""
     eps: float = Field(default=1e-8, gt=0)

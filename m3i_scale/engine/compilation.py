@@ -72,6 +72,8 @@ def compile_layers(module: nn.Module, policy: str = "none") -> list[str]:
     names = []
     for layers in stacks(module):
         for name, layer in layers:
+            if getattr(layer, "communicates", False):  # collectives are no part of a graph
+                continue
             kind = type(layer)
             if kind not in compiled:
                 compiled[kind] = torch.compile(_arithmetic(kind), fullgraph=True)

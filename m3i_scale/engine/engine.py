@@ -89,6 +89,7 @@ def build_engine(
     ds_config: dict[str, Any],
     *,
     weight_decay: float,
+    decay_tokens: bool = False,
     lr_scales: Callable[[nn.Module], Mapping[str, float]] = lambda module: {},
 ) -> Any:
     """Construct the module (partitioned under ZeRO-3), initialize its weights and start the engine.
@@ -98,6 +99,7 @@ def build_engine(
         initialize: fills the weights of the built module, before the optimizer copies them.
         ds_config: resolved DeepSpeed configuration.
         weight_decay: applied to matrices only.
+        decay_tokens: apply it to tokens and position embeddings too.
         lr_scales: learning rate multipliers by parameter name; the default is 1.
     """
     deepspeed.utils.logger.setLevel(logging.WARNING)  # the toolkit prints its summary of the configuration
@@ -106,7 +108,7 @@ def build_engine(
     module = construct(build, ds_config)
     initialize(module)
     set_leaves(module)
-    groups = parameter_groups(module, weight_decay, lr_scales(module), full_shape)
+    groups = parameter_groups(module, weight_decay, lr_scales(module), full_shape, decay_tokens=decay_tokens)
     # The BF16 optimizer prints its memory twice for every parameter group: 100 lines with layer-wise LR decay.
     quiet = mock.patch.object(bf16_optimizer, "see_memory_usage")
     with gradients_by_parameter(), free_memory_of_torch(), quiet:

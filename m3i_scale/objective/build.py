@@ -54,7 +54,11 @@ def build_objective(
     """
     recipe = parse_recipe(run.recipe)
     config = backbone_config(run.backbone)
-    student = build_backbone(config, run.backbone.freeze)
+    project = recipe.ema.build_projector if recipe.ema is not None and recipe.projects_dense_targets else None
+    projector = project(config) if project is not None else Projector(config.hidden_size, 0)
+    # The final norm that this projector skips stays as it starts.
+    freeze = [*run.backbone.freeze, *(["final_norm"] if projector.before_norm else [])]
+    student = build_backbone(config, freeze)
     if run.task is not None and run.task.freeze:
         student.requires_grad_(False)
     check_fit(run, recipe, student, label_sets, vocab_size)
@@ -67,17 +71,16 @@ def build_objective(
     heads = _target_heads(recipe, decoders, teachers, replace(sizes, image_counts=image_counts))
     weights = [target.weight for target in recipe.targets]
     ema_teacher = text = None
-    depth = recipe.ema.projector_depth if recipe.ema is not None and recipe.projects_dense_targets else 0
     if recipe.ema is not None and target_encoders:
         copies = _ema_copies(recipe, decoders, config, ranks)
-        copied = build_backbone(config, run.backbone.freeze, student)
-        ema_teacher = EmaTeacher(copied, depth, *copies, layers=recipe.averaged_layers)
+        ema_projector = project(config) if project is not None else Projector(config.hidden_size, 0)
+        copied = build_backbone(config, freeze, student)
+        ema_teacher = EmaTeacher(copied, ema_projector, *copies, layers=recipe.averaged_layers)
     if run.task is not None and run.task.ema is not None and target_encoders:
         pools = nn.ModuleDict({name: _decoder(recipe, name, config) for name in recipe.decoders})
         target_heads = _target_heads(recipe, decoders, teachers, sizes)
-        copied = build_backbone(config, run.backbone.freeze, student)
-        ema_teacher = EmaTeacher(copied, 0, pools, nn.ModuleDict(), target_heads)
-    projector = Projector(config.hidden_size, depth) if depth else None
+        copied, no_projector = build_backbone(config, freeze, student), Projector(config.hidden_size, 0)
+        ema_teacher = EmaTeacher(copied, no_projector, pools, nn.ModuleDict(), target_heads)
     if recipe.uses_text_tower and vocab_size is not None:
         width = joint_width(recipe, decoders)
         text = TextTower(text_config(run.text, vocab_size, width, run.backbone.attention_kernel), width)
@@ -93,7 +96,7 @@ def build_objective(
         weights=recipe.balance.module(weights, **dict(recipe.balance)) if target_encoders else GroupWeights(weights),
         image_heads=_image_heads(recipe, decoders, ranks),
         states=_memories(recipe) if target_encoders else nn.ModuleDict(),
-        projector=projector,
+        projector=projector if len(projector.blocks) else None,
         ema_teacher=ema_teacher,
         teachers=teachers,
         text=text,

@@ -15,7 +15,27 @@ from transformers.models.vit.modeling_vit import ViTLayer
 from m3i_scale.backbones.base import attend, gather_tokens, split_heads
 from m3i_scale.backbones.families import VisionConfig
 from m3i_scale.config.sections import MAX_HEADS, MAX_LAYERS, MAX_WIDTH, Kind
+from m3i_scale.objective.heads import BatchNorm
 from m3i_scale.objective.positions import grid_position
+from m3i_scale.objective.ranks import SingleProcess
+
+
+def transformer_layers(width: int, depth: int, heads: int, kernel: str, *, batch_norm: bool = False) -> nn.ModuleList:
+    """Return ViT layers, with batch norm in place of LayerNorm as in SIM. `Objective` sets `BatchNorm.ranks`."""
+    config = ViTConfig(
+        hidden_size=width,
+        num_attention_heads=heads,
+        intermediate_size=4 * width,
+        layer_norm_eps=1e-6,
+        attn_implementation=kernel,
+    )
+    layers = nn.ModuleList([ViTLayer(config) for _ in range(depth)])
+    layer: Any
+    for layer in layers if batch_norm else ():
+        layer.communicates = True  # is not compiled
+        for norm in ("layernorm_before", "layernorm_after"):
+            setattr(layer, norm, BatchNorm(width, SingleProcess(), affine=True))
+    return layers
 
 
 class TransformerDecoder(nn.Module):
@@ -24,27 +44,22 @@ class TransformerDecoder(nn.Module):
 
     partial_layers: ClassVar[slice] = slice(-1, None)
     """Layers of which `_run` calls the parts."""
+    batch_norm: ClassVar[bool] = False
+    """Whether the norms of the layers are batch norms."""
 
     def __init__(
         self, input_width: int, width: int, depth: int, heads: int, position: str, kernel: str = "sdpa"
     ) -> None:
         super().__init__()
         self.width, self.position = width, position
-        self.embed = nn.Linear(input_width, width)
+        self.embed: nn.Module = nn.Linear(input_width, width)
         self.position_embed = nn.Linear(2 * width, width) if position == "relative" else None
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
-        config = ViTConfig(
-            hidden_size=width,
-            num_attention_heads=heads,
-            intermediate_size=4 * width,
-            layer_norm_eps=1e-6,
-            attn_implementation=kernel,
-        )
-        self.layers = nn.ModuleList([ViTLayer(config) for _ in range(depth)])
+        self.layers = transformer_layers(width, depth, heads, kernel, batch_norm=self.batch_norm)
         layer: Any
         for layer in self.layers[self.partial_layers]:
             layer.called_in_parts = True  # runs without activation checkpointing
-        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.norm: nn.Module = nn.LayerNorm(width, eps=1e-6)
 
     def reset_parameters(self) -> None:
         """Initialize the mask token; the layers initialize themselves."""
@@ -66,22 +81,25 @@ class TransformerDecoder(nn.Module):
         target view. A relative decoder needs the position features of both views' patches relative to the input view.
         """
         x_BLD = self.embed(torch.cat([cls_B1D, tokens_BLD], dim=1))
-        index_BS = torch.cat([visible_BL, query_BQ], dim=1)
-        if self.position_embed is None:
-            table_NP = grid_position(grid, self.width, x_BLD.device).to(x_BLD.dtype)
-            position_BSD = table_NP[index_BS]
-        else:
-            if own_position_BNP is None or query_position_BNP is None:
-                raise ValueError("a relative decoder needs the positions of the input's and the target's patches")
-            features_BSP = torch.cat(
-                [gather_tokens(own_position_BNP, visible_BL), gather_tokens(query_position_BNP, query_BQ)], dim=1
-            )
-            position_BSD = self.position_embed(features_BSP.to(x_BLD.dtype))
+        table_ND = grid_position(grid, self.width, x_BLD.device).to(x_BLD.dtype)
+        position_BSD = self._positions(table_ND, visible_BL, query_BQ, own_position_BNP, query_position_BNP)
         masks_BQD = self.mask_token.to(x_BLD.dtype).expand(len(x_BLD), query_BQ.shape[1], -1)
         body_BSD = torch.cat([x_BLD[:, 1:], masks_BQD], dim=1) + position_BSD
         sequence_BSD = torch.cat([x_BLD[:, :1], body_BSD], dim=1)
         output_BQD: Tensor = self.norm(self._run(sequence_BSD, query_BQ.shape[1]))
         return output_BQD
+
+    def _positions(
+        self, table_ND: Tensor, visible_BL: Tensor, query_BQ: Tensor, own_BNP: Tensor | None, target_BNP: Tensor | None
+    ) -> Tensor:
+        """Return the position embeddings of visible and predicted patches; `table_ND` is the fixed grid."""
+        if self.position_embed is None:
+            return table_ND[torch.cat([visible_BL, query_BQ], dim=1)]
+        if own_BNP is None or target_BNP is None:
+            raise ValueError("a relative decoder needs the positions of the input's and the target's patches")
+        features_BSP = torch.cat([gather_tokens(own_BNP, visible_BL), gather_tokens(target_BNP, query_BQ)], dim=1)
+        position_BSD: Tensor = self.position_embed(features_BSP.to(table_ND.dtype))
+        return position_BSD
 
     def _run(self, sequence_BSD: Tensor, count: int) -> Tensor:
         """Return exactly the last `count` tokens, the mask tokens, after all layers."""
@@ -92,6 +110,29 @@ class TransformerDecoder(nn.Module):
         last: Any = self.layers[-1]
         normed_BSD: Tensor = last.layernorm_before(sequence_BSD)
         return _attend_to(last, sequence_BSD[:, -count:], normed_BSD[:, -count:], normed_BSD)
+
+
+class SiameseDecoder(TransformerDecoder):
+    """The predictor of SIM: batch norm over the tokens of all ranks, and visible patches on a fixed grid. It begins and
+    ends without a layer of its own, since the projector embeds the tokens, and the target's head is linear."""
+
+    partial_layers = slice(0)
+    batch_norm = True
+
+    def __init__(self, width: int, depth: int, heads: int, kernel: str) -> None:
+        super().__init__(width, width, depth, heads, "relative", kernel)
+        self.embed, self.norm = nn.Identity(), nn.Identity()
+
+    def _positions(
+        self, table_ND: Tensor, visible_BL: Tensor, query_BQ: Tensor, own_BNP: Tensor | None, target_BNP: Tensor | None
+    ) -> Tensor:
+        relative_BSD = super()._positions(table_ND, visible_BL[:, :0], query_BQ, target_BNP, target_BNP)
+        return torch.cat([table_ND[visible_BL], relative_BSD], dim=1)
+
+    def _run(self, sequence_BSD: Tensor, count: int) -> Tensor:
+        for layer in self.layers:  # all tokens count in the batch norms of the last layer too
+            sequence_BSD = layer(sequence_BSD)
+        return sequence_BSD[:, -count:]
 
 
 class CrossAttentionDecoder(TransformerDecoder):
@@ -274,6 +315,19 @@ class CrossAttentionSpec(TransformerSpec):
 
     kind: ClassVar[str] = "cross_attention"
     module: ClassVar[type[nn.Module]] = CrossAttentionDecoder
+
+
+class SiameseSpec(TransformerSpec):
+    """The predictor of SIM, after `recipe.ema.projector: transformer`. It has the backbone's width."""
+
+    kind: ClassVar[str] = "siamese"
+    position: Literal["relative"] = "relative"
+
+    def build(self, config: VisionConfig) -> nn.Module:
+        width, heads = self.shape(config)
+        if width != config.hidden_size:
+            raise ValueError(f"width must be {config.hidden_size}, the backbone's, got {width}")
+        return SiameseDecoder(width, self.depth, heads, str(config._attn_implementation or "sdpa"))
 
 
 class PointwiseSpec(DecoderSpec):

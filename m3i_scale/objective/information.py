@@ -21,7 +21,7 @@ from m3i_scale.objective.balance import GroupWeights
 from m3i_scale.objective.decoders import blocks_read, pool
 from m3i_scale.objective.diagnostics import HostFigures, health_figures, mean_information
 from m3i_scale.objective.encoders import EmaTeacher, Projector
-from m3i_scale.objective.heads import BackboneReader
+from m3i_scale.objective.heads import BackboneReader, BatchNorm
 from m3i_scale.objective.inputs import EncodedInput, PixelNorm, build_inputs
 from m3i_scale.objective.ranks import Ranks
 from m3i_scale.objective.recipe import Recipe
@@ -79,6 +79,9 @@ class Objective(nn.Module):
         self.pixel_norm = pixel_norm
         self.mixed_attention = mixed_attention
         self.ranks = ranks
+        for module in self.modules():
+            if isinstance(module, BatchNorm):
+                module.ranks = ranks
         self.measure_health = False
         """Set on logged steps only: effective ranks and Gaussian information cost eigenvalue decompositions."""
         self.host_figures = HostFigures()
@@ -264,7 +267,8 @@ class Objective(nn.Module):
             masked = None
             if self.recipe.uses_mask_tokens:  # fail without the module: masked patches must never be visible instead
                 masked = MaskedPatches(cast(MaskToken, self.mask_token), [spec.shown_BN for spec in where])
-            encoded = self.student.encode_own(views, view_of, visible, masked)
+            norm = self.projector is None or not self.projector.before_norm
+            encoded = self.student.encode_own(views, view_of, visible, masked, norm=norm)
         else:
             by_row = self.student.encode_mixed(views, view_of, visible, [spec.image_of_row_B for spec in where])
             encoded = [

@@ -21,7 +21,7 @@ from m3i_scale.config.explain import WhereOf, origin
 from m3i_scale.config.views import ViewSpec, ViewSpecs, each_view
 from m3i_scale.errors import ConfigError, ErrorCollector
 from m3i_scale.objective.balance import BalanceSpec, FixedSpec
-from m3i_scale.objective.decoders import ClassTokenSpec
+from m3i_scale.objective.decoders import ClassTokenSpec, SiameseSpec
 from m3i_scale.objective.encoders import EmaSpec
 from m3i_scale.objective.inputs import InputSpec
 from m3i_scale.objective.targets.base import HeadTarget, ImageTarget, Parts, Target
@@ -125,6 +125,11 @@ class Recipe(Parts):
         for name, head in self.heads.items():
             if "batch" in (head.norm, head.output_norm):
                 return f"head '{name}' has batch norm"
+        if self.ema is not None and self.ema.projector == "transformer":
+            return "the projector has batch norm"
+        for name, decoder in self.decoders.items():
+            if isinstance(decoder, SiameseSpec):
+                return f"decoder '{name}' has batch norm"
         for target in self.targets:
             if target.compares_samples:
                 return f"target '{target.name}' compares the samples of a micro-batch"
@@ -239,6 +244,12 @@ class Recipe(Parts):
         averages = any(target.encoder == "ema" for target in self.targets)
         if self.ema is not None and not averages:
             yield "`ema` has no effect: no target has `encoder: ema`"
+        only_dense = self.mix is None and all(isinstance(item, Dense) and item.projected for item in self.targets)
+        if self.ema is not None and self.ema.projector == "transformer" and not only_dense:
+            yield (
+                "`ema.projector: transformer` reads tokens before the final norm, so all targets must be dense ones "
+                "with `encoder: ema`, without a mix: use `projector: mlp`"
+            )
         if self.ema is None and averages:
             yield "a target has `encoder: ema`, so the recipe needs an `ema` section"
         if all(target.collapses_alone for target in self.targets):

@@ -24,7 +24,7 @@ from m3i_scale.engine.activations import apply_activation_checkpointing
 from m3i_scale.engine.deepspeed.resolve import ResolvedConfig
 from m3i_scale.engine.device import keeps_host_memory
 from m3i_scale.engine.engine import set_leaves
-from m3i_scale.engine.parameter_groups import is_matrix
+from m3i_scale.engine.parameter_groups import is_decayed
 from m3i_scale.errors import ConfigError
 from m3i_scale.objective.build import build_on_meta, ema_pairs, scales_of
 from m3i_scale.objective.information import Objective, role_of
@@ -191,7 +191,8 @@ class Model:
         for name, parameter in named.items():
             role = role_of(name, parameter)
             scale = scales.get(name, 1.0)
-            parameters.append(Parameter(parameter.numel(), role, is_matrix(parameter.shape), scale, follows.get(name)))
+            decayed = is_decayed(parameter.shape, tokens=self.run.optim.decay_tokens)
+            parameters.append(Parameter(parameter.numel(), role, decayed, scale, follows.get(name)))
         return tuple(parameters)
 
     @property

@@ -75,6 +75,7 @@ _SPELLINGS = {
     "koleo": "KoLeo",
     "variance_covariance": "variance, covariance",
     "transformer": "Transformer",
+    "siamese": "SIM predictor",
     "causal_transformer": "causal Transformer",
     "ema": "EMA teacher",
     "teacher": "frozen teacher",

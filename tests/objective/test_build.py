@@ -61,7 +61,7 @@ def test_ema_pairs_name_equal_shapes() -> None:
 
 
 def test_projector_depth_zero_means_none() -> None:
-    objective = tiny_objective("sim", "recipe.ema.projector_depth=0")
+    objective = tiny_objective("m3i", "recipe.ema.projector_depth=0")
     assert objective.projector is None
     assert not any(online.startswith("projector.") for online, _ in ema_pairs(objective))
     assert torch.isfinite(objective(random_batch(4))[0])

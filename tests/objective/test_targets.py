@@ -151,7 +151,7 @@ def test_dense_head_and_projector_keep_the_tokens() -> None:
 
 
 def test_the_momentum_target_sees_the_whole_view_and_is_never_trained() -> None:
-    objective = tiny_objective("sim")
+    objective = tiny_objective("m3i")
     assert not any(parameter.requires_grad for parameter in objective.momentum.parameters())
     images = torch.randn(2, 3, 32, 32)
     (_, tokens), _ = objective.momentum(images)

@@ -113,3 +113,14 @@ def test_matrices_decay_and_vectors_do_not() -> None:
     assert not any(name.startswith("momentum.") for name in matrix_names | vector_names)
     assert len(matrix_names) + len(vector_names) == sum(p.requires_grad for p in objective.parameters())
     assert len(ema_pairs(objective)) == sum(not p.requires_grad for p in objective.parameters())
+
+
+def test_tokens_have_weight_decay_if_asked_for_by_the_rule_of_timm() -> None:
+    objective = tiny_objective("sim")
+    names = {id(parameter): name for name, parameter in objective.named_parameters()}
+    for decay_tokens in (False, True):
+        groups = parameter_groups(objective, 0.05, decay_tokens=decay_tokens)
+        decayed = {names[id(one)] for group in groups if group["weight_decay"] for one in group["params"]}
+        by_rank = {name for name, one in objective.named_parameters() if one.requires_grad and one.ndim > 1}
+        tokens = {"student.model.embeddings.cls_token", "decoders.dense.mask_token"}
+        assert decayed == (by_rank if decay_tokens else by_rank - tokens)

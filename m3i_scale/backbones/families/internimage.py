@@ -132,9 +132,16 @@ class MapBackbone(Backbone):
         return list(self.model.config.stage_channels)
 
     def encode_own(
-        self, views: Views, view_of: Sequence[int], visible: Sequence[Tensor], masked: MaskedPatches | None = None
+        self,
+        views: Views,
+        view_of: Sequence[int],
+        visible: Sequence[Tensor],
+        masked: MaskedPatches | None = None,
+        *,
+        norm: bool = True,
     ) -> list[Tokens]:
-        """Encode every input as a separate image, in one batch. `masked` is ignored: the stem has a mask token."""
+        """Encode every input as a separate image, in one batch. `masked` is ignored: the stem has a mask token. `norm`
+        is ignored: the fused map has no norm of its own."""
         images_BCHW = torch.cat([views[view] for view in view_of])
         shown_BHW = torch.cat([self._shown(visible_BL, images_BCHW) for visible_BL in visible])
         map_BND = self._encode(images_BCHW * _enlarged(shown_BHW, self.patch_size)[:, None], shown_BHW)

@@ -67,10 +67,14 @@ class Dense(PatchTarget):
             if self.layers > 1:
                 tokens_BND = average_layers(context.layers[self.encoder_key, self.view][-self.layers :])
             else:
-                tokens_BND = context.encoded_views[self.encoder_key, self.view][1]
-            if self.projected:
-                with torch.no_grad():
-                    tokens_BND = given.momentum.projector(tokens_BND)
+                cls_B1D, tokens_BND = context.encoded_views[self.encoder_key, self.view]
+                if self.projected:
+                    projector = given.momentum.projector
+                    with torch.no_grad():
+                        if projector.before_norm:  # its blocks attend to the class token
+                            tokens_BND = projector(torch.cat([cls_B1D, tokens_BND], dim=1))[:, 1:]
+                        else:
+                            tokens_BND = projector(tokens_BND)
             context.dense[key] = standardize_tokens(tokens_BND.detach())
         return context.dense[key]
 

@@ -15,7 +15,13 @@ from m3i_scale.backbones.base import gather_tokens
 from m3i_scale.data.batch import Batch
 from m3i_scale.errors import ConfigError
 from m3i_scale.objective.convolution import ConvolutionSpec
-from m3i_scale.objective.decoders import Pointwise, PointwiseSpec, TransformerDecoder, TransformerSpec
+from m3i_scale.objective.decoders import (
+    Pointwise,
+    PointwiseSpec,
+    SiameseDecoder,
+    TransformerDecoder,
+    TransformerSpec,
+)
 from m3i_scale.objective.distributions import Gaussian, Loss, unit
 from m3i_scale.objective.masks import TargetBlocks
 from m3i_scale.objective.positions import relative_position
@@ -107,6 +113,8 @@ def _positions(
 ) -> tuple[Tensor | None, Tensor | None]:
     if not isinstance(decoder, TransformerDecoder) or decoder.position != "relative":
         return None, None
+    if isinstance(decoder, SiameseDecoder):
+        return None, relative_position(batch, view, target_view, grid, decoder.width)
     own = relative_position(batch, view, view, grid, decoder.width)
     return own, own if target_view == view else relative_position(batch, view, target_view, grid, decoder.width)
 
