@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 from typing_extensions import Self
@@ -82,6 +82,9 @@ class OptimConfig(Section):
     """Global batch size: samples per optimizer step over all ranks."""
     micro_batch_size: int = Field(default=32, ge=1, le=MAX_BATCH)
     """Per-device batch size. batch_size = micro_batch_size × gradient accumulation steps × ranks."""
+    contrastive_batch: Literal["micro", "global"] = "micro"
+    """Samples that losses compare: those of one micro-batch over all ranks, or of all gradient accumulation steps.
+    global: negatives and batch statistics of `batch_size` samples, for one more forward pass per step (GradCache)."""
     steps: int = Field(default=100_000, ge=1)
     """Number of optimizer steps of the run."""
     lr: float = Field(default=1e-3, gt=0)
@@ -110,6 +113,10 @@ class OptimConfig(Section):
     gives SGD with momentum (docs/guides/fine-tune-classification.md)."""
     clip_grad_norm: float = Field(default=1.0, ge=0)
     """Maximum global gradient norm. 0 disables clipping."""
+
+    def compared_samples(self, ranks: int) -> int:
+        """Return the global contrastive batch: the number of samples that losses compare."""
+        return self.batch_size if self.contrastive_batch == "global" else self.micro_batch_size * ranks
 
     @model_validator(mode="before")
     @classmethod

@@ -82,10 +82,11 @@ class ComparedSamples:
     """The global contrastive batch size, preserved across attempts. A launch starts with at least `fewest` hosts."""
 
     def __init__(self, run: RunConfig, hosts: Sequence[Host], fewest: int) -> None:
-        largest = largest_world(run, hosts, fewest) if parse_recipe(run.recipe).compares_samples else None
+        depends = run.optim.contrastive_batch == "micro" and parse_recipe(run.recipe).compares_samples
+        largest = largest_world(run, hosts, fewest) if depends else None
         self.usual = None if largest is None else largest.compared
-        """Global contrastive batch with all hosts; None if the recipe has no contrastive loss, or no number of hosts
-        fits the run."""
+        """Global contrastive batch with all hosts; None if the recipe has no contrastive loss, if the batch does not
+        depend on the micro-batch, or if no number of hosts fits the run."""
         self._ran_out = False
         self._raised = False
 

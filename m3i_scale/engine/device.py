@@ -108,6 +108,35 @@ def nondeterminism_explained() -> Iterator[None]:
 _HALF = 1 << 15
 
 
+RandomStates = tuple[Tensor, Tensor]
+"""States of the random generators of the CPU and of the accelerator."""
+
+
+def random_states() -> RandomStates:
+    """Return the states of this rank's random generators. Does not wait for the accelerator."""
+    return torch.get_rng_state(), get_accelerator().get_rng_state()
+
+
+@contextlib.contextmanager
+def replayed(states: RandomStates | None) -> Iterator[None]:
+    """Draw the same random numbers as after `random_states`, then continue with the present states. None: do
+    nothing."""
+    if states is None:
+        yield
+        return
+    present = random_states()
+    _set_random_states(states)
+    try:
+        yield
+    finally:
+        _set_random_states(present)
+
+
+def _set_random_states(states: RandomStates) -> None:
+    torch.set_rng_state(states[0])
+    get_accelerator().set_rng_state(states[1])
+
+
 def split(values: Tensor, upper: Tensor, lower: Tensor) -> None:
     """Write fp32 `values` into `upper` (bf16: the nearest number, ties away from zero) and `lower` (int16).
 

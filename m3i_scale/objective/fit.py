@@ -15,6 +15,7 @@ def check_fit(
     run: RunConfig, recipe: Recipe, student: Backbone, label_sets: dict[str, list[str]], vocab_size: int | None
 ) -> None:
     """Validate a run for the image size of its first stage. For the arguments see `build_objective`."""
+    _check_global_batch(run, recipe)
     if run.backbone.attention == "across_images" and recipe.mix is None:
         raise ConfigError(
             "`attention: across_images` has no effect: the recipe mixes no images",
@@ -81,6 +82,21 @@ def check_fit(
             f"the number of patches must be a multiple of the {len(recipe.mix.inputs)} mixed images, got {cells}",
             where="backbone.config",
             fix="change backbone.config.image_size",
+        )
+
+
+def _check_global_batch(run: RunConfig, recipe: Recipe) -> None:
+    if run.optim.contrastive_batch == "micro":
+        return
+    what, why = "`contrastive_batch: global` must not be used for fine-tuning", "a task compares no samples"
+    unsupported = [target for target in recipe.targets if not target.covers_steps]
+    if run.task is None and unsupported:
+        target = unsupported[0]
+        what = f"`contrastive_batch: global` does not support {target.title}, got '{target.name}'"
+        why = "it has statistics or a memory that change with every micro-batch"
+    if run.task is not None or unsupported:
+        raise ConfigError(
+            what, where="optim.contrastive_batch", why=why, fix="set optim.contrastive_batch=micro, the default"
         )
 
 

@@ -27,7 +27,8 @@ from m3i_scale.objective.ranks import Ranks
 from m3i_scale.objective.recipe import Recipe
 from m3i_scale.objective.regularizers import Memory
 from m3i_scale.objective.schedule import settled
-from m3i_scale.objective.targets.base import Context, Encoded, HeadTarget, Target, TargetModules
+from m3i_scale.objective.step_features import Features, StepFeatures, without_images
+from m3i_scale.objective.targets.base import Context, Encoded, HeadTarget, ImageTarget, Target, TargetModules
 from m3i_scale.objective.targets.text import gather_targets
 from m3i_scale.objective.text_tower import TextTower
 
@@ -108,30 +109,52 @@ class Objective(nn.Module):
             self.student.eval()
         return self
 
-    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, batch: Batch, step: StepFeatures | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss of a micro-batch and its metrics, such as `<target>/loss`, `<target>/count`, `<target>/nats`
         and `health/…`.
 
         The mean of the loss and of each metric over ranks equals its value for the global batch. `host_figures` returns
         further metrics; for dense features they cover only the tokens of this rank.
-        """
-        if self.measure_health:
-            self.host_figures.clear()
-        context = self._encode(self.mix_labelled(batch) if self.training else batch)
-        with self.span("heads"):
-            return self._predict(context)
 
-    def _predict(self, context: Context) -> tuple[Tensor, dict[str, Tensor]]:
-        self.token_count = sum(part.tokens_BLD.shape[:2].numel() for parts in context.inputs.values() for part in parts)
+        With `step`, image-level losses and statistics of patches cover all micro-batches of the step. Call it first
+        without gradient for all micro-batches but the first, which only caches their features in `step`.
+        """
+        ahead = step is not None and not torch.is_grad_enabled()
+        if self.measure_health and not ahead:
+            self.host_figures.clear()
+        context = self._encode(self.mix_labelled(batch) if self.training else batch, step, ahead=ahead)
+        with self.span("heads"):
+            if step is None:
+                return self._predict(context, context)
+            if step.present is None:
+                step.present = self._features(context)
+            if ahead:
+                return torch.zeros((), device=batch.images_VBCHW.device), {}
+            context = joint = step.with_statistics(context)
+            if self.recipe.has_image_level:
+                targets = (target for target in self.recipe.image_targets if target.is_image_level)
+                joint = step.join(context, {(target.encoder_key, target.view) for target in targets})
+                self._pair_texts(joint)
+            return self._predict(context, joint, remembers=step.is_last)
+
+    def _predict(
+        self, of_batch: Context, joint: Context, *, remembers: bool = True
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return loss and metrics. Image-level targets use `joint`, which may cover several micro-batches."""
+        self.token_count = sum(
+            part.tokens_BLD.shape[:2].numel() for parts in of_batch.inputs.values() for part in parts
+        )
         self.squared_grad_norms = {target.name: [] for target in self.recipe.targets}
         self.outputs = {}
         figures: dict[str, Tensor] = {}
         watched: dict[str, dict[str, Tensor]] = {}
         remember: dict[str, dict[tuple[str, int], Tensor]] = {}  # once per view, for all inputs
         losses = []
-        grid = self.student.grid_of(context.batch.images_VBCHW)
+        counts: dict[str, Tensor] = {}
+        grid = self.student.grid_of(of_batch.batch.images_VBCHW)
         for described in self.recipe.targets:
             target = settled(described, self.progress)
+            context = joint if target.is_image_level else of_batch
             given = self.target_modules(target, grid)
             by_input = [
                 target.loss(given, context, part.tapped(given.squared_norms)) for part in target.sources(context)
@@ -148,7 +171,7 @@ class Objective(nn.Module):
                     by_view[target.encoder_key, target.view] = loss.remember.detach()
             losses.append(torch.stack([loss.value for loss in by_input]).mean())
             figures[f"{target.name}/loss"] = losses[-1].detach()
-            figures[f"{target.name}/count"] = context.counts[target.name]
+            figures[f"{target.name}/count"] = counts[target.name] = context.counts[target.name]
             nats = [loss.nats for loss in by_input if loss.nats is not None]
             if nats:
                 figures[f"{target.name}/nats"] = torch.stack(nats).mean().detach()
@@ -156,16 +179,16 @@ class Objective(nn.Module):
                 information = partial(mean_information, f"{target.name}/nats", [one.components for one in moments])
                 matrices = [matrix_DD for one in moments for matrix_DD in (one.covariance_DD, one.error_DD)]
                 self.host_figures.add(information, *matrices)
-        present_K = torch.stack([context.counts[target.name] for target in self.recipe.targets]) > 0
+        present_K = torch.stack(list(counts.values())) > 0
         self.weights.set_progress(self.progress)
         total, factors_K = self.weights(torch.stack(losses), present_K)
         for target, factor in zip(self.recipe.targets, factors_K, strict=True):
             figures[f"{target.name}/weight"] = factor.detach()
-        if self.training and torch.is_grad_enabled():
+        if self.training and torch.is_grad_enabled() and remembers:
             for name, by_view in remember.items():
                 cast(Memory, self.states[name]).update(torch.cat(list(by_view.values())), self.ranks)
         if self.measure_health:
-            figures |= self._health(context, watched)
+            figures |= self._health(of_batch, watched)
         return total, figures
 
     def target_modules(self, target: Target, grid: tuple[int, int]) -> TargetModules:
@@ -224,34 +247,78 @@ class Objective(nn.Module):
         used |= {target.view for target in self.recipe.image_targets}
         return {view: self.pixel_norm(batch.view(view)) for view in sorted(used)}
 
-    def _encode(self, batch: Batch) -> Context:
+    def _encode(self, batch: Batch, step: StepFeatures | None = None, *, ahead: bool = False) -> Context:
+        """Encode a micro-batch, except what `step` has of it. With `ahead`, encode only what `step` caches."""
         views, where = self.views_of(batch), self.inputs_of(batch)
-        with self.span("forward"):
-            inputs = self.encode_inputs(where, views)
+        cached = None if step is None else step.present
+        inputs: dict[str, list[Encoded]] = {}
+        if not ahead or self.recipe.has_image_level:
+            with self.span("forward"):
+                inputs = self.encode_inputs(where, views)
         # Collectives run in order. This one ends after the gather of the EMA weights, which overlaps with the student.
-        here_K = torch.stack([target.present(batch).sum(dtype=torch.float32) for target in self.recipe.targets])
-        counts = dict(zip((target.name for target in self.recipe.targets), self.ranks.sum(here_K), strict=True))
+        counts = self._count(batch) if cached is None else cached.counts
+        whole = {
+            view: next(part for part in inputs[name] if part.where.view == view - 1)
+            for view in views
+            if (name := self.recipe.shows(view)) in inputs
+        }
+        context = Context(batch, views, inputs, whole, {}, counts, measures=self.measure_health)
+        if cached is not None:
+            context.encoded_views, context.layers = dict(cached.encoded_views), dict(cached.layers)
         with self.span("teacher"):
-            whole = {
-                view: next(part for part in inputs[name] if part.where.view == view - 1)
-                for view in views
-                if (name := self.recipe.shows(view)) is not None
-            }
-            context = Context(batch, views, inputs, whole, {}, counts, measures=self.measure_health)
-            self._encode_targets(context)
-            if self.text is not None:
-                text_BE = self.text(batch.text_ids_BT, batch.text_mask_BT)
-                context.text = gather_targets(text_BE, batch.captions_B, batch.has_text_B, self.ranks)
+            if self.text is not None:  # before teachers, which may draw random numbers and run once
+                context.text_BE = self.text(batch.text_ids_BT, batch.text_mask_BT)
+            self._encode_targets(context, ahead=ahead)
+            if step is None:
+                self._pair_texts(context)
         return context
 
-    def _encode_targets(self, context: Context) -> None:
+    def _count(self, batch: Batch) -> dict[str, Tensor]:
+        here_K = torch.stack([target.present(batch).sum(dtype=torch.float32) for target in self.recipe.targets])
+        return dict(zip((target.name for target in self.recipe.targets), self.ranks.sum(here_K), strict=True))
+
+    def _pair_texts(self, context: Context) -> None:
+        if context.text_BE is not None:
+            batch = context.batch
+            context.text = gather_targets(context.text_BE, batch.captions_B, batch.has_text_B, self.ranks)
+
+    def _encode_targets(self, context: Context, *, ahead: bool) -> None:
         """Add the views that the EMA teacher and frozen teachers encode."""
         wanted = {(target.encoder_key, target.view): target for target in self.recipe.image_targets}
-        for key, target in wanted.items():
+        for key, target in (self._views_ahead if ahead else wanted).items():
+            if key in context.encoded_views:
+                continue
             if target.encoder == "ema" and self.momentum is not None:
                 context.encoded_views[key], context.layers[key] = self.momentum(context.views[target.view])
             elif target.encoder == "teacher":
                 context.encoded_views[key] = self.teachers[target.teacher](context.batch.view(target.view))
+
+    @property
+    def _views_ahead(self) -> dict[tuple[str, int], ImageTarget]:
+        """Return the encoded views that losses over several micro-batches use, each with a target of it."""
+        targets = (target for target in self.recipe.image_targets if target.is_image_level or target.has_statistics)
+        return {(target.encoder_key, target.view): target for target in targets}
+
+    @torch.no_grad()
+    def _features(self, context: Context) -> Features:
+        """Return the features of a micro-batch that losses over several micro-batches use."""
+        grid = self.student.grid_of(context.batch.images_VBCHW)
+        for described in self.recipe.targets:
+            target = settled(described, self.progress)
+            if target.has_statistics:
+                target.collect(self.target_modules(target, grid), context)
+        image_level = [target for target in self.recipe.targets if target.is_image_level]
+        pools = [self.decoders[name] for name in dict.fromkeys(target.decoder for target in image_level)]
+        keys = self._views_ahead
+        return Features(
+            without_images(context.batch),
+            context.counts,
+            [{pool: part.pooled(pool) for pool in pools} for parts in context.inputs.values() for part in parts],
+            None if context.text_BE is None else context.text_BE.detach(),
+            {key: tokens for key, tokens in context.encoded_views.items() if key in keys},
+            {key: layers for key, layers in context.layers.items() if key in keys},
+            context.statistics,
+        )
 
     def encode_inputs(self, where: list[EncodedInput], views: dict[int, Tensor]) -> dict[str, list[Encoded]]:
         """Encode `inputs_of` a batch, given `views_of` it: the parts of every input, by name."""

@@ -120,6 +120,11 @@ class Recipe(Parts):
         return max((target.layers for target in self.targets if isinstance(target, Dense)), default=1)
 
     @property
+    def has_image_level(self) -> bool:
+        """Return whether a target is image-level; see `Target.is_image_level`."""
+        return any(target.is_image_level for target in self.targets)
+
+    @property
     def compares_samples(self) -> str | None:
         """Return which part of the recipe needs two samples or more per global micro-batch, or None."""
         for name, head in self.heads.items():
@@ -134,6 +139,12 @@ class Recipe(Parts):
             if target.compares_samples:
                 return f"target '{target.name}' compares the samples of a micro-batch"
         return None
+
+    @property
+    def uses_batch_statistics(self) -> bool:
+        """Return whether a loss depends on the batch in which a sample is: other samples, statistics, or a memory."""
+        statistics = any(target.has_statistics for target in self.targets)
+        return statistics or self.compares_samples is not None or any(t.regularizer.memory_fields for t in self.targets)
 
     def summary(self) -> dict[str, Any]:
         """Return the recipe as a row of the paper's table: inputs and targets as plain data."""

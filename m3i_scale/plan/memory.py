@@ -35,6 +35,7 @@ SECOND = "second copies of parameters"
 SNAPSHOT = "snapshot"
 """Host staging buffer of a background save, reused by the next one."""
 ACTIVATIONS, COLLECTIVES, WORKSPACE = "activations", "collectives", "temporaries"
+CACHED = "cached features"
 _OF_ROLE: dict[Role, str] = {"trained": PARAMETERS, "ema": EMA, "teacher": TEACHER, "frozen": PARAMETERS}
 HOLES = 0.36
 """Heap fragmentation of a rank on a CPU, as a fraction of the peak; glibc keeps freed memory (`engine/device.py`).
@@ -82,6 +83,7 @@ def memory_of(parameters: tuple[Parameter, ...], trace: Trace, settings: Setting
         copies = snapshot_sizes(parameters, settings)
         host[SNAPSHOT] += sum(copies if settings.on_host else plan_pools(copies)[0])
         device[SNAPSHOT] += settings.snapshot
+    device[CACHED] += trace.cached
     if settings.on_host:
         device, host = device + host, Parts()
     if settings.stage == 3:

@@ -10,12 +10,13 @@ from typing import Any
 import psutil
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from m3i_scale.checkpoint.stream import buffers_of
 from m3i_scale.config import RunConfig
 from m3i_scale.config.data import Reads
 from m3i_scale.config.views import view_sizes
-from m3i_scale.data.batch import synthetic_batch
+from m3i_scale.data.batch import Batch, synthetic_batch
 from m3i_scale.data.parts import PREFETCH_PARTS
 from m3i_scale.data.shards import read_label_sets, shard_folder
 from m3i_scale.data.tokenizer import find_tokenizer
@@ -29,6 +30,7 @@ from m3i_scale.errors import ConfigError
 from m3i_scale.objective.build import build_on_meta, ema_pairs, scales_of
 from m3i_scale.objective.information import Objective, role_of
 from m3i_scale.objective.recipe import Recipe, parse_recipe
+from m3i_scale.objective.step_features import StepFeatures
 from m3i_scale.plan.memory import HOLES, Parts, memory_of
 from m3i_scale.plan.settings import Parameter, Settings, settings_of
 from m3i_scale.plan.timing import Links, StepTraffic, hardware, host_time, step_time, step_traffic
@@ -209,7 +211,8 @@ class Model:
     def quick_trace(self, policy: str, micro_batch: int) -> Trace:
         """Extrapolate the trace from two small micro-batches: tensor sizes are affine in the number of samples."""
         small, key = self.smallest, (policy, micro_batch)
-        if micro_batch <= 2 * small or key in self._traces:
+        joint = self.run.optim.contrastive_batch == "global"  # then a loss has all samples of a rank
+        if joint or micro_batch <= 2 * small or key in self._traces:
             return self.trace(policy, micro_batch)
         if key not in self._scaled:
             trace = scaled(self.trace(policy, small), self.trace(policy, 2 * small), small, micro_batch)
@@ -238,7 +241,25 @@ class Model:
                 reads=recipe.reads,
             )
             inputs = [value for value in vars(batch).values() if isinstance(value, Tensor)]
-            return record(objective, lambda: objective(batch)[0], inputs)
+            steps = run.optim.batch_size // (micro_batch * self.world)
+            if run.optim.contrastive_batch == "micro" or steps < 2:
+                return record(objective, lambda: objective(batch)[0], inputs)
+            cached = [0]
+            trace = record(objective, lambda: _in_step(objective, batch, steps, cached), inputs)
+            return replace(trace, cached=cached[0] * (steps - 1))
+
+
+def _in_step(objective: Objective, batch: Batch, steps: int, cached: list[int]) -> Tensor:
+    """Return the loss of a micro-batch over all `steps` micro-batches, which is encoded ahead like all others but the
+    first. Set `cached` to the bytes of its cached features."""
+    step = StepFeatures(steps)
+    with torch.no_grad():
+        objective(batch, step)
+    step.features = [step.present] * steps
+    leaves = tree_leaves([vars(features) for features in step.features[:1]])
+    cached[0] = sum(leaf.nbytes for leaf in leaves if isinstance(leaf, Tensor))
+    loss: Tensor = objective(batch, step)[0]
+    return loss
 
 
 @dataclass(frozen=True)
@@ -346,9 +367,11 @@ def estimate(model: Model, machine: Machine, choice: Choice, *, quick: bool = Fa
 def host_parts(model: Model, choice: Choice, host: Parts) -> dict[str, int]:
     """Return the CPU memory by part of a rank with a device: offloads, staging buffers, prefetched batches, process."""
     parts = dict(host)
+    sample_bytes = 3 * sum(side**2 for side in view_sizes(model.recipe.drawn_views, model.image_size))
     if model.run.data.num_workers:
-        sides = view_sizes(model.recipe.drawn_views, model.image_size)
-        parts["batches of workers"] = PREFETCH_PARTS * choice.micro_batch * 3 * sum(side**2 for side in sides)
+        parts["batches of workers"] = PREFETCH_PARTS * choice.micro_batch * sample_bytes
+    if model.run.optim.contrastive_batch == "global":
+        parts["batches of a step"] = model.run.optim.batch_size // model.world * sample_bytes
     parts["process"] = round(non_tensor_gib(hosts=True) * GIB)
     return parts
 

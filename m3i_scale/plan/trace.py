@@ -41,6 +41,8 @@ class Trace:
     """The same for the backward pass, recomputation included."""
     flop: int
     """FLOPs of the forward and backward pass, recomputation included."""
+    cached: int = 0
+    """Bytes of features of the other micro-batches of the step (`contrastive_batch: global`), not counted in `live`."""
 
     @property
     def operations(self) -> int:

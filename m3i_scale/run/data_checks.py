@@ -136,7 +136,7 @@ def open_stream(
 def check_batch(run: RunConfig, recipe: Recipe, world_size: int) -> None:
     """Validate that the micro-batch is large enough for contrastive losses."""
     # A mix requires the same number of samples on every rank when the modules are built.
-    if recipe.mix is None and recipe.compares_samples and run.optim.micro_batch_size * world_size < 2:
+    if recipe.mix is None and recipe.compares_samples and run.optim.compared_samples(world_size) < 2:
         raise ConfigError(
             f"{recipe.compares_samples}, which needs at least two samples per step",
             where=f"optim.micro_batch_size: {run.optim.micro_batch_size}, on {world_size} rank",

@@ -120,7 +120,7 @@ def computed_shape(resolved: ResolvedRun, step: int, world_size: int) -> dict[st
         "world_size": world_size,
         "zero_stage": int(config["zero_optimization"]["stage"]),
         "precision": precision(config),
-        "compared": world_size * stage.optim.micro_batch_size,
+        "compared": stage.optim.compared_samples(world_size),
     }
 
 

@@ -86,21 +86,24 @@ def _output_warnings(run: RunConfig) -> list[str]:
     return []
 
 
-def run_warnings(run: RunConfig, *, ask_servers: bool = True, unpacked: Mapping[str, int] | None = None) -> list[str]:
-    """Return warnings about a run whose recipe, weights and data may have errors, which are reported elsewhere. See
-    `warnings_of` for the other arguments."""
+def run_warnings(
+    run: RunConfig, *, ranks: int = 1, ask_servers: bool = True, unpacked: Mapping[str, int] | None = None
+) -> list[str]:
+    """Return warnings about a run whose recipe, weights and data may have errors, which are reported elsewhere. `ranks`
+    is their smallest possible number. See `warnings_of` for the other arguments."""
     errors = ErrorCollector()
     recipe = errors.collect(parse_recipe, run.recipe)
     access = errors.collect(lambda: check_access(run.data, run.data.datasets).at_start()) if ask_servers else None
-    warnings = [] if recipe is None else [*config_warnings(run, recipe)]
+    warnings = [] if recipe is None else [*config_warnings(run, recipe, ranks)]
     warnings += errors.collect(lambda: [*_image_warnings(run)]) or []
     return [*warnings, *_epoch_warnings(run, manifest_counts(run, access, unpacked)), *_source_warnings(run, access)]
 
 
-def config_warnings(run: RunConfig, recipe: Recipe) -> Iterator[str]:
+def config_warnings(run: RunConfig, recipe: Recipe, ranks: int = 1) -> Iterator[str]:
     """Yield warnings about valid settings that are probably mistakes: they have no effect, or an unintended one (wrong
     unit). A setting that cannot work is an error instead."""
     yield from _learning_rate(run)
+    yield from _contrastive_batch(run, recipe, ranks)
     yield from _temperatures(recipe)
     yield from _augmentation(run, recipe)
     if run.backbone.from_pretrained is not None and run.backbone.weight_init != "default":
@@ -123,6 +126,19 @@ def _learning_rate(run: RunConfig) -> Iterator[str]:
         yield (
             f"optim.lr is {optim.lr:g}: the optimizer is AdamW, which moves each weight by about lr per step, and not "
             f"SGD. Fix: optim.lr={'1e-4' if dense else '1e-3'}"
+        )
+
+
+def _contrastive_batch(run: RunConfig, recipe: Recipe, ranks: int) -> Iterator[str]:
+    if run.optim.contrastive_batch == "micro" or run.task is not None:
+        return
+    stages = [run.in_stage(number).optim.micro_batch_size for number in range(len(run.stage_starts))]
+    if not recipe.uses_batch_statistics:
+        yield "optim.contrastive_batch has no effect: no loss compares samples of a batch. Fix: leave it out"
+    elif min(stages) * ranks >= run.optim.batch_size:
+        yield (
+            f"optim.contrastive_batch has no effect: optim.micro_batch_size={min(stages)} is the batch size of a rank, "
+            "so that there is no gradient accumulation. Fix: leave it out, or lower optim.micro_batch_size"
         )
 
 

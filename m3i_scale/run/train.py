@@ -145,7 +145,11 @@ def train(
         # Open the data before printing the engine tables, so that data errors are not buried below them.
         stream, validation = open_data(resolved.in_stage(0), ranks, workers)
         if ranks.rank == 0:
-            found = (*warnings, *run_warnings(run), *precision_warnings(resolved.deepspeed.config))
+            found = (
+                *warnings,
+                *run_warnings(run, ranks=ranks.world_size),
+                *precision_warnings(resolved.deepspeed.config),
+            )
             for note in (*notes, *(f"warning: {warning}" for warning in found)):
                 _CONSOLE.print(note, style="yellow", markup=False, highlight=False)
             for line in summary_lines(resolved, stream.sample_counts, ranks.world_size, resume_from):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -15,10 +15,12 @@ from m3i_scale.data.batch import Batch
 from m3i_scale.data.loader import TrainStream
 from m3i_scale.data.stream import Account
 from m3i_scale.engine.agree import agree_and_average
+from m3i_scale.engine.device import RandomStates, random_states, replayed
 from m3i_scale.engine.engine import set_micro_batch_size, spread_nonfinite, take_step, undone_if_skipped
 from m3i_scale.engine.peak import device_name
 from m3i_scale.errors import UserError
 from m3i_scale.host.rank_record import Heartbeat
+from m3i_scale.objective.step_features import StepFeatures
 from m3i_scale.run import flops
 from m3i_scale.run.callbacks import RunInfo
 from m3i_scale.run.check import stage_lines
@@ -181,10 +183,10 @@ class Trainer:
             group["lr"] = state.lr * group["lr_scale"]
         state.micro_batches = []
         with undone_if_skipped(state.engine, state.engine.module):
-            for number in range(state.stage.accumulation):
+            for number, micro_batch in enumerate(self._micro_batches()):
                 last = number + 1 == state.stage.accumulation
                 state.engine.module.measure_health = state.logged and last
-                self._micro_batch()
+                self._micro_batch(*micro_batch)
                 if last:  # one vote per step, regardless of gradient accumulation
                     self._vote()
                 with self.step_times.span("optimizer"):
@@ -195,11 +197,29 @@ class Trainer:
         self.heartbeat.at("other", state.step)
         state.timeouts.end_step()
 
-    def _micro_batch(self) -> None:
+    def _micro_batches(self) -> Iterator[tuple[Batch, StepFeatures | None, RandomStates | None]]:
+        """Yield the micro-batches of a step. With `contrastive_batch: global`, also yield the features of all of them,
+        and the random states with which a micro-batch was encoded ahead."""
+        count = self.state.stage.accumulation
+        if self.run.optim.contrastive_batch == "micro" or count == 1:
+            for _ in range(count):
+                yield self._next_batch(), None, None
+            return
+        step, states = StepFeatures(count), list[RandomStates | None]([None])
+        on_host = [self._fetch() for _ in range(count)]
+        for number in range(1, count):
+            step.number = number
+            states.append(random_states())
+            with torch.no_grad(), self.step_times.span("forward"):
+                self.state.engine(self.copy(on_host[number]), step)
+        for number, batch in enumerate(on_host):
+            step.number = number
+            yield self.copy(batch), step, states[number]  # copied again: images of one micro-batch are on the device
+
+    def _micro_batch(self, batch: Batch, step: StepFeatures | None, states: RandomStates | None) -> None:
         state = self.state
-        batch = self._next_batch()
-        with self.step_times.span("forward"):
-            loss, figures = state.engine(batch)
+        with self.step_times.span("forward"), replayed(states):
+            loss, figures = state.engine(batch, step)
         with self.step_times.span("backward"):
             state.engine.backward(spread_nonfinite(loss))
         state.engine.module.after_backward(gradient_scale(state))
@@ -209,11 +229,14 @@ class Trainer:
             hook.post_micro_batch(batch, micro_batch)
 
     def _next_batch(self) -> Batch:
+        return self.copy(self._fetch())
+
+    def _fetch(self) -> Batch:
         with self.step_times.span("data"):
             started = time.perf_counter()
             batch = next(self.fetcher)
             self.meter.add_wait(time.perf_counter() - started)
-            return self.copy(batch)
+            return batch
 
     def _vote(self) -> None:
         """Exchange the votes of all ranks on the step in one collective, before the optimizer step."""

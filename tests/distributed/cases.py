@@ -29,6 +29,7 @@ from open_clip.loss import ClipLoss, SigLipLoss
 from precision_cases import PrecisionCases
 from rank_parts import GLOBAL_BATCH
 from safetensors.torch import save_file
+from step_cases import WHOLE_STEPS, StepCases
 from tiny import LABEL_SETS, VOCABULARY, first_weights
 from torch import Tensor, nn
 from traffic_cases import BY_ALL_REDUCE, COMPARED, COUNTED, TrafficCases
@@ -122,7 +123,7 @@ RECOMPUTED = {
 """Arguments, and policies of activations."""
 
 
-class Cases(LastingCases, PrecisionCases, TrafficCases, CompileCases, GuardCases):
+class Cases(LastingCases, PrecisionCases, TrafficCases, CompileCases, GuardCases, StepCases):
     """One method per case; each returns what the tests compare."""
 
     def run_all(self) -> None:
@@ -167,6 +168,8 @@ class Cases(LastingCases, PrecisionCases, TrafficCases, CompileCases, GuardCases
             cases[f"held_{name}"] = lambda name=name: self.held(name)
         for name in COUNTED if self.world > 1 else ():
             cases[f"traffic_{name}"] = lambda name=name: self.traffic(name)
+        for engine, name in WHOLE_STEPS:
+            cases[f"whole_step_{engine}_{name}"] = lambda engine=engine, name=name: self.whole_step(engine, name)
         for name in COMPARED:
             cases[f"compared_{name}"] = lambda name=name: self.compared(name)
         for name, arguments in COMPILED.items():

@@ -11,6 +11,7 @@ from compile_cases import COMPILED
 from guard_cases import NONFINITE
 from lasting_cases import STEPS
 from precision_cases import FIRST_POWER
+from step_cases import WHOLE_STEPS
 from tiny import GRID, tiny_run
 from traffic_cases import COMPARED, COUNTED
 
@@ -103,6 +104,13 @@ def test_layers_as_units_have_the_gradients_of_plain_modules_to_the_last_bit(wor
 def test_recomputing_activations_changes_no_gradient(worlds, world: int, name: str, policy: str) -> None:
     plain = {"m3i": "zero3_m3i", "maps": "zero3_m3i_maps"}.get(name, f"recomputed_{name}_none")
     same(worlds.result(plain, world), worlds.result(f"recomputed_{name}_{policy}", world))
+
+
+@pytest.mark.parametrize(("engine", "recipe"), WHOLE_STEPS)
+@pytest.mark.parametrize("world", [1, 2])
+def test_accumulated_steps_of_ranks_have_the_gradients_of_one_large_batch(worlds, world: int, engine, recipe) -> None:
+    told = worlds.result(f"whole_step_{engine}_{recipe}", world)
+    same(told["plain"], told["engine"], share=1e-5 if recipe == "barlow" else 1e-6)  # batch norm: see ROUNDED
 
 
 def test_forward_is_not_both_directions(worlds) -> None:

@@ -211,7 +211,7 @@ def test_group_gradient_norms_are_those_of_autograd(recipe: str, overrides: tupl
     objective.progress = 0.9  # all groups of a schedule count
     kept = []
     real = objective._encode
-    objective._encode = lambda given: kept.append(real(given)) or kept[-1]  # type: ignore[method-assign,func-returns-value]
+    objective._encode = lambda given, *_, **__: kept.append(real(given)) or kept[-1]  # type: ignore[method-assign,func-returns-value]
     loss, _ = objective(batch)
     context = kept[0]
     loss.backward()

@@ -139,8 +139,8 @@ def at_a_step(fault: dict[str, Any]) -> None:
                 raise DataError("a shard is gone")
             yield batch
 
-    def computed(objective: Objective, batch: Any) -> Any:
-        loss, figures = forward(objective, batch)
+    def computed(objective: Objective, batch: Any, step: Any = None) -> Any:
+        loss, figures = forward(objective, batch, step)
         bad = (fault["what"], at["step"], objective.training) == ("nan", fault["step"], True)
         return (loss * float("nan") if bad else loss), figures
 

@@ -30,8 +30,8 @@ def install(faults: list[tuple[int, int, float | str]]) -> None:
         at["batch"] = round(served / trainer.run.optim.micro_batch_size)
         return found
 
-    def scaled(objective: Objective, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        loss, figures = forward(objective, batch)
+    def scaled(objective: Objective, batch: Any, step: Any = None) -> tuple[Tensor, dict[str, Tensor]]:
+        loss, figures = forward(objective, batch, step)
         for first, last, factor in faults:
             if first <= at["batch"] <= last and factor == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)

@@ -96,7 +96,8 @@ def test_health_is_measured_in_the_last_micro_batch_of_a_step_that_is_logged() -
         hooks=[],
         step_times=SimpleNamespace(span=lambda name: nullcontext()),
         heartbeat=SimpleNamespace(at=lambda phase, step: None),
-        _micro_batch=lambda: measured.append(module.measure_health),
+        _micro_batches=lambda: ((None, None, None) for _ in range(3)),
+        _micro_batch=lambda batch, step, states: measured.append(module.measure_health),
         _vote=lambda: None,
         _update_ema=lambda: None,
     )

@@ -33,6 +33,16 @@ MISTAKES: dict[str, tuple[str, list[str], list[str]]] = {
     "optim.lr": ("mae", ["optim.lr=1"], ["optim.lr=0.5"]),
     "optim.lr of a detector": ("coco_vitdet_b", ["optim.lr=0.02"], ["optim.lr=0.005"]),
     "optim.lr of a segmenter": ("ade20k_linear", ["optim.lr=0.01"], ["optim.lr=0.005"]),
+    "optim.contrastive_batch": (
+        "mae",
+        ["optim.contrastive_batch=global"],
+        ["optim.contrastive_batch=micro"],
+    ),
+    "optim.contrastive_batch without accumulation": (
+        "clip",
+        ["optim.contrastive_batch=global", "optim.micro_batch_size=4096"],
+        ["optim.contrastive_batch=global", "optim.micro_batch_size=2048"],
+    ),
     "recipe.targets.0.distribution.temperature": (
         "clip",
         ["recipe.targets.0.distribution.temperature=14"],

@@ -44,8 +44,14 @@ class DenseRegularizer(Regularizer):
 
     kinds: ClassVar[dict[str, type[Kind]]] = {}
 
+    @property
+    def has_statistics(self) -> bool:
+        """Return whether the class defines `statistics`."""
+        return type(self).statistics is not DenseRegularizer.statistics
+
     def statistics(self, target_BND: Tensor, ranks: Ranks) -> Tensor | None:
-        """Return the statistics over all patches of the view that `loss` needs, computed once per batch."""
+        """Return the statistics over all patches of the view that `loss` needs, computed once per batch. They must be
+        means over patches: `contrastive_batch: global` averages those of the micro-batches."""
         return None
 
     def loss(self, p: Density, prediction_BQD: Tensor, target_BQD: Tensor, statistics: Any, ranks: Ranks) -> Tensor:

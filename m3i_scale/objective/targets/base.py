@@ -106,6 +106,8 @@ class Context:
     """Number of samples over all ranks that have the target, by target: fp32."""
     measures: bool = False
     """Whether this step is logged: estimating the information needs an eigenvalue decomposition."""
+    text_BE: Tensor | None = None
+    """Encoded captions of this rank, if the recipe has a text tower."""
     text: Any = None
     """`PairTargets` of the captions, for text targets."""
     layers: dict[tuple[str, int], list[Tensor]] = field(default_factory=dict)
@@ -115,7 +117,8 @@ class Context:
     assigned: dict[str, tuple[Assigned, Tensor | None]] = field(default_factory=dict)
     """By target: distributions of full views over prototypes, and the values for the head's memory."""
     statistics: dict[tuple[str, str, int, int], Tensor | None] = field(default_factory=dict)
-    """Statistics of dense targets, by (regularizer as JSON, `encoder_key`, view, layers)."""
+    """Statistics of dense targets, by (regularizer as JSON, `encoder_key`, view, layers), and numbers of caption
+    tokens."""
     clusters: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     """Cluster assignments of patches and the clustering loss, by target."""
 
@@ -250,6 +253,27 @@ class Target(Kind):
     @abstractmethod
     def loss(self, given: TargetModules, context: Context, encoded: Encoded) -> Loss:
         """Return this rank's share of −log P̂ of the target from one input. Schedules are numbers by now."""
+
+    @property
+    def is_image_level(self) -> bool:
+        """Return whether the loss reads inputs only through pooling decoders (`Encoded.pooled`), so that it can cover
+        all micro-batches of a step."""
+        return not (self.dense or self.by_token)
+
+    @property
+    def covers_steps(self) -> bool:
+        """Return whether the loss can cover all micro-batches of a step: it is image-level, or it depends on other
+        samples only through `collect`."""
+        return self.is_image_level or not self.compares_samples
+
+    @property
+    def has_statistics(self) -> bool:
+        """Return whether `collect` adds statistics."""
+        return False
+
+    def collect(self, given: TargetModules, context: Context) -> None:
+        """Add the statistics over a micro-batch that `loss` needs to the context, unless it has them. Losses over
+        several micro-batches use the means of their statistics."""
 
     # -------------------------------------------------------------------- validation and description
 
@@ -386,6 +410,11 @@ class HeadTarget(ImageTarget):
 
     head: str
     """Name of a head of the recipe."""
+
+    @property
+    def covers_steps(self) -> bool:
+        """Return whether the head's memory is updated once per step: only if the target is image-level."""
+        return self.is_image_level
 
     @property
     def memory_name(self) -> str:

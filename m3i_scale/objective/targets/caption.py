@@ -18,7 +18,7 @@ from m3i_scale.objective.decoders import LayeredSpec
 from m3i_scale.objective.distributions import Loss
 from m3i_scale.objective.masks import hash_uniform
 from m3i_scale.objective.positions import token_position
-from m3i_scale.objective.ranks import Ranks, global_mean
+from m3i_scale.objective.ranks import Ranks, global_count, global_mean
 from m3i_scale.objective.regularizers import OtherCandidates
 from m3i_scale.objective.targets.base import Context, Encoded, Sizes, Target, TargetModules
 
@@ -33,10 +33,12 @@ class BoltzmannTokens(Kind):
     bounds_information: ClassVar[bool] = False
     """The entropy of captions is unknown."""
 
-    def loss(self, logits_BTV: Tensor, tokens_BT: Tensor, valid_BT: Tensor, ranks: Ranks) -> Tensor:
-        """Return the cross-entropy, averaged over the valid tokens of all ranks."""
+    def loss(
+        self, logits_BTV: Tensor, tokens_BT: Tensor, valid_BT: Tensor, ranks: Ranks, count: Tensor | None = None
+    ) -> Tensor:
+        """Return the cross-entropy, averaged over the valid tokens of all ranks, or divided by `count`."""
         loss_N = F.cross_entropy(logits_BTV.float().flatten(0, 1), tokens_BT.flatten(), reduction="none")
-        return global_mean(loss_N, valid_BT.flatten(), ranks)
+        return global_mean(loss_N, valid_BT.flatten(), ranks, count)
 
 
 class Caption(Target):
@@ -64,8 +66,22 @@ class Caption(Target):
     def present(self, batch: Batch) -> Tensor:
         return batch.has_text_B
 
+    @property
+    def has_statistics(self) -> bool:
+        return True
+
+    def collect(self, given: TargetModules, context: Context) -> None:
+        if self._statistics_key not in context.statistics:
+            count = global_count(context.batch.text_mask_BT[:, 1:], given.ranks)
+            context.statistics[self._statistics_key] = count
+
+    @property
+    def _statistics_key(self) -> tuple[str, str, int, int]:
+        return "tokens", self.name, 0, 0
+
     def loss(self, given: TargetModules, context: Context, encoded: Encoded) -> Loss:
         """Return this rank's share of −log P̂ per token, averaged over the caption tokens of all ranks."""
+        self.collect(given, context)
         batch = context.batch
         given_BT, wanted_BT = batch.text_ids_BT[:, :-1], batch.text_ids_BT[:, 1:]
         valid_BT = batch.text_mask_BT[:, 1:]  # a sample without caption has one token, which is never predicted
@@ -76,7 +92,8 @@ class Caption(Target):
             embedded_BTD = embedded_BTD * told_B1[..., None]
         decoded_BTD = given.decoder(embedded_BTD, encoded.tokens_BLD)
         logits_BTV = given.head(decoded_BTD, logits=True)
-        return Loss(self.distribution.loss(logits_BTV, wanted_BT, valid_BT, given.ranks))
+        count = context.statistics[self._statistics_key]
+        return Loss(self.distribution.loss(logits_BTV, wanted_BT, valid_BT, given.ranks, count))
 
 
 class TokenHead(nn.Module):

@@ -78,6 +78,11 @@ class Category(Target):
         """Return whether batch norm is used. The loss itself compares classes, not samples."""
         return self.batch_norm
 
+    @property
+    def covers_steps(self) -> bool:
+        """Return whether there is no batch norm, which would update its running statistics once per micro-batch."""
+        return not self.batch_norm
+
     def build_head(self, sizes: Sizes) -> nn.Module:
         norm = FeatureNorm(sizes.decoded, sizes.ranks) if self.batch_norm else None
         return CategoryHead(sizes.decoded, sizes.classes, norm)

@@ -49,17 +49,27 @@ class Dense(PatchTarget):
         prediction_BQD = given.head(decoded_BQD)
         target_BND = self._target(given, context)
         wanted_BQD = gather_tokens(target_BND, query_BQ)
-        key = (self.regularizer.model_dump_json(), self.encoder_key, self.view, self.layers)
-        if key not in context.statistics:
-            context.statistics[key] = self.regularizer.statistics(target_BND, given.ranks)
-        value = self.regularizer.loss(
-            self.distribution, prediction_BQD, wanted_BQD, context.statistics[key], given.ranks
-        )
+        self.collect(given, context)
+        statistics = context.statistics[self._statistics_key]
+        value = self.regularizer.loss(self.distribution, prediction_BQD, wanted_BQD, statistics, given.ranks)
         encoded_by_model = (self.encoder_key, self.view) in context.encoded_views
         loss = Loss(value, watched={"z": target_BND} if encoded_by_model else {})  # pixels cannot collapse
         if context.measures:
             loss.moments = gaussian_moments(prediction_BQD.flatten(0, 1), wanted_BQD.flatten(0, 1), given.ranks)
         return loss
+
+    @property
+    def has_statistics(self) -> bool:
+        return self.regularizer.has_statistics
+
+    def collect(self, given: TargetModules, context: Context) -> None:
+        key = self._statistics_key
+        if key not in context.statistics:
+            context.statistics[key] = self.regularizer.statistics(self._target(given, context), given.ranks)
+
+    @property
+    def _statistics_key(self) -> tuple[str, str, int, int]:
+        return self.regularizer.model_dump_json(), self.encoder_key, self.view, self.layers
 
     def _target(self, given: TargetModules, context: Context) -> Tensor:
         key = (self.encoder_key, self.view, self.layers)
