@@ -84,6 +84,13 @@ MULTI_CROP = (
 """Of `global_distillation`: two views, in part mask tokens, and two small ones predict the two."""
 
 
+LAYER_NORM = (
+    "recipe.ema={start: 0.995, end: 1.0}",
+    "recipe.decoders.dense={kind: transformer, width: 32, heads: 2, depth: 1}",
+)
+"""Of `sim`: without batch norm over tokens."""
+
+
 def in_parts(ds_config: str) -> dict[str, Any]:
     """A built-in DeepSpeed file with small buckets."""
     raw = load_ds_config(ds_config)

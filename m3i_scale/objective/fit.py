@@ -94,7 +94,10 @@ def _check_global_batch(run: RunConfig, recipe: Recipe) -> None:
         target = unsupported[0]
         what = f"`contrastive_batch: global` does not support {target.title}, got '{target.name}'"
         why = "it has statistics or a memory that change with every micro-batch"
-    if run.task is not None or unsupported:
+    elif run.task is None and recipe.normalizes_tokens is not None:
+        what = f"`contrastive_batch: global` does not support batch norm over tokens: {recipe.normalizes_tokens}"
+        why = "the statistics of all tokens of a step would need all micro-batches in memory"
+    if run.task is not None or unsupported or recipe.normalizes_tokens is not None:
         raise ConfigError(
             what, where="optim.contrastive_batch", why=why, fix="set optim.contrastive_batch=micro, the default"
         )

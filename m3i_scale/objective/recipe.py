@@ -130,15 +130,20 @@ class Recipe(Parts):
         for name, head in self.heads.items():
             if "batch" in (head.norm, head.output_norm):
                 return f"head '{name}' has batch norm"
-        if self.ema is not None and self.ema.projector == "transformer":
-            return "the projector has batch norm"
-        for name, decoder in self.decoders.items():
-            if isinstance(decoder, SiameseSpec):
-                return f"decoder '{name}' has batch norm"
+        if self.normalizes_tokens is not None:
+            return self.normalizes_tokens
         for target in self.targets:
             if target.compares_samples:
                 return f"target '{target.name}' compares the samples of a micro-batch"
         return None
+
+    @property
+    def normalizes_tokens(self) -> str | None:
+        """Return which part of the recipe has batch norm over tokens, or None."""
+        if self.ema is not None and self.ema.projector == "transformer":
+            return "the projector has batch norm"
+        siamese = [name for name, decoder in self.decoders.items() if isinstance(decoder, SiameseSpec)]
+        return f"decoder '{siamese[0]}' has batch norm" if siamese else None
 
     @property
     def uses_batch_statistics(self) -> bool:

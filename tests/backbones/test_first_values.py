@@ -11,8 +11,9 @@ from m3i_scale.backbones.build import backbone_config
 from m3i_scale.config import BackboneConfig, RunConfig, load_run
 from m3i_scale.engine.parameter_groups import parameter_groups
 from m3i_scale.errors import ConfigError
-from m3i_scale.objective.build import build_objective, start_weights, update_ema_teacher
+from m3i_scale.objective.build import build_objective, update_ema_teacher
 from m3i_scale.objective.information import Objective
+from m3i_scale.objective.pretrained import start_weights
 
 CLIP = ("backbone.preset=clip-b/16",)
 POSITIONS, PATCH = "embeddings.position_embeddings", "embeddings.patch_embeddings.projection"

@@ -8,15 +8,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
-from saved_tensors import write_as_ranks
+from written_checkpoint import write_checkpoint
 
-from m3i_scale.checkpoint.commit import begin, commit
-from m3i_scale.checkpoint.stream import Range, buffers_of
 from m3i_scale.config import RunConfig, parse_section, read_yaml, resource_folder
 from m3i_scale.exports import fresh, verify
-from m3i_scale.objective.build import build_objective, ema_pairs, initialize_module
-from m3i_scale.run.setup import run_yaml
+from m3i_scale.objective.build import build_objective, initialize_module
 from m3i_scale.shards.make import make_shards
 from m3i_scale.shards.options import ShardOptions
 from m3i_scale.shards.records import ListedInput, Record
@@ -160,40 +156,6 @@ def first_weights(objective):
             initialize_module(root, module)
     for module in objective.modules():
         initialize_module(module, module) if not hasattr(module, "config") else None
-
-
-def write_checkpoint(final, run, objective, step, vocab_size, tokenizer, label_sets, identity=None):
-    meta = {
-        "identity": identity or {},
-        "step": step,
-        "world_size": 2,
-        "label_sets": label_sets,
-        "vocab_size": vocab_size,
-        "tokenizer": str(tokenizer),
-    }
-    folder = begin(final)
-    tensors = {key_of(name): tensor for name, tensor in objective.named_parameters()}
-    write_as_ranks(folder, tensors, [halves_of(objective, rank) for rank in (0, 1)])
-    save_file(buffers_of(objective), folder / "buffers.safetensors")
-    meta["averages"] = {target: name for name, target in ema_pairs(objective)}
-    (folder / "run.yaml").write_text(run_yaml(run))
-    (folder / "meta.json").write_text(json.dumps(meta))
-    commit(final, folder, meta)
-
-
-def key_of(name):
-    return f"{'average' if name.startswith('momentum.') else 'weight'}/{name}"
-
-
-def halves_of(objective, rank):
-    """What a rank of two writes: the first or the second half of every tensor."""
-    found = []
-    for name, tensor in objective.named_parameters():
-        flat = tensor.detach().float().flatten()
-        half = flat.chunk(2)[rank] if len(flat) > 1 else flat[: 1 - rank]
-        start = rank * len(flat.chunk(2)[0])
-        found.append(Range(key_of(name), start, (half,)))
-    return [piece for piece in found if piece.numel]
 
 
 @pytest.fixture(scope="session")

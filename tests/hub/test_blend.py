@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import write_checkpoint
 from image_text_models import POSITIONS, WIDTHS, write_model
 from safetensors.torch import load_file
 from transformers import ViTConfig, ViTModel
+from written_checkpoint import write_checkpoint
 
 from m3i_scale.backbones.build import backbone_config
 from m3i_scale.config import load_run

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import write_checkpoint
 from image_text_models import CAPTIONS, POSITIONS, WIDTHS, stock_logits, tokens, write_model
 from open_clip.loss import ClipLoss, SigLipLoss
 from safetensors.torch import load_file
 from tiny import random_batch
 from torch import Tensor
 from transformers import AutoModel, BertConfig, BertModel
+from written_checkpoint import write_checkpoint
 
 from m3i_scale.backbones.build import backbone_config
 from m3i_scale.config import RunConfig, load_run

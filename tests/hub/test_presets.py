@@ -7,7 +7,8 @@ from m3i_scale.backbones.build import backbone_config
 from m3i_scale.backbones.families import PRESETS
 from m3i_scale.config import RunConfig, parse_section
 from m3i_scale.errors import ExportError
-from m3i_scale.exports.joint import backbone_part, classifier_part, zero_shot_part
+from m3i_scale.exports.dual_encoder import zero_shot_part
+from m3i_scale.exports.joint import backbone_part, classifier_part
 from m3i_scale.exports.source import Source
 from m3i_scale.exports.tensors import check_complete
 from m3i_scale.exports.write import ExportContents, plan_parts

@@ -114,7 +114,7 @@ def test_a_shape_of_a_text_tower_that_is_not_there_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("number", "decoder", "valid"), [(1, "pool", "causal_transformer, not attention_pool"), (0, "caption", "pool or")]
+    ("number", "decoder", "valid"), [(1, "pool", "causal_transformer, not map_head"), (0, "caption", "pool or")]
 )
 def test_captions_and_their_decoder_go_together(number: int, decoder: str, valid: str) -> None:
     with pytest.raises(ConfigError, match=valid):

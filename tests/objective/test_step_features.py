@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from micro_batches import of_a_step
-from tiny import DINOV2, LABEL_SETS, VOCABULARY, part, random_batch, tiny_objective, tiny_run
+from tiny import DINOV2, LABEL_SETS, LAYER_NORM, VOCABULARY, part, random_batch, tiny_objective, tiny_run
 from torch import Tensor
 
 from m3i_scale.engine.device import random_states, replayed
@@ -20,7 +20,8 @@ from m3i_scale.objective.recipe import parse_recipe
 from m3i_scale.objective.step_features import StepFeatures
 
 STEPS, MICRO = 3, 4
-GLOBAL = ("clip", "siglip", "simclr", "barlow", "vicreg", "sim", "m3i")
+GLOBAL = {name: (name,) for name in ("clip", "siglip", "simclr", "barlow", "vicreg", "m3i")}
+GLOBAL["sim"] = ("sim", *LAYER_NORM)
 FURTHER = {
     "byol": ("byol",),
     "simsiam": ("simsiam",),
@@ -74,7 +75,7 @@ def same(one: dict[str, Tensor], two: dict[str, Tensor], share: float = 1e-6) ->
     assert float(different / norm) < share
 
 
-@pytest.mark.parametrize("arguments", [(name,) for name in GLOBAL] + list(FURTHER.values()), ids=[*GLOBAL, *FURTHER])
+@pytest.mark.parametrize("arguments", [*GLOBAL.values(), *FURTHER.values()], ids=[*GLOBAL, *FURTHER])
 def test_micro_batches_have_the_loss_the_gradients_and_the_memories_of_one_large_batch(arguments) -> None:
     large, small = prepared(*arguments), prepared(*arguments)
     loss, figures = large(random_batch(STEPS * MICRO, seed=3))
@@ -90,9 +91,9 @@ def test_micro_batches_have_the_loss_the_gradients_and_the_memories_of_one_large
         torch.testing.assert_close(buffer, buffers[name], rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("recipe", GLOBAL)
-def test_plain_accumulation_is_another_loss(recipe) -> None:
-    large, small = prepared(recipe), prepared(recipe)
+@pytest.mark.parametrize("arguments", GLOBAL.values(), ids=GLOBAL)
+def test_plain_accumulation_is_another_loss(arguments) -> None:
+    large, small = prepared(*arguments), prepared(*arguments)
     large(random_batch(STEPS * MICRO, seed=3))[0].backward()
     accumulated(small, micro_batches(), "micro")
     with pytest.raises(AssertionError):
@@ -145,16 +146,16 @@ def test_the_teacher_encodes_every_micro_batch_once_and_the_student_one_more_tim
     objective.momentum.register_forward_hook(counted("teacher"))
     objective.text.register_forward_hook(counted("text"))
     encode_own = objective.student.encode_own
-    objective.student.encode_own = lambda *given: counted("student")() or encode_own(*given)
+    objective.student.encode_own = lambda *given, **named: counted("student")() or encode_own(*given, **named)
     accumulated(objective, micro_batches())
     assert calls == {"student": 2 * STEPS - 1, "teacher": STEPS, "text": 2 * STEPS - 1}
 
 
 def test_only_teachers_encode_ahead_if_losses_compare_no_images() -> None:
-    objective = prepared("sim")
+    objective = prepared("sim", *LAYER_NORM)
     calls: list[int] = []
     encode_own = objective.student.encode_own
-    objective.student.encode_own = lambda *given: calls.append(1) or encode_own(*given)
+    objective.student.encode_own = lambda *given, **named: calls.append(1) or encode_own(*given, **named)
     accumulated(objective, micro_batches())
     assert len(calls) == STEPS
 
@@ -171,6 +172,7 @@ def test_features_must_be_cached_first() -> None:
         ("ibot", (), "does not support a dense_prototypes target"),
         ("densecl", (), "does not support a dense_negatives target"),
         ("capi", (), "does not support a clusters target"),
+        ("sim", (), "batch norm over tokens: the projector"),
         ("supervised", ("recipe.targets.0.batch_norm=true",), "does not support a category target"),
     ],
 )

@@ -14,7 +14,7 @@ from m3i_scale.evaluation.pictures.model_outputs import reconstruct, unpatchify
 from m3i_scale.objective.encoders import Projector
 from m3i_scale.objective.targets.category import CategoryHead
 from m3i_scale.objective.targets.dense import DenseHead, patchify
-from m3i_scale.objective.targets.text import TextHead
+from m3i_scale.objective.targets.text import BoltzmannPairs, TextHead
 
 
 def test_patches_are_row_major_and_channel_last() -> None:
@@ -123,7 +123,7 @@ def test_the_text_tower_is_the_stock_model_read_at_its_first_token() -> None:
 
 
 def test_text_head_learns_its_temperature_up_to_a_limit() -> None:
-    head = TextHead(8, 4, 0.07)
+    head = TextHead(8, 4, BoltzmannPairs(temperature=0.07))
     head.reset_parameters()
     prediction, scale, _ = head(torch.randn(3, 8))
     torch.testing.assert_close(prediction.norm(dim=-1), torch.ones(3))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from tiny import LABEL_SETS, VOCABULARY, tiny_run
+from tiny import LABEL_SETS, LAYER_NORM, VOCABULARY, tiny_run
 
 from m3i_scale.plan.planning import Model
 from m3i_scale.plan.planning import Vocabulary as LearntFrom
@@ -11,9 +11,10 @@ from m3i_scale.plan.planning import Vocabulary as LearntFrom
 MICRO, STEPS = 4, 3
 
 
-def model(recipe: str, contrastive_batch: str, micro: int = MICRO) -> Model:
+def model(recipe: str, contrastive_batch: str, micro: int = MICRO, more: tuple[str, ...] = ()) -> Model:
     batch = f"optim.batch_size={MICRO * STEPS}"
-    run = tiny_run(recipe, batch, f"optim.micro_batch_size={micro}", f"optim.contrastive_batch={contrastive_batch}")
+    given = [batch, f"optim.micro_batch_size={micro}", f"optim.contrastive_batch={contrastive_batch}", *more]
+    run = tiny_run(recipe, *given)
     return Model(run, LearntFrom(LABEL_SETS, VOCABULARY, ()), 1, "fp32")
 
 
@@ -29,7 +30,7 @@ def test_a_plan_counts_one_more_forward_pass_and_the_cached_features(recipe) -> 
 
 
 def test_teachers_alone_encode_ahead_if_losses_compare_no_images() -> None:
-    plain, joint = (model("sim", kind).trace("none", MICRO) for kind in ("micro", "global"))
+    plain, joint = (model("sim", kind, more=LAYER_NORM).trace("none", MICRO) for kind in ("micro", "global"))
     assert joint.flop == pytest.approx(plain.flop, rel=0.1)
     tokens = MICRO * 17 * 64 * 4
     assert joint.cached >= (STEPS - 1) * tokens
