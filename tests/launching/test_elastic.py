@@ -17,6 +17,7 @@ from m3i_scale.elastic import link
 from m3i_scale.elastic.attempts import Launch
 from m3i_scale.elastic.link import Inbox, RemoteShell, connect
 from m3i_scale.elastic.rendezvous import Policy, Work
+from m3i_scale.elastic.worlds import ComparedSamples
 from m3i_scale.errors import EXIT_PREEMPTED
 from m3i_scale.host.failures import read_attempts
 from m3i_scale.host.output_dir import ATTEMPTS
@@ -152,6 +153,13 @@ def test_a_recipe_that_compares_no_samples_keeps_its_micro_batch(tmp_path, monke
     assert compared(tmp_path, monkeypatch, Policy(min_hosts=2), recipe="mae").run() == 0
     assert attempts(tmp_path)[0]["micro_batch_size"] == 24
     assert "contrastive batch" not in capsys.readouterr().out
+
+
+def test_losses_over_all_samples_of_a_step_keep_their_micro_batch() -> None:
+    hosts = [Host(f"node{number}", 1) for number in range(4)]
+    micro, joint = (load_run("clip", [f"optim.contrastive_batch={kind}"]) for kind in ("micro", "global"))
+    assert ComparedSamples(micro, hosts, 1).usual == 4 * micro.optim.micro_batch_size
+    assert ComparedSamples(joint, hosts, 1).usual is None
 
 
 def test_a_host_that_was_silent_before_is_asked_beside_the_others_and_not_waited_for(tmp_path, monkeypatch):
