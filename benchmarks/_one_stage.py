@@ -67,8 +67,8 @@ def run_values(entry: Entry, data: DataSet, seed: int, folder: Path) -> dict[str
     base, setting = load_run(entry.base, list(entry.overrides)), data.setting
     recipe, augment = base.recipe, base.data.augment
     for decoder in recipe["decoders"].values():
-        if decoder["kind"] == "transformer":
-            decoder |= {"width": 64, "heads": 1, "depth": setting.layers // 3}
+        if decoder["kind"] in ("transformer", "siamese"):  # one decoder and one projector for all
+            decoder |= {"kind": "transformer", "width": 64, "heads": 1, "depth": setting.layers // 3}
         elif decoder["kind"] == "attention_pool":
             decoder["width"] = setting.width
     if "ema" in recipe:
