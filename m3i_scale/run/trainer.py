@@ -183,10 +183,11 @@ class Trainer:
             group["lr"] = state.lr * group["lr_scale"]
         state.micro_batches = []
         with undone_if_skipped(state.engine, state.engine.module):
-            for number, micro_batch in enumerate(self._micro_batches()):
+            micro_batches = self._micro_batches()
+            for number in range(state.stage.accumulation):  # a loop over them would keep each until the next is copied
                 last = number + 1 == state.stage.accumulation
                 state.engine.module.measure_health = state.logged and last
-                self._micro_batch(*micro_batch)
+                self._micro_batch(*next(micro_batches))
                 if last:  # one vote per step, regardless of gradient accumulation
                     self._vote()
                 with self.step_times.span("optimizer"):

@@ -355,13 +355,14 @@ def test_a_pretrained_start_copies_every_weight_exactly(worlds, world: int) -> N
 def test_a_start_from_other_names_does_not_depend_on_ranks(worlds) -> None:
     alone = worlds.result("started", 1)
     assert len(alone["values"]) > 60
-    report = alone["told"][0]
+    report = alone["told"][0]["backbone"]
     assert report["resized"] == {"embeddings.position_embeddings": {"from": [1, 5, 64], "to": [1, 17, 64]}}
     student = {name.removeprefix("student.model.") for name in alone["values"] if name.startswith("student.model.")}
     assert student == {name for names in report["renamed"].values() for name in names} > {"embeddings.cls_token"}
     for rank in range(2):
         told = worlds.result("started", 2, rank)
-        assert told["told"] == ([report | {"source": told["told"][0]["source"]}] if rank == 0 else [])
+        source = {"source": told["told"][0]["backbone"]["source"]} if rank == 0 else {}
+        assert told["told"] == ([{"backbone": report | source}] if rank == 0 else [])
         assert told["values"].keys() == alone["values"].keys()
         for name, value in alone["values"].items():
             assert value.abs().sum() > 0, name
