@@ -31,9 +31,8 @@ class MaskSpec(Section):
     """Which patches of an input are masked."""
 
     form: Mask = RandomMask()
-    """random: independent patches; block: a union of rectangles; beit_blocks: a union of rectangles as in BEiT's code;
-    inverse_block: all but one rectangle; target_blocks: rectangles that are predicted one by one; or a user-defined
-    class."""
+    """random: independent patches; block: a union of rectangles; beit_blocks: BEiT's rectangles; inverse_block: all but
+    one rectangle; target_blocks: rectangles predicted one by one; or a class."""
     ratio: Annotated[float | tuple[float, float], AfterValidator(_is_ratio)]
     """Mask ratio. The number of masked patches is rounded and is the same for every sample. With mask tokens, a range
     [smallest, largest] is possible; the ratio is drawn per sample."""
