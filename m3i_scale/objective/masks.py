@@ -95,12 +95,7 @@ class BlockMask(Mask):
 
 
 class BeitBlocks(Mask):
-    """A mask that is a union of rectangles, drawn as in the code of BEiT and SIM: each has at most as many patches as
-    are left to mask, so the last ones are small.
-
-    If ten rectangles in a row mask nothing new or too much, random patches fill up the mask. Here, they also do after
-    `_ROUNDS` rectangles; of 20,000 masks of SIM, none has more.
-    """
+    """A union of rectangles as in the code of BEiT and SIM: each has at most the patches that are left to mask."""
 
     kind: ClassVar[str] = "beit_blocks"
     smallest: int = Field(default=16, ge=1, le=MAX_SIDE)
