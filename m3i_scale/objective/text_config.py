@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from functools import cache
 from typing import Any
@@ -68,7 +69,7 @@ def _from_scratch(text: TextConfig, vocab_size: int, width: int) -> Any:
 
 def _pretrained(text: TextConfig, vocab_size: int, width: int) -> Any:
     place, where = str(text.from_pretrained), f"text.from_pretrained: {text.from_pretrained}"
-    config = read_text_config(place)
+    config = copy.deepcopy(read_text_config(place))  # the cached one stays as it is in the file
     family = text_family(config)
     for key, value in family.defaults.items():
         if key in family.training_fields:
