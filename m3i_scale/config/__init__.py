@@ -96,7 +96,7 @@ class BackboneConfig(Section):
     with Xavier-uniform matrices, also for the patch embedding."""
     freeze: list[Literal["patch_embeddings", "position_embeddings", "all"]] = Field(default_factory=list)
     """Parts of a vision Transformer that keep their initial values. Position embeddings start as a sine-cosine grid.
-    all: the complete pretrained backbone, of any kind; only what reads it is trained (LiT, with a text target)."""
+    all: the complete pretrained backbone of any family. Decoders, heads and the text encoder are trained (LiT)."""
     attention: Literal["within_image", "across_images"] = "within_image"
     """Attention in mixed inputs: tokens attend within their image or across both images."""
     attention_kernel: Literal["sdpa", "eager"] = "sdpa"
@@ -156,7 +156,9 @@ class TextConfig(Section):
     @model_validator(mode="after")
     def _one_start(self) -> Self:
         if self.from_pretrained is not None and self.model_type is not None:
-            raise ValueError("model_type has no effect together with from_pretrained: set one of them to null")
+            raise FixableError(
+                f"model_type `{self.model_type}` has no effect together with from_pretrained", "text.model_type=null"
+            )
         if self.freeze and self.from_pretrained is None:
             raise FixableError(
                 "`freeze` needs pretrained weights: the text encoder would stay random",

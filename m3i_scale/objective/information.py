@@ -103,10 +103,12 @@ class Objective(nn.Module):
         images and texts), `heads` (decoders, heads, losses)."""
 
     def train(self, mode: bool = True) -> Self:
-        """Set the training mode. A frozen backbone stays in evaluation mode."""
+        """Set the training mode. A frozen backbone or text encoder stays in evaluation mode."""
         super().train(mode)
         if not any(parameter.requires_grad for parameter in self.student.parameters()):
             self.student.eval()
+        if self.text is not None and not any(parameter.requires_grad for parameter in self.text.parameters()):
+            self.text.eval()
         return self
 
     def forward(self, batch: Batch, step: StepFeatures | None = None) -> tuple[Tensor, dict[str, Tensor]]:

@@ -26,7 +26,7 @@ from m3i_scale.objective.text_config import read_text_config
 from m3i_scale.objective.text_tower import text_family
 
 Plan = tuple[str, str, Callable[[], LoadPlan]]
-"""What is loaded (backbone, text, heads or teachers), the prefix of its parameters, and the plan."""
+"""Part of the model (backbone, text, heads or teachers), prefix of its parameters, and the plan to load it."""
 
 MAP_HEAD = {
     "probe": ("probe",),
@@ -90,8 +90,8 @@ def _source(run: RunConfig, config: Any) -> Source:
 
 
 def _plan_heads(objective: Objective, run: RunConfig) -> LoadPlan:
-    """Match projections, pooling head, temperature and bias. They are loaded as far as the recipe has the same parts:
-    those of the image encoder only if both encoders come from one model."""
+    """Match projections, pooling head, temperature and bias, as far as the recipe has the same parts. All but the text
+    projection are loaded only if both encoders come from one model."""
     text = cast(nn.Module, objective.text)
     source = _source(run, cast(Any, text).model.config)
     where = "text.from_pretrained"
@@ -99,7 +99,7 @@ def _plan_heads(objective: Objective, run: RunConfig) -> LoadPlan:
     headers = read_headers(files, where)
     places: dict[str, tuple[str, ...]] = {"text_projection.weight": ("text.projection.weight",)}
     offsets: dict[str, float] = {}
-    if run.text.from_pretrained == run.backbone.from_pretrained:
+    if _one_model(run):
         for target in (item for item in objective.recipe.targets if isinstance(item, Text)):
             more = _places_of(objective, target)
             places |= more
@@ -133,6 +133,15 @@ def _plan_heads(objective: Objective, run: RunConfig) -> LoadPlan:
         "fresh": fresh,
     }
     return LoadPlan(takes, report | {key: {} for key in ("resized", "zeros", "left_out", "assumed")}, where, source)
+
+
+def _one_model(run: RunConfig) -> bool:
+    """Return whether both encoders come from the same folder, however it is written."""
+    vision = run.backbone.from_pretrained
+    if vision is None or run.text.from_pretrained is None:
+        return False
+    folders = [pretrained_folder(source, "from_pretrained").resolve() for source in (vision, run.text.from_pretrained)]
+    return folders[0] == folders[1]
 
 
 def _share(shape: tuple[int, ...], parts: int) -> tuple[int, ...]:

@@ -266,6 +266,9 @@ class Recipe(Parts):
                 "`ema.projector: transformer` reads tokens before the final norm, so all targets must be dense ones "
                 "with `encoder: ema`, without a mix: use `projector: mlp`"
             )
+        siamese = [name for name, decoder in self.decoders.items() if isinstance(decoder, SiameseSpec)]
+        if siamese and (self.ema is None or self.ema.projector != "transformer"):
+            yield f"decoder '{siamese[0]}' of kind siamese needs `ema.projector: transformer`, which embeds its tokens"
         if self.ema is None and averages:
             yield "a target has `encoder: ema`, so the recipe needs an `ema` section"
         if all(target.collapses_alone for target in self.targets):

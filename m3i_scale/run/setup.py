@@ -84,6 +84,8 @@ class ResolvedRun(RunWithData):
             "optim": run.optim.model_dump(include={"batch_size", "weight_decay", "betas", "eps"}, mode="json"),
             "attention": run.backbone.attention,
             "freeze": sorted(run.backbone.freeze) or None,
+            "text_freeze": (run.text.freeze and self.recipe.uses_text_tower) or None,
+            "decay_tokens": run.optim.decay_tokens or None,
             "text": text_identity(run.text) if self.recipe.uses_text_tower else None,
             "label_sets": self.label_sets if self.recipe.labels_file is not None else None,
             "vocab_size": self.vocab_size,

@@ -254,6 +254,19 @@ def test_features_hold_the_text_encoder_and_evaluate_in_the_joint_space(
 
 
 @torch.no_grad()
+def test_one_model_is_recognized_however_its_folder_is_written(folders: dict[str, Path]) -> None:
+    run = run_of("clip", folders["clip"], f"text.from_pretrained={folders['clip']}/")
+    head = started(run).heads["text"].projection.weight
+    torch.testing.assert_close(head, load_file(folders["clip"] / "model.safetensors")["visual_projection.weight"])
+
+
+def test_dropout_of_a_frozen_text_encoder_is_off(folders: dict[str, Path]) -> None:
+    run = run_of("clip", folders["clip"], "text.freeze=true", "text.config={attention_dropout: 0.5}")
+    assert not started(run).train().text.training
+    assert started(run_of("clip", folders["clip"])).text.model.config.attention_dropout == 0.0
+
+
+@torch.no_grad()
 def test_other_parts_start_random_and_are_named(folders: dict[str, Path]) -> None:
     """A recipe that pools in another way has no use for CLIP's projection of images."""
     from m3i_scale.objective.pretrained import pretrained_plans

@@ -150,6 +150,11 @@ FAULTS: dict[str, tuple[str, Callable[[dict[str, Any]], Any], str]] = {
     ),
     "regularizer of another kind of target": ("m3i", target(0, regularizer="centering"), "no such kind: 'centering'"),
     "wrong decoder kind": ("m3i", target(0, decoder="pool"), "decoded by transformer or .*pointwise.*, not mean_pool"),
+    "siamese decoder without its projector": (
+        "sim",
+        lambda r: r.update(ema={"start": 0.995}),
+        "needs `ema.projector: transformer`",
+    ),
     "dense decoder for text": (
         "m3i",
         target(2, decoder="dense"),
