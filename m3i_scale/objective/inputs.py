@@ -14,7 +14,7 @@ from typing_extensions import Self
 
 from m3i_scale.config import FixableError, Section
 from m3i_scale.config.sections import MAX_VIEWS
-from m3i_scale.objective.masks import Mask, RandomMask, hash_uniform
+from m3i_scale.objective.masks import BeitBlocks, Mask, RandomMask, hash_uniform
 from m3i_scale.objective.state import Fp32State
 
 
@@ -48,6 +48,10 @@ class MaskSpec(Section):
         if self.masked == "drop" and self.varies:
             raise ValueError(
                 "`masked: drop` needs the same number of masked patches in every sample; use `masked: mask_token`"
+            )
+        if isinstance(self.ratio, tuple) and isinstance(self.form, BeitBlocks):
+            raise FixableError(
+                f"masks of form beit_blocks are drawn for one ratio, got {list(self.ratio)}", "form: block for a range"
             )
         least = self.form.least_ratio
         if least and self.masked == "mask_token":

@@ -116,9 +116,8 @@ class BeitBlocks(Mask):
         half_RB1T = (u_RB4T[:, :, 1:2] - 0.5) * math.log(1 / 0.3)  # log √aspect; the aspect is 0.3 to 1 / 0.3
         stretch_RB2T = torch.cat([half_RB1T, -half_RB1T], dim=2).exp()
         masked_BN = torch.zeros_like(seeds_B, dtype=torch.bool)[:, None].expand(-1, grid[0] * grid[1])
-        rank_BN = torch.zeros_like(masked_BN, dtype=torch.float32)  # patches of earlier rectangles are masked first
         going_B1 = torch.ones_like(masked_BN[:, :1])
-        for number, (u_B4T, stretch_B2T) in enumerate(zip(u_RB4T, stretch_RB2T, strict=True)):
+        for u_B4T, stretch_B2T in zip(u_RB4T, stretch_RB2T, strict=True):
             left_B1 = masked - masked_BN.sum(dim=1, keepdim=True)
             area_BT = self.smallest + (left_B1 - self.smallest) * u_B4T[:, 0]
             size_B2T = (area_BT.sqrt()[:, None] * stretch_B2T).round()
@@ -129,10 +128,9 @@ class BeitBlocks(Mask):
             fits_BT = (size_B2T < side_21).all(dim=1) & (count_BT > 0) & (count_BT <= left_B1)
             first_BT = fits_BT & (fits_BT.cumsum(dim=1) == 1) & going_B1
             going_B1 = going_B1 & fits_BT.any(dim=1, keepdim=True)
-            chosen_BN = (new_BTN & first_BT[..., None]).any(dim=1)
-            masked_BN, rank_BN = masked_BN | chosen_BN, rank_BN + (_ROUNDS - number) * chosen_BN
+            masked_BN = masked_BN | (new_BTN & first_BT[..., None]).any(dim=1)
         noise_BN = hash_uniform(seeds_B, grid[0] * grid[1], stream)
-        return (noise_BN + rank_BN).argsort(dim=1, stable=True)
+        return (noise_BN + masked_BN).argsort(dim=1, stable=True)
 
 
 class InverseBlockMask(Mask):
