@@ -191,9 +191,9 @@ def test_a_save_in_the_background_is_planned_and_one_in_the_foreground_takes_not
     assert document["host_gib_per_node"] == pytest.approx(2 * document["host_gib_per_rank"])
     background = tiny_run("sim", *SMALL)
     host, less = (plan_run(run, machine(name="cpu"), samples=None).planned for run in (background, foreground))
-    # Pools are a device's; a host has the bytes themselves: 12 a trained parameter, 4 an averaged one.
+    # Pools are a device's; a host has the bytes themselves: 12 a trained parameter, 4 an averaged, 2 a frozen one.
     numel = document["parameters"]
-    wanted = (12 * numel["trained"] + 4 * numel["ema"]) / 2
+    wanted = (12 * numel["trained"] + 4 * numel["ema"] + 2 * numel["frozen"]) / 2
     assert host.parts["snapshot"] == pytest.approx(wanted, rel=1e-3)
     assert "snapshot" not in less.parts
     assert host.peak_bytes > less.peak_bytes
@@ -240,8 +240,8 @@ def test_a_host_without_the_memory_is_refused_with_what_would_do(monkeypatch):
 @pytest.mark.parametrize("recipe", ["sim", "moco"])
 def test_a_checkpoint_has_weights_moments_averages_and_buffers(recipe):
     found = plan_run(tiny_run(recipe, *SMALL, "deepspeed=zero1_bf16"), machine(), samples=None)
-    numel, averaged = (numel_of(found.model.parameters, role) for role in ("trained", "ema"))
-    size = 12 * numel + 4 * averaged + found.model.remembered_bytes
+    trained, averaged, frozen = (numel_of(found.model.parameters, role) for role in ("trained", "ema", "frozen"))
+    size = 12 * trained + 4 * averaged + 2 * frozen + found.model.remembered_bytes  # frozen weights are bf16
     assert found.document()["checkpoint_gib"] == size / 2**30
 
 
