@@ -58,6 +58,7 @@ ABLATIONS = (
     Entry("text weight 3", "m3i", ("recipe.targets.2.weight=3",), "1"),
     Entry("views one", "m3i_intra", (), "two"),
     Entry("images not mixed", "m3i_no_mix", (), "mixed"),
+    Entry("sim_published", str(ONE_STAGE / "m3i_sim_published.yaml"), (), "Transformer decoder, MLP projector"),
 )
 """Variants of `m3i`: choices that the paper leaves open, and others."""
 
@@ -66,8 +67,11 @@ def run_values(entry: Entry, data: DataSet, seed: int, folder: Path) -> dict[str
     """The run file of an entry, without its number of steps: the same backbone, data and optimizer for all."""
     base, setting = load_run(entry.base, list(entry.overrides)), data.setting
     recipe, augment = base.recipe, base.data.augment
+    as_published = entry.name == "sim_published"
     for decoder in recipe["decoders"].values():
-        if decoder["kind"] in ("transformer", "siamese"):  # one decoder and one projector for all
+        if as_published and decoder["kind"] == "siamese":  # as wide as the backbone
+            decoder |= {"heads": setting.heads, "depth": setting.layers // 3}
+        elif decoder["kind"] in ("transformer", "siamese"):  # one decoder and one projector for all
             decoder |= {"kind": "transformer", "width": 64, "heads": 1, "depth": setting.layers // 3}
         elif decoder["kind"] == "attention_pool":
             decoder["width"] = setting.width
@@ -75,6 +79,8 @@ def run_values(entry: Entry, data: DataSet, seed: int, folder: Path) -> dict[str
         chosen = any(override.startswith("recipe.ema.") for override in entry.overrides)
         start = recipe["ema"]["start"] if chosen else 0.99
         recipe["ema"] = {"start": start, "end": 1.0, "projector_depth": setting.layers // 3}
+        if as_published:
+            recipe["ema"] |= {"projector": "transformer", "projector_heads": setting.heads}
     text = {"config": _shape(setting, 2), "max_tokens": TOKENS}
     for target in recipe["targets"]:
         if target["kind"] == "text":
@@ -92,8 +98,10 @@ def run_values(entry: Entry, data: DataSet, seed: int, folder: Path) -> dict[str
             "config": _shape(setting, setting.layers) | {"image_size": setting.image, "patch_size": setting.patch},
             "attention": base.backbone.attention,
             "attention_kernel": "eager",  # short sequences; and every product is counted
+            **({"weight_init": base.backbone.weight_init, "freeze": base.backbone.freeze} if as_published else {}),
         },
         **({"text": text} if reads_text else {}),
+        **({"optim": {"decay_tokens": base.optim.decay_tokens}} if as_published else {}),
         "data": {
             "datasets": {
                 name: {key: value for key, value in one.items() if key not in unused}
@@ -122,7 +130,8 @@ def _shape(setting: Setting, layers: int) -> dict[str, Any]:
 def flop_per_sample(values: dict[str, Any], data: DataSet) -> float:
     """Counted FLOPs of student, decoders, heads and targets for one training sample."""
     batch = data.setting.batch
-    run = parse_section(RunConfig, values | {"optim": optim_values(1000, batch)}, where="one_stage")
+    optim = values.get("optim", {}) | optim_values(1000, batch)
+    run = parse_section(RunConfig, values | {"optim": optim}, where="one_stage")
     views, vocabulary, classes = parse_recipe(run.recipe).drawn_views, 4096, max(map(len, data.classes.values()))
     samples = synthetic_batch(
         batch, views, image=data.setting.image, tokens=data.tokens, classes=classes, vocabulary=vocabulary
@@ -185,7 +194,7 @@ class Job(Training):
         values = run_values(self.entry, self.data, self.seed, folder)
         checkpoint = {"every_steps": math.ceil(self.steps / self.points), "keep_latest": self.points}
         optim = optim_values(self.steps, self.data.setting.batch) | ({} if self.entry.trained else {"lr": 1e-12})
-        return values | {"optim": optim, "checkpoint": checkpoint}
+        return values | {"optim": values.get("optim", {}) | optim, "checkpoint": checkpoint}
 
     def depends(self) -> tuple[dict[str, Any], list[Any]]:
         """See `Training`."""

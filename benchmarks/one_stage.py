@@ -60,10 +60,10 @@ def main(
         help="Measurements along the first seed's training; default: 3; 1, at the end, of a ladder or --photos.",
     ),
     only: list[str] = typer.Option([], help="Only these recipes."),
-    ablations: bool | None = typer.Option(
-        None,
-        help="Also m3i with the other choices that the paper leaves open; default: where nothing is left out, "
-        "except with --photos.",
+    ablations: list[str] = typer.Option(
+        [],
+        help="Also m3i with another choice, by name; several: repeat; all; none. Default: all where no recipe is left "
+        "out, except with --photos.",
     ),
     tasks: list[str] = typer.Option(
         [],
@@ -98,7 +98,7 @@ def main(
             sorted(set(budgets)) or [opened.setting.budget],
             seeds,
             points or (1 if len(set(budgets)) > 1 else opened.setting.points),
-            *_chosen(only, False if ablations is None and photos is not None else ablations),
+            *_chosen(only, ablations or ["none" if only or photos is not None else "all"]),
         )
         asked = [] if tasks == ["none"] else downstream.chosen(tasks)
         document = comparison.document(workers, asked if tasks else comparison.tasks())
@@ -112,17 +112,23 @@ def main(
         plot(document, plot_file)
 
 
-def _chosen(only: list[str], ablations: bool | None) -> tuple[list[Entry], list[Entry]]:
-    """Recipes, and choices of m3i."""
-    known = [entry.name for entry in RECIPES]
-    for name in only:
+def _chosen(only: list[str], ablations: list[str]) -> tuple[list[Entry], list[Entry]]:
+    """Return the compared recipes, and the variants of m3i."""
+    entries = _by_name("recipe", only or ["all"], RECIPES)
+    others = _by_name("ablation", ablations, ABLATIONS)
+    if others and "m3i" not in {entry.name for entry in entries}:
+        raise ConfigError("--ablations compares variants of m3i, which is left out", fix="add --only m3i")
+    return entries, others
+
+
+def _by_name(what: str, names: list[str], entries: tuple[Entry, ...]) -> list[Entry]:
+    if names in (["all"], ["none"]):
+        return list(entries) if names == ["all"] else []
+    known = [entry.name for entry in entries]
+    for name in names:
         if name not in known:
-            raise ConfigError(f"no recipe '{name}' in this comparison", fix=did_you_mean(name, known))
-    entries = [entry for entry in RECIPES if not only or entry.name in only]
-    if ablations and "m3i" not in {entry.name for entry in entries}:
-        raise ConfigError("--ablations are those of m3i, which is left out", fix="--only m3i --ablations")
-    with_ablations = not only if ablations is None else ablations
-    return entries, list(ABLATIONS) if with_ablations else []
+            raise ConfigError(f"no {what} '{name}' in this comparison", fix=did_you_mean(name, known))
+    return [entry for entry in entries if entry.name in names]
 
 
 @dataclass(frozen=True)

@@ -74,6 +74,14 @@ DINOV3 = (
     "backbone.freeze=[]",
 )
 SIGLIP = ("backbone.preset=siglip-b/16",)
+SIM_PARTS = (
+    "recipe.ema.projector=transformer",
+    "recipe.decoders.dense={kind: siamese, depth: 2, heads: 2}",
+    "backbone.weight_init=xavier_uniform",
+    "backbone.freeze=[position_embeddings, patch_embeddings]",
+    "optim.decay_tokens=true",
+)
+"""The parts of SIM as published, for a recipe with dense targets."""
 RECIPES = tuple(known_recipes())
 MULTI_CROP = (
     "recipe.views=[{count: 2}, {count: 2, size: 16}]",

@@ -109,6 +109,10 @@ class Backbone(nn.Module, ABC):
             norm: apply the final norm of a vision Transformer.
         """
 
+    def normed(self, tokens_BLD: Tensor) -> Tensor:
+        """Apply the final norm, which `norm=False` leaves out."""
+        return tokens_BLD
+
     @abstractmethod
     def encode_mixed(
         self, views: Views, view_of: Sequence[int], visible: Sequence[Tensor], rows: Sequence[Tensor]

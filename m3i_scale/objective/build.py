@@ -56,8 +56,8 @@ def build_objective(
     config = backbone_config(run.backbone)
     project = recipe.ema.build_projector if recipe.ema is not None and recipe.projects_dense_targets else None
     projector = project(config) if project is not None else Projector(config.hidden_size, 0)
-    # The final norm that this projector skips stays as it starts.
-    freeze = [*run.backbone.freeze, *(["final_norm"] if projector.before_norm else [])]
+    # A final norm that no target uses stays as it starts.
+    freeze = [*run.backbone.freeze, *(["final_norm"] if projector.before_norm and not recipe.has_image_level else [])]
     student = build_backbone(config, freeze)
     if run.task is not None and run.task.freeze:
         student.requires_grad_(False)

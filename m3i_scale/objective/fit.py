@@ -61,6 +61,13 @@ def check_fit(
             "of a mix",
             fix="use the decoder attention_pool or mean_pool",
         )
+    projects = recipe.ema is not None and recipe.ema.projector == "transformer"
+    if projects and run.backbone.attention == "across_images":
+        raise ConfigError(
+            "`ema.projector: transformer` reads tokens before the final norm, and attention across images ends with it",
+            where="backbone.attention: across_images",
+            fix="set backbone.attention=within_image or recipe.ema.projector=mlp",
+        )
     image_size = run.image_size(student.image_size)
     _check_image_size(image_size, student)
     side = image_size // student.patch_size // student.cell

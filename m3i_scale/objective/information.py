@@ -332,12 +332,12 @@ class Objective(nn.Module):
             (only,) = where
             return {only.name: [Encoded(only, *self.student.encode_whole(views[only.view + 1], blocks))]}
         view_of, visible = [spec.view + 1 for spec in where], [spec.visible_BL for spec in where]
+        norm = self.student.normed if self.projector is not None and self.projector.before_norm else None
         if self.recipe.mix is None or not self.mixed_attention:
             masked = None
             if self.recipe.uses_mask_tokens:  # fail without the module: masked patches must never be visible instead
                 masked = MaskedPatches(cast(MaskToken, self.mask_token), [spec.shown_BN for spec in where])
-            norm = self.projector is None or not self.projector.before_norm
-            encoded = self.student.encode_own(views, view_of, visible, masked, norm=norm)
+            encoded = self.student.encode_own(views, view_of, visible, masked, norm=norm is None)
         else:
             by_row = self.student.encode_mixed(views, view_of, visible, [spec.image_of_row_B for spec in where])
             encoded = [
@@ -346,7 +346,7 @@ class Objective(nn.Module):
             ]
         parts: dict[str, list[Encoded]] = {}
         for spec, tokens in zip(where, encoded, strict=True):
-            parts.setdefault(spec.name, []).append(Encoded(spec, *tokens))
+            parts.setdefault(spec.name, []).append(Encoded(spec, *tokens, norm=norm))
         return parts
 
     def _health(self, context: Context, watched: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -121,7 +121,7 @@ class Recipe(Parts):
 
     @property
     def has_image_level(self) -> bool:
-        """Return whether a target is image-level; see `Target.is_image_level`."""
+        """Return whether a target is image-level (see `Target.is_image_level`)."""
         return any(target.is_image_level for target in self.targets)
 
     @property
@@ -260,12 +260,15 @@ class Recipe(Parts):
         averages = any(target.encoder == "ema" for target in self.targets)
         if self.ema is not None and not averages:
             yield "`ema` has no effect: no target has `encoder: ema`"
-        only_dense = self.mix is None and all(isinstance(item, Dense) and item.projected for item in self.targets)
-        if self.ema is not None and self.ema.projector == "transformer" and not only_dense:
-            yield (
-                "`ema.projector: transformer` reads tokens before the final norm, so all targets must be dense ones "
-                "with `encoder: ema`, without a mix: use `projector: mlp`"
-            )
+        if self.ema is not None and self.ema.projector == "transformer":
+            # The tokens are before the final norm. `Encoded.pooled` applies it; other readers and teachers do not.
+            for item in self.targets:
+                if isinstance(item, ImageTarget) or not item.is_image_level:
+                    if not (isinstance(item, Dense) and item.projected):
+                        yield (
+                            "`ema.projector: transformer` supports dense targets with `encoder: ema`, text and "
+                            f"categories, got {item.title} '{item.name}': use `projector: mlp`"
+                        )
         siamese = [name for name, decoder in self.decoders.items() if isinstance(decoder, SiameseSpec)]
         if siamese and (self.ema is None or self.ema.projector != "transformer"):
             yield f"decoder '{siamese[0]}' of kind siamese needs `ema.projector: transformer`, which embeds its tokens"

@@ -75,6 +75,7 @@ RECIPES = {name: (name,) for name in tiny.RECIPES} | {
     "m3i_forward": ("m3i", "recipe.targets.2.distribution.direction=forward"),
     "multi_crop": ("global_distillation", *tiny.MULTI_CROP),
     "multi_crop_clip": ("global_distillation", *tiny.MULTI_CROP, "backbone.preset=clip-b/16"),
+    "m3i_sim": ("m3i", *tiny.SIM_PARTS),
     "m3i_learned": ("m3i", "recipe.balance={kind: learned}"),
     "m3i_followed": ("m3i", "recipe.balance={kind: gradient_norm, momentum: 0.5}"),
 }
@@ -85,6 +86,7 @@ PARTITIONED = (
     "m3i_mixed",
     "m3i_dinov3",
     "m3i_siglip",
+    "m3i_sim",
     "dinov2_registers",
     "m3i_learned",
     "m3i_followed",

@@ -11,7 +11,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import GRID, random_batch, tiny_objective, tiny_run
+from tiny import GRID, SIM_PARTS, random_batch, tiny_objective, tiny_run
 from torch import Tensor
 
 from m3i_scale.config import load_run
@@ -210,9 +210,37 @@ def test_wrong_settings_are_named(overrides: tuple[str, ...], words: str) -> Non
         tiny_objective("sim", *overrides)
 
 
-def test_a_projector_before_the_norm_is_for_dense_targets_alone() -> None:
-    with pytest.raises(ConfigError, match="all targets must be dense ones"):
-        tiny_objective("m3i", "recipe.ema.projector=transformer")
+def test_targets_read_tokens_before_or_after_the_final_norm() -> None:
+    """M3I with SIM's parts: dense targets read them before it, text and category after it."""
+    objective = tiny_objective("m3i", *SIM_PARTS)
+    norm, seen = objective.student.model.layernorm, {}
+    with torch.no_grad():
+        norm.weight.copy_(torch.linspace(0.5, 2, len(norm.weight)))
+    for name, module in {"projector": objective.projector, "pool": objective.decoders["pool"]}.items():
+        module.register_forward_pre_hook(lambda _, tokens, name=name: seen.setdefault(name, []).append(tokens[0]))
+    loss, _ = objective(random_batch(4))
+    loss.backward()
+    patches = [tokens[:, 1:] for tokens in seen["projector"]]
+    torch.testing.assert_close([norm(tokens) for tokens in patches], seen["pool"][:2])
+    assert norm.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize(
+    ("recipe", "words"),
+    [
+        ("continue_m3i", "got an anchor target"),
+        ("sim_global", "got a prototypes target"),
+        ("byol", "got a pooled target"),
+    ],
+)
+def test_other_targets_need_the_norm(recipe: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        tiny_objective(recipe, "recipe.ema.projector=transformer")
+
+
+def test_attention_across_images_ends_with_the_norm() -> None:
+    with pytest.raises(ConfigError, match="attention across images ends with it"):
+        tiny_objective("m3i", *SIM_PARTS, "backbone.attention=across_images")
 
 
 def test_other_recipes_have_the_projector_that_they_had() -> None:

@@ -4,7 +4,7 @@ is loss term k of equation (5). A target is data; it gets its modules as argumen
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, cast
 
@@ -70,10 +70,13 @@ class Encoded:
     """Visible tokens only."""
     maps: list[Tensor] = field(default_factory=list)
     """Intermediate outputs of layers or stages, if a head needs them: (B, C, H, W) each."""
+    norm: Callable[[Tensor], Tensor] | None = None
+    """The final norm of the backbone, if the tokens are before it."""
 
     def pooled(self, decoder: nn.Module) -> Tensor:
         """Return the pooling decoder's output per image: (B, F)."""
-        return pool(decoder, self.cls_BND, self.tokens_BLD)
+        parts = (self.cls_BND, self.tokens_BLD)
+        return pool(decoder, *(parts if self.norm is None else map(self.norm, parts)))
 
     def tapped(self, squared_norms: list[Tensor]) -> Encoded:
         """Return an alias that appends the squared norms of its gradients to a list."""
@@ -185,6 +188,9 @@ class Target(Kind):
     """Whether z_y is a map over patches."""
     by_token: ClassVar[bool] = False
     """Whether z_y is a token of the caption."""
+    is_image_level: ClassVar[bool] = False
+    """Whether the loss reads inputs only through pooling decoders (`Encoded.pooled`), so that it can cover all
+    micro-batches of a step."""
     labels_file: ClassVar[str | None] = None
     """Sidecar file of the shards with the names of predicted classes."""
 
@@ -253,12 +259,6 @@ class Target(Kind):
     @abstractmethod
     def loss(self, given: TargetModules, context: Context, encoded: Encoded) -> Loss:
         """Return this rank's share of −log P̂ of the target from one input. Schedules are numbers by now."""
-
-    @property
-    def is_image_level(self) -> bool:
-        """Return whether the loss reads inputs only through pooling decoders (`Encoded.pooled`), so that it can cover
-        all micro-batches of a step."""
-        return not (self.dense or self.by_token)
 
     @property
     def covers_steps(self) -> bool:

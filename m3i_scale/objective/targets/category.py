@@ -60,6 +60,7 @@ class Category(Target):
     """Classification: the class of the image within its label set."""
 
     kind: ClassVar[str] = "category"
+    is_image_level: ClassVar[bool] = True
     modality: ClassVar[str] = "category"
     representation: ClassVar[str] = "category embedding"
     labels_file: ClassVar[str | None] = LABELS

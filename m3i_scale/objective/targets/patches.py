@@ -35,6 +35,7 @@ class PatchTarget(ImageTarget):
     """A target that predicts patches of a view."""
 
     dense: ClassVar[bool] = True
+    is_image_level: ClassVar[bool] = False
     weighs_patches: ClassVar[bool] = False
     """Whether the loss supports a number of masked patches that differs between samples."""
     tokens: PredictedPatches

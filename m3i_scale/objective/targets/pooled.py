@@ -21,6 +21,7 @@ class Pooled(HeadTarget):
     """An image-level (global) feature."""
 
     kind: ClassVar[str] = "pooled"
+    is_image_level: ClassVar[bool] = True
     representation: ClassVar[str] = "global feature"
     distribution: Distribution = Gaussian()
     regularizer: PooledRegularizer
@@ -80,6 +81,7 @@ class Spread(Target):
     """
 
     kind: ClassVar[str] = "spread"
+    is_image_level: ClassVar[bool] = True
     representation: ClassVar[str] = "global feature"
     encoder: Literal["online"] = "online"
     distribution: NoDistribution = NoDistribution()

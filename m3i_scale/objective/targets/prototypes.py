@@ -29,6 +29,7 @@ class Prototypes(HeadTarget):
     """A distribution over the prototypes of the head (DINO, SwAV, MSN)."""
 
     kind: ClassVar[str] = "prototypes"
+    is_image_level: ClassVar[bool] = True
     representation: ClassVar[str] = "global feature"
     encoder: Literal["ema"] = "ema"
     distribution: Boltzmann = Boltzmann()

@@ -139,6 +139,7 @@ class Text(Target):
     """Image-text contrastive loss: which text of the global batch belongs to the image."""
 
     kind: ClassVar[str] = "text"
+    is_image_level: ClassVar[bool] = True
     modality: ClassVar[str] = "text"
     representation: ClassVar[str] = "text embedding"
     encoder: Literal["text_tower"] = "text_tower"
