@@ -268,7 +268,7 @@ def test_every_row_of_the_whole_comparison(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(downstream, "tool", fine_tune)
     monkeypatch.setattr(downstream, "scene_shards", lambda: tmp_path / "scenes")
     data = _one_stage_data.open_data(folder)
-    asked_for = one_stage.Comparison(data, tmp_path, "compute", [1.0], 2, 3, *one_stage._chosen([], None))
+    asked_for = one_stage.Comparison(data, tmp_path, "compute", [1.0], 2, 3, *one_stage._chosen([], ["all"]))
     assert [task.name for task in asked_for.tasks()] == ["classification_5_per_class", "detection"]  # no names of masks
     given = (2, [detection])
     document = asked_for.document(*given)

@@ -263,12 +263,12 @@ class Recipe(Parts):
         if self.ema is not None and self.ema.projector == "transformer":
             # The tokens are before the final norm. `Encoded.pooled` applies it; other readers and teachers do not.
             for item in self.targets:
-                if isinstance(item, ImageTarget) or not item.is_image_level:
-                    if not (isinstance(item, Dense) and item.projected):
-                        yield (
-                            "`ema.projector: transformer` supports dense targets with `encoder: ema`, text and "
-                            f"categories, got {item.title} '{item.name}': use `projector: mlp`"
-                        )
+                projected = isinstance(item, Dense) and item.projected
+                if not projected and (isinstance(item, ImageTarget) or not item.is_image_level):
+                    yield (
+                        "`ema.projector: transformer` supports dense targets with `encoder: ema`, text and "
+                        f"categories, got {item.title} '{item.name}': use `projector: mlp`"
+                    )
         siamese = [name for name, decoder in self.decoders.items() if isinstance(decoder, SiameseSpec)]
         if siamese and (self.ema is None or self.ema.projector != "transformer"):
             yield f"decoder '{siamese[0]}' of kind siamese needs `ema.projector: transformer`, which embeds its tokens"
