@@ -59,7 +59,7 @@ class LoadPlan:
         for path in dict.fromkeys(take.file for take in self.takes):
             here = [take for take in self.takes if take.file == path]
             if path is None:
-                yield from (torch.zeros(take.shape) for take in here)
+                yield from (torch.full(take.shape, take.offset) for take in here)
                 continue
             with open_weights(path, self.where) as weights:
                 for take in here:
@@ -185,12 +185,13 @@ def plan_model(
         match.add(name, path, shape, place)
     if not all_placed and match.no_place:
         match.left_out["no part of the model"], match.no_place = match.no_place, []
-    zeros: dict[str, list[str]] = {}
+    filled: dict[float, dict[str, list[str]]] = {0.0: {}, 1.0: {}}
     for name in match.wanted.keys() - match.takes.keys():
-        reason = next((reason for pattern, reason in source.zeros if re.match(pattern, name)), None)
-        if reason is not None:
-            match.takes[name] = Take(name, match.wanted[name], None)
-            zeros.setdefault(reason, []).append(name)
+        for fill, rules in ((0.0, source.zeros), (1.0, source.ones)):
+            reason = next((reason for pattern, reason in rules if re.match(pattern, name)), None)
+            if reason is not None:
+                match.takes[name] = Take(name, match.wanted[name], None, offset=fill)
+                filled[fill].setdefault(reason, []).append(name)
     absent = [name for name in match.wanted if name not in match.takes]
     kept = [name for name in absent if name in fresh]
     _refuse(source, match, [name for name in absent if name not in fresh], where)
@@ -204,7 +205,8 @@ def plan_model(
         "parameters": sum(math.prod(take.shape) for take in takes),
         "renamed": match.renamed,
         "resized": match.resized,
-        "zeros": {reason: sorted(names) for reason, names in zeros.items()},
+        "zeros": {reason: sorted(names) for reason, names in filled[0.0].items()},
+        "ones": {reason: sorted(names) for reason, names in filled[1.0].items()},
         "left_out": match.left_out,
         "fresh": kept,
         "assumed": {name: f"{getattr(model.config, name)}: {why}" for name, why in source.assumed.items()},

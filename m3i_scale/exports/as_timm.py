@@ -20,6 +20,7 @@ from m3i_scale.backbones.families import VisionConfig, token_family
 from m3i_scale.config import AugmentConfig
 from m3i_scale.errors import ExportError
 from m3i_scale.exports.tensors import VISION, ExportedModule, TensorSource, Trained, empty
+from m3i_scale.objective.decoders import DecoderSpec, MeanPoolSpec
 from m3i_scale.objective.information import Objective
 
 _ACTIVATIONS = {"gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "quick_gelu": "quick_gelu"}
@@ -34,7 +35,7 @@ def _tokens(objective: Objective, pixels_BCHW: Tensor) -> Mapping[str, Tensor]:
 def timm_part(
     config: VisionConfig,
     augment: AugmentConfig,
-    kind: str | None = None,
+    decoder: DecoderSpec | None = None,
     norm: str = "",
     head: str | None = None,
     labels: Sequence[str] = (),
@@ -43,12 +44,12 @@ def timm_part(
     """Return the export part of a folder that `timm.create_model("local-dir:…", pretrained=True)` loads.
 
     Args:
-        kind: pooling before the classifier; None for features only.
+        decoder: pooling before the classifier; None for features only.
         norm: prefix of the mean pool's norm in the checkpoint.
         head: prefix of the classifier in the checkpoint; None for features only.
         trained: outputs of the classifier.
     """
-    architecture, arguments, tensors = _model(config, kind, norm)
+    architecture, arguments, tensors = _model(config, decoder, norm)
     if head is not None:
         tensors |= {f"head.{suffix}": TensorSource((head + suffix,)) for suffix in ("weight", "bias")}
     wrapped = TimmWrapperConfig(architecture=architecture, model_args=arguments)
@@ -81,11 +82,11 @@ def timm_part(
 
 
 def timm_vision(
-    config: VisionConfig, norm: str, augment: AugmentConfig, prefix: str
+    config: VisionConfig, decoder: DecoderSpec, norm: str, augment: AugmentConfig, prefix: str
 ) -> tuple[dict[str, Any], dict[str, TensorSource]]:
     """Return configuration and tensors of a vision model with the normalized mean patch token as `pooler_output`. Name
     prefixes are `norm` for the mean pool's norm in the checkpoint, and `prefix` for all tensors in the export."""
-    architecture, arguments, tensors = _model(config, "mean_pool", norm)
+    architecture, arguments, tensors = _model(config, decoder, norm)
     values = {
         "model_type": TimmWrapperConfig.model_type,
         "architecture": architecture,
@@ -97,15 +98,17 @@ def timm_vision(
     return values, {prefix + name: made for name, made in tensors.items()}
 
 
-def _model(config: VisionConfig, kind: str | None, norm: str) -> tuple[str, dict[str, Any], dict[str, TensorSource]]:
+def _model(
+    config: VisionConfig, decoder: DecoderSpec | None, norm: str
+) -> tuple[str, dict[str, Any], dict[str, TensorSource]]:
     if not isinstance(config, ViTConfig | Dinov2Config | CLIPVisionConfig):
         raise _not_supported(f"{config.model_type} is not written in timm's form")
     if config.hidden_act not in _ACTIVATIONS:
         raise _not_supported(f"timm has no activation '{config.hidden_act}'")
-    if kind == "attention_pool":
+    if decoder is not None and decoder.kind == "attention_pool":
         raise _not_supported("no model of timm pools by attention with the mean token as its query")
-    if kind == "mean_pool":
-        return _eva(config, norm)
+    if isinstance(decoder, MeanPoolSpec):
+        return _eva(config, norm, final_norm=decoder.final_norm)
     return _vit(config)
 
 
@@ -156,7 +159,7 @@ def _vit(config: VisionConfig) -> tuple[str, dict[str, Any], dict[str, TensorSou
     return architecture, arguments, _tensors(config, layer, gated=gated)
 
 
-def _eva(config: VisionConfig, norm: str) -> tuple[str, dict[str, Any], dict[str, TensorSource]]:
+def _eva(config: VisionConfig, norm: str, *, final_norm: bool) -> tuple[str, dict[str, Any], dict[str, TensorSource]]:
     """Return timm's EVA, the only timm model with a norm both before and after mean pooling. Its keys have no bias. A
     key bias shifts all attention scores of a query equally, so it has no effect."""
     _check_eps(config, _POOL_EPS, " in front of and behind the mean")
@@ -170,7 +173,7 @@ def _eva(config: VisionConfig, norm: str) -> tuple[str, dict[str, Any], dict[str
         "swiglu_mlp": gated,
         "global_pool": "avg",
         "use_fc_norm": True,
-        "use_post_transformer_norm": True,
+        "use_post_transformer_norm": final_norm,
     }
     if isinstance(config, CLIPVisionConfig):
         arguments["use_pre_transformer_norm"] = True
@@ -186,6 +189,8 @@ def _eva(config: VisionConfig, norm: str) -> tuple[str, dict[str, Any], dict[str
         "gamma_2": ("scale2",),
     }
     tensors = _tensors(config, layer, gated=gated)
+    if not final_norm:
+        tensors = {name: made for name, made in tensors.items() if not name.startswith("norm.")}
     tensors |= {f"fc_norm.{suffix}": TensorSource((norm + suffix,)) for suffix in ("weight", "bias")}
     return "eva_giant_patch14_224", arguments, tensors
 

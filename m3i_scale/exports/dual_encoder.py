@@ -185,7 +185,7 @@ def _pooled_vision(
     if isinstance(config, InternImageConfig) or not (pools_mean or _reads_class_token(decoder)):
         raise no_class(config, decoder, "a dual encoder")
     if pools_mean:
-        return timm_vision(config, norm, source.run.data.augment, "vision_model.timm_model.")
+        return timm_vision(config, decoder, norm, source.run.data.augment, "vision_model.timm_model.")
     tensors = copied(vision_names(config), VISION, "vision_model.")
     values = _public_values(config.to_dict())
     if isinstance(config, ViTConfig):

@@ -103,7 +103,7 @@ def _plain_classifier(source: Source, label_set: str, *, timm: bool) -> Exported
         raise no_class(config, decoder, "timm" if timm else "image classification")
     if timm or decoder.kind == "mean_pool":
         norm = f"decoders.{target.decoder}.norm."
-        part = timm_part(config, source.run.data.augment, decoder.kind, norm, head, names, trained)
+        part = timm_part(config, source.run.data.augment, decoder, norm, head, names, trained)
         return part if timm else replace(part, native=None)
     if not isinstance(decoder, ClassTokenSpec) or not isinstance(config, ViTConfig | Dinov2Config):
         raise no_class(config, decoder, "image classification")

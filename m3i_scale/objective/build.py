@@ -57,7 +57,7 @@ def build_objective(
     project = recipe.ema.build_projector if recipe.ema is not None and recipe.projects_dense_targets else None
     projector = project(config) if project is not None else Projector(config.hidden_size, 0)
     # A final norm that no target uses stays as it starts.
-    freeze = [*run.backbone.freeze, *(["final_norm"] if projector.before_norm and not recipe.has_image_level else [])]
+    freeze = [*run.backbone.freeze, *([] if recipe.uses_final_norm else ["final_norm"])]
     student = build_backbone(config, freeze)
     if run.task is not None and run.task.freeze:
         student.requires_grad_(False)

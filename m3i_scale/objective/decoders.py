@@ -248,9 +248,10 @@ class ClassToken(nn.Module):
 class MeanPool(nn.Module):
     """Mean pooling with LayerNorm, the simplest global prediction."""
 
-    def __init__(self, input_width: int) -> None:
+    def __init__(self, input_width: int, final_norm: bool = True) -> None:
         super().__init__()
         self.width = input_width
+        self.before_norm = not final_norm
         self.norm = nn.LayerNorm(input_width, eps=1e-6)
 
     def forward(self, tokens_BLD: Tensor) -> Tensor:
@@ -370,7 +371,14 @@ class MeanPoolSpec(DecoderSpec):
     """A decoder that returns the mean of the visible tokens."""
 
     kind: ClassVar[str] = "mean_pool"
-    module: ClassVar[type[nn.Module]] = MeanPool
+    final_norm: bool = True
+    """Whether the tokens pass the final norm of the backbone. The mean is normalized in any case (MAE, SIM: only the
+    mean)."""
+
+    def build(self, config: VisionConfig) -> nn.Module:
+        if not (self.final_norm or hasattr(config, "num_attention_heads")):
+            raise ValueError(f"final_norm has no effect: a {config.model_type} has no final norm")
+        return MeanPool(config.hidden_size, self.final_norm)
 
 
 class ClassTokenSpec(DecoderSpec):

@@ -61,12 +61,11 @@ def check_fit(
             "of a mix",
             fix="use the decoder attention_pool or mean_pool",
         )
-    projects = recipe.ema is not None and recipe.ema.projector == "transformer"
-    if projects and run.backbone.attention == "across_images":
+    if recipe.reads_before_norm and run.backbone.attention == "across_images":
         raise ConfigError(
-            "`ema.projector: transformer` reads tokens before the final norm, and attention across images ends with it",
+            "attention across images ends with the final norm, but the recipe reads tokens before it",
             where="backbone.attention: across_images",
-            fix="set backbone.attention=within_image or recipe.ema.projector=mlp",
+            fix="set backbone.attention=within_image, `ema.projector: mlp` and `final_norm: true` of decoders",
         )
     image_size = run.image_size(student.image_size)
     _check_image_size(image_size, student)

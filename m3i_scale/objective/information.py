@@ -332,7 +332,7 @@ class Objective(nn.Module):
             (only,) = where
             return {only.name: [Encoded(only, *self.student.encode_whole(views[only.view + 1], blocks))]}
         view_of, visible = [spec.view + 1 for spec in where], [spec.visible_BL for spec in where]
-        norm = self.student.normed if self.projector is not None and self.projector.before_norm else None
+        norm = self.student.normed if self.recipe.reads_before_norm else None
         if self.recipe.mix is None or not self.mixed_attention:
             masked = None
             if self.recipe.uses_mask_tokens:  # fail without the module: masked patches must never be visible instead
@@ -370,7 +370,9 @@ class Objective(nn.Module):
     @torch.no_grad()
     def pooled(self, decoder: str, pixels_BCHW: Tensor) -> Tensor:
         """Return the output of a pooling decoder for full, normalized images: (B, F)."""
-        return pool(self.decoders[decoder], *self.student.encode_whole(pixels_BCHW, blocks_read(self.decoders)))
+        module, blocks = self.decoders[decoder], blocks_read(self.decoders)
+        norm = not getattr(module, "before_norm", False)
+        return pool(module, *self.student.encode_whole(pixels_BCHW, blocks, norm=norm))
 
     @torch.no_grad()
     def embed_text(self, text_ids_BT: Tensor, text_mask_BT: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from m3i_scale.config.explain import WhereOf, origin
 from m3i_scale.config.views import ViewSpec, ViewSpecs, each_view
 from m3i_scale.errors import ConfigError, ErrorCollector
 from m3i_scale.objective.balance import BalanceSpec, FixedSpec
-from m3i_scale.objective.decoders import ClassTokenSpec, SiameseSpec
+from m3i_scale.objective.decoders import ClassTokenSpec, MeanPoolSpec, SiameseSpec
 from m3i_scale.objective.encoders import EmaSpec
 from m3i_scale.objective.inputs import InputSpec
 from m3i_scale.objective.targets.base import HeadTarget, ImageTarget, Parts, Target
@@ -136,6 +136,18 @@ class Recipe(Parts):
             if target.compares_samples:
                 return f"target '{target.name}' compares the samples of a micro-batch"
         return None
+
+    @property
+    def reads_before_norm(self) -> bool:
+        """Return whether a part reads tokens before the final norm of the backbone."""
+        pools = any(isinstance(decoder, MeanPoolSpec) and not decoder.final_norm for decoder in self.decoders.values())
+        return pools or (self.ema is not None and self.ema.projector == "transformer")
+
+    @property
+    def uses_final_norm(self) -> bool:
+        """Return whether a target reads tokens after the final norm of the backbone."""
+        decoders = [self.decoders[target.decoder] for target in self.targets if target.is_image_level]
+        return not self.reads_before_norm or any(getattr(decoder, "final_norm", True) for decoder in decoders)
 
     @property
     def normalizes_tokens(self) -> str | None:
@@ -260,15 +272,26 @@ class Recipe(Parts):
         averages = any(target.encoder == "ema" for target in self.targets)
         if self.ema is not None and not averages:
             yield "`ema` has no effect: no target has `encoder: ema`"
-        if self.ema is not None and self.ema.projector == "transformer":
-            # The tokens are before the final norm. `Encoded.pooled` applies it; other readers and teachers do not.
+        if self.reads_before_norm:
+            # `Encoded.pooled` applies the final norm, and SIM's projector needs none.
+            before = self.ema is not None and self.ema.projector == "transformer"
+            what, fix = (
+                ("`ema.projector: transformer`", "`projector: mlp`")
+                if before
+                else ("`final_norm: false` of a decoder", "`final_norm: true`")
+            )
+            several = [
+                name for name, spec in self.decoders.items() if isinstance(spec, ClassTokenSpec) and spec.blocks > 1
+            ]
+            if several:
+                yield f"{what} cannot be combined with decoder '{several[0]}', which reads several layers: use {fix}"
             for item in self.targets:
-                projected = isinstance(item, Dense) and item.projected
+                projected = before and isinstance(item, Dense) and item.projected
                 if not projected and (isinstance(item, ImageTarget) or not item.is_image_level):
-                    yield (
-                        "`ema.projector: transformer` supports dense targets with `encoder: ema`, text and "
-                        f"categories, got {item.title} '{item.name}': use `projector: mlp`"
+                    supported = (
+                        "dense targets with `encoder: ema`, text and categories" if before else "text and categories"
                     )
+                    yield f"{what} supports {supported}, got {item.title} '{item.name}': use {fix}"
         siamese = [name for name, decoder in self.decoders.items() if isinstance(decoder, SiameseSpec)]
         if siamese and (self.ema is None or self.ema.projector != "transformer"):
             yield f"decoder '{siamese[0]}' of kind siamese needs `ema.projector: transformer`, which embeds its tokens"

@@ -215,7 +215,11 @@ def print_start(reports: dict[str, dict[str, Any]], run: RunConfig) -> None:
         rows += [
             ("resized", f"{name}: {tuple(how['from'])} → {tuple(how['to'])}") for name, how in report["resized"].items()
         ]
-        rows += [("zero", f"{len(names)} × {reason}") for reason, names in report["zeros"].items()]
+        rows += [
+            (topic, f"{len(names)} × {reason}")
+            for topic, filled in (("zero", report["zeros"]), ("one", report["ones"]))
+            for reason, names in filled.items()
+        ]
         rows += [
             ("left out", f"{len(names)} × {reason}, e.g. {names[0]}") for reason, names in report["left_out"].items()
         ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,39 @@ def test_a_bare_file(tmp_path: Path, wrapped: str | None) -> None:
     }
 
 
+@pytest.mark.parametrize("layout", ["pre-trained", "fine-tuned"])
+@torch.no_grad()
+def test_a_file_of_sim(tmp_path: Path, layout: str) -> None:
+    """Names and contents of `sim_base_1600ep_pretrain.pth` and `sim_base_1600ep_finetune.pth`; the latter is MAE's."""
+    model = timm_model(global_pool="avg", class_token=True)  # fc_norm, no norm
+    weights = model.state_dict()
+    if layout == "pre-trained":
+        weights = {name: value for name, value in weights.items() if not name.startswith(("fc_norm", "head"))}
+        weights |= {f"mm_{name}": value + 1 for name, value in weights.items() if name != "pos_embed"}
+        other = ("mask_token", "decoder_pos_embed", "decoder_embed.weight", "projector_decoder_blocks.0.norm1.bn.bias")
+        other += ("predictor_decoder_blocks.0.attn.proj.weight", "decoder_pred.weight", "decoder_pos_mlp.weight")
+        weights |= {name: torch.ones(2) for name in (*other, "mm_decoder_embed.weight", "mm_mask_token")}
+    path = tmp_path / "sim.pth"
+    content = {"model": weights, "optimizer": {"state": {0: {"exp_avg": torch.zeros(2)}}}, "epoch": 1599}
+    torch.save(content | {"scaler": {"scale": 65536.0}, "args": Namespace(model="sim_vit_base_patch16")}, path)
+    backbone = started(path, num_attention_heads=4)
+    wanted = model.forward_features(IMAGES)
+    torch.testing.assert_close(backbone.encode_whole(IMAGES, norm=False)[1], wanted[:, 1:], rtol=1e-5, atol=1e-5)
+    normed = torch.nn.functional.layer_norm(wanted, (64,), eps=1e-6)
+    torch.testing.assert_close(backbone.last_hidden_state(IMAGES), normed, rtol=1e-5, atol=1e-5)
+    report = planned(path, num_attention_heads=4).report
+    (reason,) = report["ones"]
+    assert report["ones"][reason] == ["layernorm.weight"]
+    assert report["zeros"][reason] == ["layernorm.bias"]
+
+
+def test_a_file_that_lacks_its_final_norm(tmp_path: Path) -> None:
+    weights = {name: value for name, value in timm_model().state_dict().items() if not name.startswith("norm.")}
+    save_file(weights, tmp_path / "torn.safetensors")
+    with pytest.raises(ConfigError, match="no final norm"):
+        started(tmp_path / "torn.safetensors", num_attention_heads=4)
+
+
 def test_a_bare_file_is_judged_by_its_shapes_first(tmp_path: Path) -> None:
     """No number of heads is asked for where no number would help; parts that the model lacks are named."""
     save_file(timm_model(init_values=1.0, mlp_ratio=2.5).state_dict(), tmp_path / "scaled.safetensors")
@@ -162,7 +196,7 @@ def test_a_bare_file_of_a_size_whose_norms_come_last(tmp_path: Path) -> None:
     """EVA-02-E has the names and shapes of a ViT, and computes something else."""
     with torch.device("meta"):
         weights = timm.create_model("eva02_enormous_patch14_clip_224", num_classes=0).state_dict()
-    small = {name: torch.zeros(tuple(min(side, 1792 if name == "norm.weight" else 8) for side in value.shape))
+    small = {name: torch.zeros(tuple(min(side, 1792 if name == "blocks.0.norm1.weight" else 8) for side in value.shape))
              for name, value in weights.items()}  # fmt: skip
     save_file(small, tmp_path / "eva.safetensors")
     with pytest.raises(ConfigError) as caught:
@@ -282,7 +316,6 @@ REFUSED = {
         refused_timm(architecture="vit_base_patch16_siglip_224", qkv_bias=False),
         r"are missing, e.g. .*_proj.bias",
     ),
-    "norm behind the pooling": (refused_timm(global_pool="avg"), "its tokens pass no norm after the last layer"),
     "norms of queries": (refused_timm(qk_norm=True), "it normalizes queries and keys"),
     "rotary": (refused_timm(architecture="eva02_tiny_patch14_224", img_size=32), "rotates queries and keys"),
     "no transformer": (lambda folder: timm_folder(folder, shaken(_resnet())), "is a ResNet"),

@@ -20,6 +20,7 @@ from transformers import (
 )
 from weights import started
 
+from m3i_scale.config import RunConfig, parse_section
 from m3i_scale.errors import ExportError
 from m3i_scale.evaluation.commands import evaluate
 from m3i_scale.evaluation.features import load_vision
@@ -48,10 +49,41 @@ def runs(make_run, tmp_path_factory):
     return run
 
 
+def norms_at_random(objective):
+    """First weights of a norm are 1 and 0: two in a row would be one."""
+    with torch.no_grad():
+        for norm in (objective.student.model.layernorm, objective.decoders["pool"].norm):
+            norm.weight.normal_()
+            norm.bias.normal_()
+
+
 def pixels_of(objective):
     side = objective.student.image_size
     images = torch.randint(0, 256, (2, 3, side, side), dtype=torch.uint8)
     return images, objective.pixel_norm(images)
+
+
+def test_the_classifier_of_mae_and_sim(make_run, shards, tmp_path, same_process):
+    """The mean of tokens before the final norm: the export is timm's classifier with fc_norm and no norm."""
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    values = {
+        "output_dir": str(tmp_path / "run"),
+        "task": {"kind": "classification", "pool": "mean_pool", "final_norm": False},
+        "backbone": {"config": shape | {"image_size": 32, "patch_size": 8}},
+        "data": {"datasets": {"things": {"path": str(shards / "train")}}},
+    }
+    run = parse_section(RunConfig, values, where="test")
+    folder, objective = make_run(tmp_path / "run", run=run, train=norms_at_random)
+    objective.eval()
+    export(folder, tmp_path / "out", wanted=ExportContents("classification"))
+    images, pixels = pixels_of(objective)
+    model = AutoModelForImageClassification.from_pretrained(tmp_path / "out").eval()
+    assert not [name for name, _ in model.named_parameters() if name.startswith("timm_model.norm.")]
+    with torch.no_grad():
+        tokens = objective.student.encode_whole(pixels, norm=False)[1]
+        wanted = objective.heads["category"](objective.decoders["pool"](tokens))[0]
+        torch.testing.assert_close(objective.embed_images(images, "category"), wanted)
+        torch.testing.assert_close(model(pixels).logits, wanted, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize(

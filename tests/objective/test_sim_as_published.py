@@ -239,7 +239,7 @@ def test_other_targets_need_the_norm(recipe: str, words: str) -> None:
 
 
 def test_attention_across_images_ends_with_the_norm() -> None:
-    with pytest.raises(ConfigError, match="attention across images ends with it"):
+    with pytest.raises(ConfigError, match="attention across images ends with the final norm"):
         tiny_objective("m3i", *SIM_PARTS, "backbone.attention=across_images")
 
 

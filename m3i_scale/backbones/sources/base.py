@@ -43,6 +43,8 @@ class Source:
     """Configuration fields that the source does not contain, with the reason for the value. A config may set them."""
     zeros: tuple[tuple[str, str], ...] = ()
     """(pattern, reason) of parameters that the source lacks and that are zero."""
+    ones: tuple[tuple[str, str], ...] = ()
+    """(pattern, reason) of parameters that the source lacks and that are one."""
     class_row: bool = True
     """Whether the source's position embeddings have a row for the class token."""
     antialias: bool = True

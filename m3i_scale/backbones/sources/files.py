@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import pickle
 import re
+from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from torch.serialization import safe_globals
 
 from m3i_scale.errors import ConfigError
 from m3i_scale.files import read_json
@@ -53,7 +55,8 @@ class _Pickled:
     """A memory-mapped `torch.save` file with a dictionary of tensors; methods as in `_Safetensors`."""
 
     def __init__(self, path: Path) -> None:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        with safe_globals([Namespace]):  # options of the script that wrote the file, which are only attributes
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         while isinstance(content, dict) and (key := next((key for key in _WRAPPERS if _holds(content.get(key))), None)):
             content = content[key]
         if not _holds(content):

@@ -32,6 +32,7 @@ _POST_NORM = {(1792, 64): "EVA-02-E"}
 
 NO_KEY_BIAS = (r".*\.k_proj\.bias$", "no bias of keys: it would shift all scores of a query alike")
 NO_MASK_TOKEN = (r"embeddings\.mask_token$", "no mask token: no input reads it")
+NO_FINAL_NORM = "no final norm. It starts with weight 1 and bias 0; `final_norm: false` and recipe `sim` do not use it"
 NO_PATCH_BIAS = (r".*patch_embedding(s\.projection)?\.bias$", "no bias of the patch embedding")
 
 
@@ -45,6 +46,8 @@ class Facts:
     class_row: bool | None = None
     """Whether the position embeddings have a row for the class token."""
     rope_theta: float | None = None
+    final_norm: bool = True
+    """False for SIM, and for models of MAE, SIM and timm that normalize the pooled features instead."""
     side: int | None = None
     """Patches per image side, for models without learned position embeddings."""
 
@@ -66,7 +69,7 @@ def plain_source(
     parts = _parts(names, shapes, refused)
     rotary = "registers" in parts and "positions" not in parts
     _require(parts, rotary, facts)
-    width, depth = parts["norm.weight"][-1], 1 + max(int(part.split(".")[0]) for part in parts if part[0].isdigit())
+    width, depth = parts["0.norm1.weight"][-1], 1 + max(int(part.split(".")[0]) for part in parts if part[0].isdigit())
     if (width, depth) in _POST_NORM:
         raise MismatchError(
             f"{depth} layers of width {width} are {_POST_NORM[width, depth]}: its norms come after attention and MLP",
@@ -104,9 +107,13 @@ def plain_source(
     zeros = [NO_KEY_BIAS] if "0.q.bias" in parts and "0.k.bias" not in parts else []
     zeros += [NO_PATCH_BIAS] if "patch.bias" not in parts else []
     zeros += [NO_MASK_TOKEN] if "registers" in parts else []
+    ones = []
+    if not facts.final_norm:
+        norm = re.escape(token_family(config).parts["norm"])
+        ones, zeros = [(rf"{norm}\.weight$", NO_FINAL_NORM)], [*zeros, (rf"{norm}\.bias$", NO_FINAL_NORM)]
     class_row = token_family(config).has_class_token and facts.class_row is not False
     source = vit_source(given, place, names, config)
-    return replace(source, assumed=assumed, zeros=tuple(zeros), class_row=class_row)
+    return replace(source, assumed=assumed, zeros=tuple(zeros), ones=tuple(ones), class_row=class_row)
 
 
 def vit_source(given: str, place: Path, names: NameMap, config: VisionConfig) -> Source:
@@ -144,9 +151,10 @@ def _require(parts: Shapes, rotary: bool, facts: Facts) -> None:
         ("patch.weight", "it has no patch embedding"),
         ("0.norm1.weight", "it has no layers"),
         ("positions", "it has no table of positions"),
-        ("norm.weight", "its tokens pass no norm after the last layer: it stands behind the pooling, or is not there"),
+        ("norm.weight", "it has no final norm, and no norm of pooled features"),
     ):
-        if part not in parts and not (rotary and part == "positions"):
+        optional = (rotary and part == "positions") or (part == "norm.weight" and not facts.final_norm)
+        if part not in parts and not optional:
             raise MismatchError(why, "another model than the one that was trained would start")
 
 

@@ -29,7 +29,8 @@ _LEFT_OUT = (
     (r"head(\.|_drop|s\.)", "classifier"),
     (r"fc_norm\.", "norm of the classifier"),
     (r"attn_pool\.", "attention pooling: recipes pool by decoders"),
-    (r"decoder_|decoder\.", "decoder of its pre-training"),
+    (r"(projector_|predictor_)?decoder_|decoder\.|student_norm\.", "decoder of its pre-training"),
+    (r"mm_", "EMA teacher of its pre-training"),  # SIM
     (r"mask_token$", "mask token: the recipe trains a new one for inputs with mask tokens"),
     (r"lm_head\.", "head of its pre-training"),
 )
@@ -46,7 +47,10 @@ def timm_source(
     names = _names(prefix, shapes)
     if f"{prefix}blocks.0.mlp.norm.weight" in shapes:
         raise MismatchError("it has a norm inside its MLP, as EVA-02 has", _NO_EVA02, fix=_INSTEAD)
-    return plain_source(given, place, names, shapes, facts or Facts(), fields, _REFUSED)
+    # SIM's pre-trained model has EMA copies of its blocks (mm_), MAE's and SIM's fine-tuned ones have fc_norm.
+    other_norm = any(f"{prefix}{name}" in shapes for name in ("fc_norm.weight", "mm_cls_token"))
+    facts = replace(facts or Facts(), final_norm=f"{prefix}norm.weight" in shapes or not other_norm)
+    return plain_source(given, place, names, shapes, facts, fields, _REFUSED)
 
 
 def _names(prefix: str, shapes: Shapes) -> NameMap:

@@ -76,7 +76,8 @@ class Encoded:
     def pooled(self, decoder: nn.Module) -> Tensor:
         """Return the pooling decoder's output per image: (B, F)."""
         parts = (self.cls_BND, self.tokens_BLD)
-        return pool(decoder, *(parts if self.norm is None else map(self.norm, parts)))
+        normed = self.norm is None or getattr(decoder, "before_norm", False)
+        return pool(decoder, *(parts if normed else map(self.norm, parts)))
 
     def tapped(self, squared_norms: list[Tensor]) -> Encoded:
         """Return an alias that appends the squared norms of its gradients to a list."""

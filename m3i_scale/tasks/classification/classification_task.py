@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from typing_extensions import Self
 
 from m3i_scale.config import RunConfig
-from m3i_scale.config.sections import MAX_LAYERS, Section
+from m3i_scale.config.sections import MAX_LAYERS, FixableError, Section
 from m3i_scale.data.shards import LABELS
 from m3i_scale.errors import ConfigError
 from m3i_scale.tasks.backbone_task import BackboneTask
@@ -73,6 +73,8 @@ class Classification(BackboneTask):
     pool: Literal["class_token", "mean_pool", "attention_pool"] = "class_token"
     """Input of the linear classifier: the class token, the normalized mean patch token, or attention pooling with that
     mean as its query."""
+    final_norm: bool = True
+    """Whether `mean_pool` reads tokens after the final norm of the backbone; false as in MAE and SIM."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     """Label smoothing of the cross-entropy. 0 disables it."""
     mixup: float = Field(default=0.0, ge=0)
@@ -96,6 +98,8 @@ class Classification(BackboneTask):
             raise ValueError("sweep is for a frozen backbone, which would learn from all heads at once: freeze: true")
         if self.sweep is not None and self.pool != "class_token":
             raise ValueError("pool has no effect: sweep says what its heads read")
+        if not self.final_norm and self.pool != "mean_pool":
+            raise FixableError(f"final_norm has no effect with pool: {self.pool}", "pool: mean_pool")
         return self
 
     @model_validator(mode="after")
@@ -122,11 +126,12 @@ class Classification(BackboneTask):
             }
             for name, decoder in decoder_of.items()
         ]
+        pool = {"kind": self.pool} | ({} if self.final_norm else {"final_norm": False})
         return {
             "name": "classification",
             "family": "supervised",
             "inputs": [{"name": "image", "view": 1}],
-            "decoders": {"pool": {"kind": self.pool}} if sweep is None else sweep.decoders(),
+            "decoders": {"pool": pool} if sweep is None else sweep.decoders(),
             "targets": targets,
         }
 
