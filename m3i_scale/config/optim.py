@@ -111,6 +111,9 @@ class OptimConfig(Section):
     """Adam bias correction of the first moment: divide it by 1 − β₁ᵗ in step t. false: multiply the learning rate by
     that factor, which undoes the correction. Together with an eps far above the second moment, false
     gives SGD with momentum (docs/guides/fine-tune-classification.md)."""
+    trust_coefficient: float | None = Field(default=None, gt=0, le=1)
+    """LARS: multiply the gradient of each matrix by this × ‖weights‖ / ‖gradient‖. Default: off. Needs SGD with
+    momentum (see `momentum_correction`), no weight decay, and ZeRO stage 1 or 2 without offload."""
     clip_grad_norm: float = Field(default=1.0, ge=0)
     """Maximum global gradient norm. 0 disables clipping."""
 
@@ -156,6 +159,25 @@ class OptimConfig(Section):
                 "steps",
             )
         return schedule
+
+    @field_validator("trust_coefficient")
+    @classmethod
+    def _scales_sgd(cls, trust_coefficient: float | None, info: ValidationInfo) -> float | None:
+        given = info.data
+        if trust_coefficient is None or not {"eps", "momentum_correction", "weight_decay"} <= given.keys():
+            return trust_coefficient
+        if given["momentum_correction"] or given["eps"] < 1:
+            raise FixableError(
+                "trust_coefficient needs SGD with momentum: AdamW divides each gradient by its magnitude",
+                "optim.momentum_correction=false optim.eps=1e6, and multiply optim.lr by 1e6 / (1 − betas[0])",
+            )
+        if given["weight_decay"]:
+            raise FixableError(
+                f"trust_coefficient does not support weight decay, got weight_decay {given['weight_decay']:g}",
+                "optim.weight_decay=0",
+                "weight_decay",
+            )
+        return trust_coefficient
 
     @field_validator("min_lr")
     @classmethod

@@ -30,6 +30,7 @@ from m3i_scale.engine.engine_state import count_micro_batches
 from m3i_scale.engine.extensions import awaited_build
 from m3i_scale.engine.parameter_groups import parameter_groups
 from m3i_scale.engine.partition import construct, full_shape, gathered, gradients_by_parameter, order_gathers
+from m3i_scale.engine.trust_ratio import scale_by_trust_ratio
 from m3i_scale.errors import UserError
 
 _AT_MINIMUM = "loss scale already at minimum"
@@ -91,6 +92,7 @@ def build_engine(
     weight_decay: float,
     decay_tokens: bool = False,
     lr_scales: Callable[[nn.Module], Mapping[str, float]] = lambda module: {},
+    trust_coefficient: float | None = None,
 ) -> Any:
     """Construct the module (partitioned under ZeRO-3), initialize its weights and start the engine.
 
@@ -101,6 +103,7 @@ def build_engine(
         weight_decay: applied to matrices only.
         decay_tokens: apply it to tokens and position embeddings too.
         lr_scales: learning rate multipliers by parameter name; the default is 1.
+        trust_coefficient: see `scale_by_trust_ratio`. None: off.
     """
     deepspeed.utils.logger.setLevel(logging.WARNING)  # the toolkit prints its summary of the configuration
     # DeepSpeed calls collectives by names that newer torch versions rename. A user cannot fix that.
@@ -114,6 +117,8 @@ def build_engine(
     with gradients_by_parameter(), free_memory_of_torch(), quiet:
         engine, _, _, _ = deepspeed.initialize(model=module, model_parameters=groups, config=ds_config)
     keep_gradients_until_reduced(engine.optimizer)
+    if trust_coefficient is not None:
+        scale_by_trust_ratio(engine, trust_coefficient)
     return engine
 
 

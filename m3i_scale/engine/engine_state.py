@@ -38,7 +38,7 @@ def pieces(engine: Any) -> Iterator[Piece]:
     """Yield this rank's shards of all trained parameters without padding, in module order."""
     states = engine.optimizer.optimizer.state
     for name, parameter in trained(engine.module):
-        place = _place(engine.optimizer, parameter)
+        place = place_of(engine.optimizer, parameter)
         if place is None:
             continue
         flat, offset, start, numel = place
@@ -190,7 +190,7 @@ def _flat_tensors(optimizer: Any) -> list[Tensor]:
     raise TypeError(f"no master weights are known in {type(optimizer).__name__}")
 
 
-def _place(optimizer: Any, parameter: nn.Parameter) -> tuple[Tensor, int, int, int] | None:
+def place_of(optimizer: Any, parameter: nn.Parameter) -> tuple[Tensor, int, int, int] | None:
     """Return (flat tensor of the optimizer, offset in it, first element of the parameter, elements) of a piece; None if
     this rank has no piece of the parameter."""
     if is_partitioned(parameter):

@@ -87,10 +87,10 @@ def _changes(resolved: ResolvedRun, checkpoint: Path, meta: dict[str, Any], worl
     for key, value in now.items():
         if key != "compared" and meta.get(key) != value:
             yield f"resharded: {key} was {meta.get(key)}, is {value}"
-    if resolved.recipe.compares_samples and meta.get("compared") != now["compared"]:
+    if resolved.recipe.uses_batch_statistics and meta.get("compared") != now["compared"]:
         yield (
-            f"the global contrastive batch is {now['compared']}, was {meta.get('compared')}: the values of its losses "
-            "jump here (optim.micro_batch_size × ranks)"
+            f"the global contrastive batch is {now['compared']}, was {meta.get('compared')}: losses that compare samples "
+            "change their value (optim.contrastive_batch, optim.micro_batch_size × ranks)"
         )
     if step < run.optim.steps:
         before = saved_optim(checkpoint)
@@ -130,6 +130,8 @@ def _check_identity(resolved: ResolvedRun, checkpoint: Path, meta: dict[str, Any
         identity["recipe"] = meaning(identity.get("recipe"))
         if identity.get("protocol") is not None:
             identity["protocol"].pop("deviations", None)  # free text
+        if (identity.get("task") or {}).get("kind") == "classification":
+            identity["task"].setdefault("final_norm", True)  # which older checkpoints do not have
     _check_label_order(saved.get("label_sets"), now["label_sets"], checkpoint)
     for key in ("tokenizer", "protocol"):  # newer versions add fields
         if key in now:

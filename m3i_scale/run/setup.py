@@ -26,6 +26,7 @@ from m3i_scale.engine.averages import ShardedEma
 from m3i_scale.engine.compilation import compile_layers
 from m3i_scale.engine.deepspeed.effective import check_effective
 from m3i_scale.engine.deepspeed.resolve import ResolvedConfig, load_ds_config, resolve
+from m3i_scale.engine.deepspeed.rules import offloads_optimizer
 from m3i_scale.engine.device import allow_tf32, compute_dtype, pinning
 from m3i_scale.engine.engine import build_engine, stream_into
 from m3i_scale.engine.partition import initialize_sharded, keep_in_checkpoints, order_gathers
@@ -86,6 +87,7 @@ class ResolvedRun(RunWithData):
             "freeze": sorted(run.backbone.freeze) or None,
             "text_freeze": (run.text.freeze and self.recipe.uses_text_tower) or None,
             "decay_tokens": run.optim.decay_tokens or None,
+            "trust_coefficient": run.optim.trust_coefficient,
             "text": text_identity(run.text) if self.recipe.uses_text_tower else None,
             "label_sets": self.label_sets if self.recipe.labels_file is not None else None,
             "vocab_size": self.vocab_size,
@@ -123,6 +125,13 @@ def resolve_engine(run: RunConfig, world_size: int | None, hidden_size: int) -> 
         raise ConfigError(
             what, where="optim.momentum_correction: false", why=why, fix="set optim.momentum_correction=true"
         )
+    stage, offload = resolved.config["zero_optimization"].get("stage"), offloads_optimizer(resolved.config)
+    if optim.trust_coefficient is not None and (stage == 3 or offload):
+        raise ConfigError(
+            f"trust_coefficient does not support {'offload of the optimizer' if offload else 'ZeRO stage 3'}",
+            where=f"deepspeed: {run.deepspeed}",
+            fix="set deepspeed=zero1_bf16 or leave out optim.trust_coefficient",
+        )
     return resolved
 
 
@@ -156,6 +165,7 @@ def start_engine(
         resolved.deepspeed.config,
         weight_decay=run.optim.weight_decay,
         decay_tokens=run.optim.decay_tokens,
+        trust_coefficient=run.optim.trust_coefficient,
         lr_scales=lambda module: scales_of(cast(Objective, module), run),
     )
     check_effective(engine, resolved.deepspeed)

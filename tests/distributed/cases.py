@@ -29,7 +29,7 @@ from open_clip.loss import ClipLoss, SigLipLoss
 from precision_cases import PrecisionCases
 from rank_parts import GLOBAL_BATCH
 from safetensors.torch import save_file
-from step_cases import WHOLE_STEPS, StepCases
+from step_cases import TRUSTED, WHOLE_STEPS, StepCases
 from tiny import LABEL_SETS, VOCABULARY, first_weights
 from torch import Tensor, nn
 from traffic_cases import BY_ALL_REDUCE, COMPARED, COUNTED, TrafficCases
@@ -172,6 +172,8 @@ class Cases(LastingCases, PrecisionCases, TrafficCases, CompileCases, GuardCases
             cases[f"traffic_{name}"] = lambda name=name: self.traffic(name)
         for engine, name in WHOLE_STEPS:
             cases[f"whole_step_{engine}_{name}"] = lambda engine=engine, name=name: self.whole_step(engine, name)
+        for name in TRUSTED:
+            cases[f"trust_ratio_{name}"] = lambda name=name: self.trust_ratio(name)
         for name in COMPARED:
             cases[f"compared_{name}"] = lambda name=name: self.compared(name)
         for name, arguments in COMPILED.items():

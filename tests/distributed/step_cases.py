@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from deepspeed.utils import safe_get_full_grad
 from micro_batches import of_a_step
 from rank_parts import GLOBAL_BATCH, RankParts
 from tiny import LABEL_SETS, first_weights, part, random_batch
+from torch import nn
 
 from m3i_scale.engine.agree import mean_over_ranks
 from m3i_scale.engine.device import replayed
@@ -27,10 +29,37 @@ _CHANGES: dict[str, tuple[str, dict[str, Any]]] = {
     "zero3_offload": ("zero3_cpu_fp32", {"offload_optimizer": {"device": "cpu"}}),
 }
 STEPS = 3
+TRUSTED = ("zero1_cpu_fp32", "zero1_bf16", "zero2_fp32")
 
 
 class StepCases(RankParts):
     """One method per case."""
+
+    def trust_ratio(self, name: str) -> dict[str, Any]:
+        """Master weights after three steps of LARS, and those of AdamW with gradients that are scaled one by one."""
+        ds_config, changes = _CHANGES.get(name, (name, {}))
+        sgd = ("optim.eps=1e6", "optim.momentum_correction=false", "optim.weight_decay=0", "optim.clip_grad_norm=0")
+        plan = self.plan(ds_config, "supervised", *sgd, "optim.trust_coefficient=0.02", "optim.lr=3e6")
+        plan.deepspeed.config["zero_optimization"].update(changes)
+        engine, _ = start_engine(plan, self.ranks)
+        trained = [(name, parameter) for name, parameter in engine.module.named_parameters() if parameter.requires_grad]
+        reference = {name: nn.Parameter(self._master(parameter)) for name, parameter in trained}
+        optim = plan.run.optim
+        adam = torch.optim.AdamW(reference.values(), optim.lr, optim.betas, optim.eps, weight_decay=0)
+        first = {name: weights.detach().clone() for name, weights in reference.items()}
+        for step in range(STEPS):
+            loss, _ = engine(self.batch(step))
+            engine.backward(loss)
+            for name, parameter in trained:
+                weights, gradient = reference[name], safe_get_full_grad(parameter).float()
+                norms = weights.norm(), gradient.norm()
+                ratio = 0.02 * norms[0] / norms[1] if weights.ndim > 1 and min(norms) > 0 else 1.0
+                weights.grad = ratio * gradient
+            engine.step()
+            adam.step()
+        weights = {name: self._master(parameter) for name, parameter in trained}
+        engine.destroy()
+        return {"engine": weights, "reference": {name: w.detach() for name, w in reference.items()}, "first": first}
 
     def whole_step(self, name: str, recipe: str) -> dict[str, Any]:
         """Gradients of the micro-batches of a step, of an engine, and of one large batch, of plain modules."""

@@ -11,7 +11,7 @@ from compile_cases import COMPILED
 from guard_cases import NONFINITE
 from lasting_cases import STEPS
 from precision_cases import FIRST_POWER
-from step_cases import WHOLE_STEPS
+from step_cases import TRUSTED, WHOLE_STEPS
 from tiny import GRID, tiny_run
 from traffic_cases import COMPARED, COUNTED
 
@@ -104,6 +104,18 @@ def test_layers_as_units_have_the_gradients_of_plain_modules_to_the_last_bit(wor
 def test_recomputing_activations_changes_no_gradient(worlds, world: int, name: str, policy: str) -> None:
     plain = {"m3i": "zero3_m3i", "maps": "zero3_m3i_maps"}.get(name, f"recomputed_{name}_none")
     same(worlds.result(plain, world), worlds.result(f"recomputed_{name}_{policy}", world))
+
+
+@pytest.mark.parametrize("engine", TRUSTED)
+def test_trust_ratios_are_those_of_complete_matrices(worlds, engine):
+    one, two = (worlds.result(f"trust_ratio_{engine}", world) for world in (1, 2))
+    moved = {name: (value - one["first"][name]).norm() for name, value in one["reference"].items()}
+    for told in (one, two):
+        for name, expected in told["reference"].items():
+            assert (told["engine"][name] - expected).norm() <= 1e-5 * moved[name], name
+    share = 0.02 if engine == "zero1_bf16" else 1e-5
+    matrices = [name for name, weights in one["engine"].items() if weights.ndim > 1]
+    assert [n for n in matrices if (one["engine"][n] - two["engine"][n]).norm() > share * moved[n]] == []
 
 
 @pytest.mark.parametrize(("engine", "recipe"), WHOLE_STEPS)
