@@ -28,9 +28,8 @@ from m3i_scale.engine.agree import from_rank_0, raise_together
 from m3i_scale.engine.deepspeed.rules import optimizer_class
 from m3i_scale.engine.engine_state import count_micro_batches
 from m3i_scale.engine.extensions import awaited_build
-from m3i_scale.engine.parameter_groups import parameter_groups
+from m3i_scale.engine.parameter_groups import parameter_groups, scale_by_trust_ratio
 from m3i_scale.engine.partition import construct, full_shape, gathered, gradients_by_parameter, order_gathers
-from m3i_scale.engine.trust_ratio import scale_by_trust_ratio
 from m3i_scale.errors import UserError
 
 _AT_MINIMUM = "loss scale already at minimum"

@@ -26,9 +26,6 @@ from m3i_scale.objective.schedule import Positive, Scheduled, number
 _BLOCK = 2**23
 """Maximum number of a queue's logits in memory: 32 MB."""
 
-_SAFE_BOUND = 40.0
-"""If |cosine / temperature| is at most this, exp(logit − bound) neither overflows nor underflows in fp32."""
-
 
 @dataclass
 class Loss:
@@ -174,8 +171,7 @@ class Boltzmann(Distribution):
         # Finite, to avoid inf − inf with an empty queue.
         mask_Q = torch.zeros(len(queue_QE), device=queue_QE.device)
         mask_Q = mask_Q.masked_fill(torch.arange(len(queue_QE), device=queue_QE.device) >= filled, -1e30)
-        bound = 1 / temperature if 1 / temperature <= _SAFE_BOUND else None
-        others_B: Tensor = _LogSumExp.apply(query_BE, queue_QE.float(), mask_Q, bound)  # type: ignore[no-untyped-call]
+        others_B: Tensor = _LogSumExp.apply(query_BE, queue_QE.float(), mask_Q)  # type: ignore[no-untyped-call]
         return _with_bound(torch.logaddexp(own_B, others_B) - own_B, (filled + 1).log())
 
     def over_prototypes(self, logits_NK: Tensor, target: Assigned) -> tuple[Tensor, Tensor]:
@@ -201,24 +197,17 @@ class _LogSumExp(torch.autograd.Function):
     For a dense loss term, B is all patches of a micro-batch and Q the queue. With 128 images of 196 patches and 65,536
     targets, the logits take 6.6 GB, and every step of a plain softmax takes the same again. Logits, sum and gradient
     (softmax · queue; targets have none) are therefore computed in blocks of rows.
-
-    Cosines over a temperature have a known maximum, `bound`. Subtracting it with the mask saves the row maximum and a
-    pass over all logits. The remaining cost is one exponential per logit, which FLOP counts ignore.
     """
 
     @staticmethod
-    def forward(ctx: Any, query_BE: Tensor, queue_QE: Tensor, mask_Q: Tensor, bound: float | None) -> Tensor:
-        shifted_Q = mask_Q - (bound or 0.0)
+    def forward(ctx: Any, query_BE: Tensor, queue_QE: Tensor, mask_Q: Tensor) -> Tensor:
         with_ones_QF = torch.cat([queue_QE, torch.ones_like(queue_QE[:, :1])], dim=1)
         sums, gradients = [], []
         for block_NE in query_BE.split(max(1, _BLOCK // max(1, len(queue_QE)))):
-            logits_NQ = torch.addmm(shifted_Q, block_NE, queue_QE.T)
-            largest_N1: Tensor | float = bound or 0.0
-            if bound is None:
-                largest_N1 = logits_NQ.amax(dim=1, keepdim=True)
-                logits_NQ.sub_(largest_N1)
-            weighted_NF = logits_NQ.exp_() @ with_ones_QF
-            sum_N1 = weighted_NF[:, -1:].clamp(min=torch.finfo(weighted_NF.dtype).tiny)  # 0 for an empty queue
+            logits_NQ = torch.addmm(mask_Q, block_NE, queue_QE.T)
+            largest_N1 = logits_NQ.amax(dim=1, keepdim=True)
+            weighted_NF = logits_NQ.sub_(largest_N1).exp_() @ with_ones_QF
+            sum_N1 = weighted_NF[:, -1:]
             sums.append((largest_N1 + sum_N1.log())[:, 0])
             if ctx.needs_input_grad[0]:
                 gradients.append(weighted_NF[:, :-1] / sum_N1)
@@ -228,5 +217,5 @@ class _LogSumExp(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient_B: Tensor) -> tuple[Tensor, None, None, None]:
-        return gradient_B[:, None] * ctx.saved_tensors[0], None, None, None
+    def backward(ctx: Any, gradient_B: Tensor) -> tuple[Tensor, None, None]:
+        return gradient_B[:, None] * ctx.saved_tensors[0], None, None

@@ -89,8 +89,8 @@ def _changes(resolved: ResolvedRun, checkpoint: Path, meta: dict[str, Any], worl
             yield f"resharded: {key} was {meta.get(key)}, is {value}"
     if resolved.recipe.uses_batch_statistics and meta.get("compared") != now["compared"]:
         yield (
-            f"the global contrastive batch is {now['compared']}, was {meta.get('compared')}: losses that compare samples "
-            "change their value (optim.contrastive_batch, optim.micro_batch_size × ranks)"
+            f"the global contrastive batch is {now['compared']}, was {meta.get('compared')}: losses change their value "
+            "here (optim.contrastive_batch, optim.micro_batch_size × ranks)"
         )
     if step < run.optim.steps:
         before = saved_optim(checkpoint)

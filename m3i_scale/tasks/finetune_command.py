@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 import typer
 
 from m3i_scale.errors import EXIT_PREEMPTED, ConfigError
-from m3i_scale.options import AsJson, Command, Overrides, choices, expanded, writes_to
+from m3i_scale.options import AsJson, Command, Overrides, expanded, writes_to
 from m3i_scale.output import leave_out_accelerator_warning, print_json, wide_console
 
 if TYPE_CHECKING:
@@ -58,10 +58,6 @@ class FineTuneOptions:
         bool,
         typer.Option("--dry-run", help="Only print protocol, deviations, and the estimated memory and time."),
     ] = False
-    hardware: Annotated[
-        str | None,
-        typer.Option(**choices("h100", "a100", "cpu"), help="Device for --dry-run; default: the one of this machine."),
-    ] = None
     as_json: AsJson = False
 
     def subset(self) -> Subset | None:
@@ -90,14 +86,8 @@ class FineTuneOptions:
         """Train and evaluate, or with `--dry-run` only estimate the cost. `protocol` is the default of the task."""
         if self.dry_run:
             leave_out_accelerator_warning()
-        elif self.hardware is not None:
-            raise ConfigError(
-                "--hardware has no effect without --dry-run",
-                where=f"--hardware {self.hardware}",
-                fix="leave it out, or add --dry-run",
-            )
         from m3i_scale.tasks.finetune import prepare
-        from m3i_scale.tasks.finetune_result import hardware_here, planned, result_lines
+        from m3i_scale.tasks.finetune_result import planned, result_lines
 
         prepared = prepare(
             task,
@@ -112,7 +102,7 @@ class FineTuneOptions:
             skip_bad=self.skip_bad,
             random_weights=self.random_weights,
         )
-        document = planned(prepared, self.hardware or hardware_here()) if self.dry_run else self._measured(prepared)
+        document = planned(prepared) if self.dry_run else self._measured(prepared)
         if self.as_json:
             print_json(document)
         else:

@@ -149,15 +149,11 @@ def repeat_threshold(run: RunConfig) -> float | None:
     return run.data.datasets[TRAIN].repeat_threshold if TRAIN in run.data.datasets else None
 
 
-def hardware_here() -> str:
-    """Return the hardware preset of `plan` for this machine's device; GPUs other than an A100 count as an H100."""
-    name = device_name().lower()
-    return "cpu" if name == "cpu" else "a100" if "a100" in name else "h100"
-
-
-def planned(prepared: FineTuning, device: str) -> dict[str, Any]:
-    """Estimate the cost of the run on one device (h100, a100 or cpu). `hardware.peak_tflops` overrides its peak."""
-    run = prepared.run
+def planned(prepared: FineTuning) -> dict[str, Any]:
+    """Estimate the cost of the run on this machine's device. GPUs other than an A100 count as an H100, unless
+    `hardware.peak_tflops` is set."""
+    run, name = prepared.run, device_name().lower()
+    device = "cpu" if name == "cpu" else "a100" if "a100" in name else "h100"
     peak = run.hardware.peak_tflops
     rate = None if peak is None else named_peak(peak, compute_dtype(load_ds_config(run.deepspeed))).tflops
     machine = machine_of(device, nodes=1, ranks_per_node=1, memory_gib=1.0, tflops=rate)

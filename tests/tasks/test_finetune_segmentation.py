@@ -49,7 +49,7 @@ def command(start: Path, data: Path, output: Path, *more: str) -> list[str]:
 
 def test_a_dry_run_tells_all_and_starts_nothing(start: Path, data: Path, forks: Forks, tmp_path: Path) -> None:
     output = tmp_path / "out"
-    done = forks.run(*command(start, data, output, "--dry-run", "--hardware", "cpu"), env=environment())
+    done = forks.run(*command(start, data, output, "--dry-run"), env=environment())
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
     assert (told["task"], told["protocol"], told["published"]) == ("segmentation", "segment", None)

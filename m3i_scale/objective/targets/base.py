@@ -75,9 +75,9 @@ class Encoded:
 
     def pooled(self, decoder: nn.Module) -> Tensor:
         """Return the pooling decoder's output per image: (B, F)."""
+        norm = None if getattr(decoder, "before_norm", False) else self.norm
         parts = (self.cls_BND, self.tokens_BLD)
-        normed = self.norm is None or getattr(decoder, "before_norm", False)
-        return pool(decoder, *(parts if normed else map(self.norm, parts)))
+        return pool(decoder, *(parts if norm is None else map(norm, parts)))
 
     def tapped(self, squared_norms: list[Tensor]) -> Encoded:
         """Return an alias that appends the squared norms of its gradients to a list."""
