@@ -31,7 +31,7 @@ class Take:
     name: str
     shape: Shape
     file: Path | None
-    """None: zeros."""
+    """None: a constant, `offset`."""
     tensor: str = ""
     part: int = 0
     parts: int = 1
@@ -185,13 +185,13 @@ def plan_model(
         match.add(name, path, shape, place)
     if not all_placed and match.no_place:
         match.left_out["no part of the model"], match.no_place = match.no_place, []
-    filled: dict[float, dict[str, list[str]]] = {0.0: {}, 1.0: {}}
+    constants: dict[str, list[str]] = {}
     for name in match.wanted.keys() - match.takes.keys():
-        for fill, rules in ((0.0, source.zeros), (1.0, source.ones)):
-            reason = next((reason for pattern, reason in rules if re.match(pattern, name)), None)
-            if reason is not None:
-                match.takes[name] = Take(name, match.wanted[name], None, offset=fill)
-                filled[fill].setdefault(reason, []).append(name)
+        for value, reason in [
+            (value, reason) for pattern, value, reason in source.constants if re.match(pattern, name)
+        ]:
+            match.takes[name] = Take(name, match.wanted[name], None, offset=value)
+            constants.setdefault(reason, []).append(name)
     absent = [name for name in match.wanted if name not in match.takes]
     kept = [name for name in absent if name in fresh]
     _refuse(source, match, [name for name in absent if name not in fresh], where)
@@ -205,8 +205,7 @@ def plan_model(
         "parameters": sum(math.prod(take.shape) for take in takes),
         "renamed": match.renamed,
         "resized": match.resized,
-        "zeros": {reason: sorted(names) for reason, names in filled[0.0].items()},
-        "ones": {reason: sorted(names) for reason, names in filled[1.0].items()},
+        "constants": {reason: sorted(names) for reason, names in constants.items()},
         "left_out": match.left_out,
         "fresh": kept,
         "assumed": {name: f"{getattr(model.config, name)}: {why}" for name, why in source.assumed.items()},

@@ -132,7 +132,7 @@ def _plan_heads(objective: Objective, run: RunConfig) -> LoadPlan:
         "renamed": {tensor: list(names) for tensor, names in places.items() if taken.issuperset(names)},
         "fresh": fresh,
     }
-    return LoadPlan(takes, report | {key: {} for key in ("resized", "zeros", "left_out", "assumed")}, where, source)
+    return LoadPlan(takes, report | {key: {} for key in ("resized", "constants", "left_out", "assumed")}, where, source)
 
 
 def _one_model(run: RunConfig) -> bool:

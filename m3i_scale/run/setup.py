@@ -225,11 +225,7 @@ def print_start(reports: dict[str, dict[str, Any]], run: RunConfig) -> None:
         rows += [
             ("resized", f"{name}: {tuple(how['from'])} → {tuple(how['to'])}") for name, how in report["resized"].items()
         ]
-        rows += [
-            (topic, f"{len(names)} × {reason}")
-            for topic, filled in (("zero", report["zeros"]), ("one", report["ones"]))
-            for reason, names in filled.items()
-        ]
+        rows += [("constant", f"{len(names)} × {reason}") for reason, names in report["constants"].items()]
         rows += [
             ("left out", f"{len(names)} × {reason}, e.g. {names[0]}") for reason, names in report["left_out"].items()
         ]

@@ -45,7 +45,7 @@ def plan_of(compares):
                 "data": {"datasets": {"pets": {"path": "/data/pets"}}},
             }
         ),
-        recipe=SimpleNamespace(compares_samples=compares),
+        recipe=SimpleNamespace(uses_batch_statistics=compares),
     )
     shape = {"world_size": 1, "zero_stage": 3, "precision": "bf16", "compared": 4}
     return plan, {"identity": plan.identity, "step": 10, **shape}
@@ -212,7 +212,7 @@ def test_the_start_is_told_and_kept(tmp_path, capsys):
         **{"source": "/data/vit", "kind": "timm", "files": ["model.safetensors"], "loaded": 7, "parameters": 1234},
         "renamed": {f"blocks.{n}.attn.qkv.bias": [f"layers.{n}.{p}.bias" for p in "qkv"] for n in range(12)},
         "resized": {"positions": {"from": [1, 17, 64], "to": [1, 65, 64]}},
-        **{"zeros": {"no bias of keys": ["a", "b"]}, "left_out": {"classifier": ["head.bias"]}, "fresh": ["mask"]},
+        **{"constants": {"no bias of keys": ["a", "b"]}, "left_out": {"classifier": ["head.bias"]}, "fresh": ["mask"]},
         **{"assumed": {"hidden_act": "gelu: a bare file"}, "normalisation": {"mean": [0.5] * 3, "std": [0.5] * 3}},
         "image_size": 32,
     }

@@ -41,10 +41,8 @@ class Source:
     """Maps a model, possibly on the meta device, to the function that places each tensor of the files."""
     assumed: Mapping[str, str] = field(default_factory=dict)
     """Configuration fields that the source does not contain, with the reason for the value. A config may set them."""
-    zeros: tuple[tuple[str, str], ...] = ()
-    """(pattern, reason) of parameters that the source lacks and that are zero."""
-    ones: tuple[tuple[str, str], ...] = ()
-    """(pattern, reason) of parameters that the source lacks and that are one."""
+    constants: tuple[tuple[str, float, str], ...] = ()
+    """(pattern, value, reason) of parameters that the source lacks."""
     class_row: bool = True
     """Whether the source's position embeddings have a row for the class token."""
     antialias: bool = True

@@ -75,7 +75,7 @@ def open_clip_folder(given: str, folder: Path, values: Mapping[str, Any]) -> Sou
     config = (CLIPVisionConfig if pre_norm else ViTConfig)(**_shape(vision), hidden_act=_activation(model, vision))
     return replace(
         vit_source(given, folder, _names("visual."), config),
-        zeros=() if pre_norm else (NO_PATCH_BIAS,),
+        constants=() if pre_norm else (NO_PATCH_BIAS,),
         normalisation=normalisation(preprocess.get("mean"), preprocess.get("std")),
     )
 

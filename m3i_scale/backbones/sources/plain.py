@@ -30,10 +30,10 @@ _ROLES = {
 _POST_NORM = {(1792, 64): "EVA-02-E"}
 """Published models with norms after attention and MLP, by width and depth. No name or shape differs."""
 
-NO_KEY_BIAS = (r".*\.k_proj\.bias$", "no bias of keys: it would shift all scores of a query alike")
-NO_MASK_TOKEN = (r"embeddings\.mask_token$", "no mask token: no input reads it")
+NO_KEY_BIAS = (r".*\.k_proj\.bias$", 0.0, "no bias of keys: it would shift all scores of a query alike")
+NO_MASK_TOKEN = (r"embeddings\.mask_token$", 0.0, "no mask token: no input reads it")
 NO_FINAL_NORM = "no final norm. It starts with weight 1 and bias 0; `final_norm: false` and recipe `sim` do not use it"
-NO_PATCH_BIAS = (r".*patch_embedding(s\.projection)?\.bias$", "no bias of the patch embedding")
+NO_PATCH_BIAS = (r".*patch_embedding(s\.projection)?\.bias$", 0.0, "no bias of the patch embedding")
 
 
 @dataclass(frozen=True)
@@ -104,16 +104,15 @@ def plain_source(
         specific["rope_theta"] = facts.rope_theta
     config = config_class(**common, **specific)
     token_family(config).adapt(config)
-    zeros = [NO_KEY_BIAS] if "0.q.bias" in parts and "0.k.bias" not in parts else []
-    zeros += [NO_PATCH_BIAS] if "patch.bias" not in parts else []
-    zeros += [NO_MASK_TOKEN] if "registers" in parts else []
-    ones = []
+    constants = [NO_KEY_BIAS] if "0.q.bias" in parts and "0.k.bias" not in parts else []
+    constants += [NO_PATCH_BIAS] if "patch.bias" not in parts else []
+    constants += [NO_MASK_TOKEN] if "registers" in parts else []
     if not facts.final_norm:
         norm = re.escape(token_family(config).parts["norm"])
-        ones, zeros = [(rf"{norm}\.weight$", NO_FINAL_NORM)], [*zeros, (rf"{norm}\.bias$", NO_FINAL_NORM)]
+        constants += [(rf"{norm}\.{part}$", value, NO_FINAL_NORM) for part, value in (("weight", 1.0), ("bias", 0.0))]
     class_row = token_family(config).has_class_token and facts.class_row is not False
     source = vit_source(given, place, names, config)
-    return replace(source, assumed=assumed, zeros=tuple(zeros), ones=tuple(ones), class_row=class_row)
+    return replace(source, assumed=assumed, constants=tuple(constants), class_row=class_row)
 
 
 def vit_source(given: str, place: Path, names: NameMap, config: VisionConfig) -> Source:
