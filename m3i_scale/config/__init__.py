@@ -87,12 +87,12 @@ class BackboneConfig(Section):
     """Name of a model size. Default: vit-b/16. Fields in `config` override the preset."""
     from_pretrained: Annotated[str, InHome] | None = None
     """Pretrained weights to initialize from (docs/guides/choose-a-backbone.md). Either a folder or Hub id of
-    `transformers`, timm or
-    open_clip, or a single file with timm or open_clip parameter names. Default: random initialization."""
+    `transformers`, timm or open_clip, or a single file with timm or open_clip parameter names. Default: random
+    initialization."""
     config: ModelFields = Field(default_factory=dict)
     """Fields of the `transformers` configuration, e.g. {hidden_size: 192}."""
     weight_init: Literal["default", "xavier_uniform"] = "default"
-    """Random initialization of a vision Transformer. default: that of its `transformers` class. xavier_uniform: MAE's,
+    """Random initialization of a vision Transformer. default: as its `transformers` class. xavier_uniform: as MAE,
     with Xavier-uniform matrices, also for the patch embedding."""
     freeze: list[Literal["patch_embeddings", "position_embeddings", "all"]] = Field(default_factory=list)
     """Parts of a vision Transformer that keep their initial values. Position embeddings start as a sine-cosine grid.
@@ -116,7 +116,9 @@ class BackboneConfig(Section):
     @model_validator(mode="after")
     def _one_start(self) -> Self:
         if self.from_pretrained is not None and self.preset is not None:
-            raise ValueError("preset has no effect together with from_pretrained: set one of them to null")
+            raise FixableError(
+                f"preset `{self.preset}` has no effect together with from_pretrained", "backbone.preset=null"
+            )
         if "all" in self.freeze and len(self.freeze) > 1:
             raise FixableError("`all` includes all other parts of `freeze`", "freeze: [all]")
         if "all" in self.freeze and self.from_pretrained is None:
@@ -143,8 +145,8 @@ class TextConfig(Section):
     """Fields of the `transformers` configuration. Default: BERT-Base (12 layers, hidden size 768), or the base size of
     `model_type`. A pretrained encoder allows dropout only."""
     tokenizer: Annotated[str, InHome] | None = None
-    """Tokenizer folder or Hub id. Default: that of `from_pretrained`, or the `tokenizer/` folder that `shards make`
-    wrote next to the shards."""
+    """Tokenizer folder or Hub id. Default: the tokenizer of `from_pretrained`, or the `tokenizer/` folder that
+    `shards make` wrote next to the shards."""
     max_tokens: int = Field(default=defaults.MAX_TOKENS, ge=4, le=MAX_CAPTION_TOKENS)
     """Maximum caption length in tokens. Longer captions are truncated."""
 

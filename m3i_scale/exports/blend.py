@@ -89,7 +89,7 @@ def _read(source: Source, folder: Path) -> dict[str, Tensor]:
     differing = [key for key in fields if getattr(shape, key) != getattr(found, key, None)]
     if differing:
         key = differing[0]
-        raise ConfigError(f"its {key} is {getattr(found, key, None)!r}, that of the run {getattr(shape, key)!r}")
+        raise ConfigError(f"{key} must be {getattr(shape, key)!r} as in the run, got {getattr(found, key, None)!r}")
     run = run.model_copy(update={"backbone": vision, "text": _text(run, folder)})
     with torch.device("meta"):
         objective = build_objective(run, source.label_sets, source.vocab_size, target_encoders=False)

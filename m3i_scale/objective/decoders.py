@@ -113,8 +113,8 @@ class TransformerDecoder(nn.Module):
 
 
 class SiameseDecoder(TransformerDecoder):
-    """The predictor of SIM: batch norm over the tokens of all ranks, and visible patches on a fixed grid. It begins and
-    ends without a layer of its own, since the projector embeds the tokens, and the target's head is linear."""
+    """The predictor of SIM: batch norm over the tokens of all ranks, and visible patches on a fixed grid. It has no
+    embedding and no final norm, since the projector embeds the tokens and the target has a linear head."""
 
     partial_layers = slice(0)
     batch_norm = True

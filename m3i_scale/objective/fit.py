@@ -9,6 +9,7 @@ from m3i_scale.config import RunConfig
 from m3i_scale.errors import ConfigError
 from m3i_scale.objective.decoders import ClassTokenSpec
 from m3i_scale.objective.recipe import Recipe
+from m3i_scale.objective.targets.patches import ShownPatches
 
 
 def check_fit(
@@ -16,6 +17,7 @@ def check_fit(
 ) -> None:
     """Validate a run for the image size of its first stage. For the arguments see `build_objective`."""
     _check_global_batch(run, recipe)
+    _check_frozen(run, recipe)
     if run.backbone.attention == "across_images" and recipe.mix is None:
         raise ConfigError(
             "`attention: across_images` has no effect: the recipe mixes no images",
@@ -94,18 +96,40 @@ def check_fit(
 def _check_global_batch(run: RunConfig, recipe: Recipe) -> None:
     if run.optim.contrastive_batch == "micro":
         return
-    what, why = "`contrastive_batch: global` must not be used for fine-tuning", "a task compares no samples"
-    unsupported = [target for target in recipe.targets if not target.covers_steps]
-    if run.task is None and unsupported:
-        target = unsupported[0]
-        what = f"`contrastive_batch: global` does not support {target.title}, got '{target.name}'"
+    unsupported = next((target for target in recipe.targets if not target.covers_steps), None)
+    if run.task is not None:
+        what, why = "has no effect for fine-tuning", "a task compares no samples"
+    elif unsupported is not None:
+        what = f"does not support {unsupported.title}, got '{unsupported.name}'"
         why = "it has statistics or a memory that change with every micro-batch"
-    elif run.task is None and recipe.normalizes_tokens is not None:
-        what = f"`contrastive_batch: global` does not support batch norm over tokens: {recipe.normalizes_tokens}"
+    elif recipe.normalizes_tokens is not None:
+        what = f"does not support batch norm over tokens: {recipe.normalizes_tokens}"
         why = "the statistics of all tokens of a step would need all micro-batches in memory"
-    if run.task is not None or unsupported or recipe.normalizes_tokens is not None:
+    else:
+        return
+    raise ConfigError(
+        f"`contrastive_batch: global` {what}",
+        where="optim.contrastive_batch",
+        why=why,
+        fix="set optim.contrastive_batch=micro, the default",
+    )
+
+
+def _check_frozen(run: RunConfig, recipe: Recipe) -> None:
+    if "all" not in run.backbone.freeze:
+        return
+    constant = next((target for target in recipe.targets if isinstance(target, ShownPatches)), None)
+    if constant is not None:
         raise ConfigError(
-            what, where="optim.contrastive_batch", why=why, fix="set optim.contrastive_batch=micro, the default"
+            f"{constant.title} has no effect on a frozen backbone, got '{constant.name}'",
+            where="recipe.targets",
+            fix="use a recipe without it, or set backbone.freeze=[]",
+        )
+    if run.optim.layer_decay != 1:
+        raise ConfigError(
+            "layer_decay has no effect on a frozen backbone",
+            where=f"optim.layer_decay: {run.optim.layer_decay:g}",
+            fix="set optim.layer_decay=1",
         )
 
 

@@ -132,32 +132,35 @@ def _set_fields(config: Any, fields: Mapping[str, Any], known: tuple[str, ...], 
 
 
 def with_token_ids(text: TextConfig, tokenizer: PreTrainedTokenizerBase) -> TextConfig:
-    """Check that a text encoder and its tokenizer have the same special tokens. Return the section; that of a new
-    encoder includes the ids of the tokenizer."""
+    """Check that a text encoder and its tokenizer have the same special tokens. Return the section. For a new encoder,
+    and for SigLIP with its published tokenizer, it includes the ids of the tokenizer."""
     config = None if text.from_pretrained is None else read_text_config(text.from_pretrained)
     family = TEXT_FAMILIES[text.model_type or "bert"] if config is None else text_family(config)
-    here = family.token_ids(tokenizer)
-    there = family.expected_ids if config is None else {key: getattr(config, key) for key in here}
-    for key, value in there.items():
+    given = family.token_ids(tokenizer)
+    # Published configurations of SigLIP 2 name no padding token, and the default of `transformers` is another one.
+    if config is not None and family.fixed_length and text.tokenizer is None:
+        return text.model_copy(update={"config": text.config | given})
+    expected = family.expected_ids if config is None else {key: getattr(config, key) for key in given}
+    for key, value in expected.items():
         # CLIP's published configurations name token 2, with which transformers reads the token of the highest id.
-        if here[key] != value and (key, value) != ("eos_token_id", 2):
+        if given[key] != value and (key, value) != ("eos_token_id", 2):
             raise ConfigError(
-                f"the {key} of the tokenizer must be {value}, as in the text encoder, got {here[key]}",
+                f"the {key} of the tokenizer must be {value}, as in the text encoder, got {given[key]}",
                 where="text.tokenizer",
                 fix="use the tokenizer that `shards make` trains, or that of BERT"
                 if config is None
                 else "leave out text.tokenizer, to use the tokenizer next to the weights",
             )
-    if config is not None or there:
+    if config is not None or expected:
         return text
-    if here.get("eos_token_id") == 2:
+    if given.get("eos_token_id") == 2:
         raise ConfigError(
             "a new CLIP text encoder cannot read captions that end with token 2",
             where="text.tokenizer",
             why="transformers takes this id for an unset one, and reads another token",
             fix="use the tokenizer that `shards make` trains, or that of a CLIP model",
         )
-    return text.model_copy(update={"config": text.config | here})
+    return text.model_copy(update={"config": text.config | given})
 
 
 def text_identity(text: TextConfig) -> dict[str, Any]:

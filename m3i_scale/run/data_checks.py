@@ -154,7 +154,7 @@ def check_text(run: RunConfig, recipe: Recipe) -> None:
             raise ConfigError(
                 f"`text.{key}` has no effect: the recipe predicts captions token by token, without a text encoder",
                 where=f"text.{key}",
-                fix="leave it out; the size of the decoder is set in recipe.decoders",
+                fix="leave it out" + ("; recipe.decoders sets the size of the decoder" if key == "config" else ""),
             )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -78,6 +80,23 @@ def save(folder: Path, run: RunConfig, objective: Objective, tokenizer: Path) ->
     identity = {"backbone": backbone_config(run.backbone).to_diff_dict(), "text": text_identity(run.text)}
     checkpoint = folder / "checkpoints" / "step-00000001"
     write_checkpoint(checkpoint, run, objective, 1, 30, tokenizer, {}, identity)
+
+
+@torch.no_grad()
+def test_published_siglip_2_names_no_padding_token(folders: dict[str, Path], tmp_path: Path) -> None:
+    """`SiglipTextConfig` then has 1, and the tokenizer has 0."""
+    folder = shutil.copytree(folders["siglip"], tmp_path / "siglip2")
+    config = json.loads((folder / "config.json").read_text())
+    for key in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        del config["text_config"][key]
+    (folder / "config.json").write_text(json.dumps(config))
+    run = run_of("siglip", folder)
+    run = run.model_copy(update={"text": with_token_ids(run.text, find_tokenizer({}, str(folder)))})
+    objective = started(run)
+    pixels_BCHW = objective.pixel_norm(images())
+    found = logits(objective, pixels_BCHW, tokens(folder, False))
+    torch.testing.assert_close(found, stock_logits("siglip", folder, pixels_BCHW), rtol=1e-6, atol=1e-6)
+    assert text_identity(run.text)["pad_token_id"] == 0
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -196,7 +215,7 @@ def test_token_ids_are_those_of_the_tokenizer(folders: dict[str, Path]) -> None:
         text = load_run("clip", [f"text.model_type={recipe}"]).text
         assert with_token_ids(text, tokenizer).config[key] == value
     assert with_token_ids(load_run("clip", []).text, tokenizer).config == {}
-    of_siglip = run_of("siglip", folders["siglip"]).text
+    of_siglip = run_of("siglip", folders["siglip"], f"text.tokenizer={folders['clip']}").text
     assert with_token_ids(of_siglip, tokenizer) == of_siglip
     tokenizer.pad_token = "<unk>"
     with pytest.raises(ConfigError) as caught:
