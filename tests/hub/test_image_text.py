@@ -233,6 +233,7 @@ def test_token_ids_are_those_of_the_tokenizer(folders: dict[str, Path]) -> None:
         ("clip", ["text.max_tokens=20"], "text.max_tokens"),
         ("clip", ["text.config={hidden_size: 64}"], "text.config"),
         ("clip", ["text.from_pretrained=/nothing/there"], "text.from_pretrained"),
+        ("clip", ["backbone.freeze=[all]"], "recipe.targets"),  # the anchor
     ],
 )
 def test_what_does_not_fit_the_pretrained_encoder_is_an_error(
