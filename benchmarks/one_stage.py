@@ -122,8 +122,10 @@ def _chosen(only: list[str], ablations: list[str]) -> tuple[list[Entry], list[En
 
 
 def _by_name(what: str, names: list[str], entries: tuple[Entry, ...]) -> list[Entry]:
-    if names in (["all"], ["none"]):
-        return list(entries) if names == ["all"] else []
+    if names == ["all"]:
+        return list(entries)
+    if names == ["none"] and what == "ablation":
+        return []
     known = [entry.name for entry in entries]
     for name in names:
         if name not in known:

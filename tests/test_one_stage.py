@@ -306,10 +306,10 @@ def test_every_row_of_the_whole_comparison(folder, tmp_path, monkeypatch):
     assert again == document
     assert len(fine_tuned) == 2 * (len(_one_stage.RECIPES) + 1)
     assert len([command for command in asked if command[0] == "train"]) == len(trainings)
-    with pytest.raises(ConfigError, match="those of m3i"):
-        one_stage._chosen(["clip"], True)
+    with pytest.raises(ConfigError, match="variants of m3i"):
+        one_stage._chosen(["clip"], ["all"])
 
-    few = one_stage._chosen(["mae", "m3i"], False)
+    few = one_stage._chosen(["mae", "m3i"], ["none"])
     ladder = replace(asked_for, protocol="samples", budgets=[1.0, 2.0], entries=few[0], others=few[1])
     before = {path.name for path in tmp_path.glob("m3i-*")}
     document = ladder.document(2, [])

@@ -169,7 +169,7 @@ class OptimConfig(Section):
         if given["momentum_correction"] or given["eps"] < 1:
             raise FixableError(
                 "trust_coefficient needs SGD with momentum: AdamW divides each gradient by its magnitude",
-                "optim.momentum_correction=false optim.eps=1e6, and multiply optim.lr by 1e6 / (1 − betas[0])",
+                "optim.momentum_correction=false optim.eps=1e6, and optim.lr = the rate of SGD × 1e6 / (1 − betas[0])",
             )
         if given["weight_decay"]:
             raise FixableError(

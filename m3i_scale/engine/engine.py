@@ -26,9 +26,9 @@ from m3i_scale.backbones.load_plan import LoadPlan
 from m3i_scale.engine.activations import stacks
 from m3i_scale.engine.agree import from_rank_0, raise_together
 from m3i_scale.engine.deepspeed.rules import optimizer_class
-from m3i_scale.engine.engine_state import count_micro_batches
+from m3i_scale.engine.engine_state import count_micro_batches, scale_by_trust_ratio
 from m3i_scale.engine.extensions import awaited_build
-from m3i_scale.engine.parameter_groups import parameter_groups, scale_by_trust_ratio
+from m3i_scale.engine.parameter_groups import parameter_groups
 from m3i_scale.engine.partition import construct, full_shape, gathered, gradients_by_parameter, order_gathers
 from m3i_scale.errors import UserError
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -203,3 +203,42 @@ def place_of(optimizer: Any, parameter: nn.Parameter) -> tuple[Tensor, int, int,
         return None
     low, high = mapping.lp_fragment_address, mapping.hp_fragment_address
     return _flat_tensors(optimizer)[mapping.param_group_index], high.start, low.start, high.numel
+
+
+def scale_by_trust_ratio(engine: Any, coefficient: float) -> None:
+    """Make every optimizer step multiply the gradient of each matrix by its trust ratio, on all ranks.
+
+    The ratio is coefficient · ‖weights‖ / ‖gradient‖, or 1 if one of the norms is 0 (You et al., 2017; LARS of MoCo v3
+    and MAE, without weight decay). Both norms are of the complete matrix: the squares of its parts are summed over
+    ranks, in one all-reduce per call of the inner optimizer. Vectors, such as biases, are not scaled.
+
+    Raises:
+        ValueError: parameters are partitioned (ZeRO-3).
+    """
+    matrices: list[nn.Parameter] = [parameter for _, parameter in trained(engine.module) if parameter.ndim > 1]
+    if any(is_partitioned(parameter) for _, parameter in trained(engine.module)):
+        raise ValueError("trust ratios need whole parameters: ZeRO stage 1 or 2")
+
+    @torch.no_grad()
+    def scale(inner: torch.optim.Optimizer, *arguments: Any) -> None:
+        # DeepSpeed may step the inner optimizer group by group, in the same order on all ranks.
+        stepped = {id(flat) for group in inner.param_groups for flat in group["params"] if flat.grad is not None}
+        parts: dict[int, tuple[Tensor, Tensor]] = {}
+        for number, matrix in enumerate(matrices):
+            place = place_of(engine.optimizer, matrix)
+            if place is not None and id(place[0]) in stepped:
+                flat, offset, _, numel = place
+                weights, gradient = (one.view(-1).narrow(0, offset, numel) for one in (flat, cast(Tensor, flat.grad)))
+                parts[number] = weights, gradient
+        squares_2M = torch.zeros(2, len(matrices), device=inner.param_groups[0]["params"][0].device)
+        for number, both in parts.items():
+            squares_2M[:, number] = torch.stack([torch.linalg.vector_norm(one, dtype=torch.float32) for one in both])
+        squares_2M.square_()
+        dist.all_reduce(squares_2M)
+        weights_M, gradients_M = squares_2M.sqrt()
+        defined_M = (weights_M > 0) & (gradients_M > 0)
+        ratios_M = torch.where(defined_M, coefficient * weights_M / gradients_M, 1.0)
+        for number, (_, part) in parts.items():
+            part.mul_(ratios_M[number].to(part.dtype))
+
+    engine.optimizer.optimizer.register_step_pre_hook(scale)

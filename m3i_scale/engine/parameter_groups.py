@@ -1,15 +1,12 @@
-"""Settings of the optimizer by parameter: weight decay, learning rate multipliers, and trust ratios."""
+"""Build the optimizer's parameter groups: with weight decay and without, by learning rate."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
-
-from m3i_scale.engine.engine_state import place_of, trained
+from torch import nn
 
 
 def is_decayed(shape: torch.Size, *, tokens: bool = False) -> bool:
@@ -52,37 +49,3 @@ def parameter_groups(
         for decays, parameters in of_scale.items()
         if parameters
     ]
-
-
-def scale_by_trust_ratio(engine: Any, coefficient: float) -> None:
-    """Make every optimizer step multiply the gradient of each matrix by its trust ratio, on all ranks.
-
-    The ratio is coefficient · ‖weights‖ / ‖gradient‖, or 1 if one of the norms is 0 (You et al., 2017; LARS of MoCo v3
-    and MAE, without weight decay). Norms are those of complete matrices: squares of the parts are summed over ranks, in
-    one all-reduce per call of the inner optimizer. Vectors, such as biases, are not scaled.
-    """
-    matrices: list[nn.Parameter] = [parameter for _, parameter in trained(engine.module) if parameter.ndim > 1]
-
-    @torch.no_grad()
-    def scale(inner: torch.optim.Optimizer, *arguments: Any) -> None:
-        # DeepSpeed may step the inner optimizer group by group, in the same order on all ranks.
-        stepped = {id(flat) for group in inner.param_groups for flat in group["params"] if flat.grad is not None}
-        parts: dict[int, tuple[Tensor, Tensor]] = {}
-        for number, matrix in enumerate(matrices):
-            place = place_of(engine.optimizer, matrix)
-            if place is not None and id(place[0]) in stepped:
-                flat, offset, _, numel = place
-                weights, gradient = (one.view(-1).narrow(0, offset, numel) for one in (flat, cast(Tensor, flat.grad)))
-                parts[number] = weights, gradient
-        squares_2M = torch.zeros(2, len(matrices), device=inner.param_groups[0]["params"][0].device)
-        for number, both in parts.items():
-            squares_2M[:, number] = torch.stack([torch.linalg.vector_norm(one, dtype=torch.float32) for one in both])
-        squares_2M.square_()
-        dist.all_reduce(squares_2M)
-        weights_M, gradients_M = squares_2M.sqrt()
-        defined_M = (weights_M > 0) & (gradients_M > 0)
-        ratios_M = torch.where(defined_M, coefficient * weights_M / gradients_M, 1.0)
-        for number, (_, part) in parts.items():
-            part.mul_(ratios_M[number].to(part.dtype))
-
-    engine.optimizer.optimizer.register_step_pre_hook(scale)

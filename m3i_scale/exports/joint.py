@@ -217,7 +217,7 @@ def no_class(config: VisionConfig, decoder: DecoderSpec, what: str) -> ExportErr
     pools = {
         "attention_pool": "the recipe pools by attention with the mean token as its query",
         "map_head": "the recipe pools by attention with a learned query",
-        "mean_pool": "the recipe pools by a mean that is normalized once more",
+        "mean_pool": "the recipe pools by a normalized mean",
         "class_token": "the recipe reads class tokens of several layers, or the mean of the patches beside it"
         if more
         else "the recipe reads the class token",

@@ -377,7 +377,7 @@ class MeanPoolSpec(DecoderSpec):
 
     def build(self, config: VisionConfig) -> nn.Module:
         if not (self.final_norm or hasattr(config, "num_attention_heads")):
-            raise ValueError(f"final_norm has no effect: a {config.model_type} has no final norm")
+            raise ValueError(f"final_norm has no effect, since {config.model_type} has no final norm; leave it out")
         return MeanPool(config.hidden_size, self.final_norm)
 
 

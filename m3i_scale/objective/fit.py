@@ -9,7 +9,6 @@ from m3i_scale.config import RunConfig
 from m3i_scale.errors import ConfigError
 from m3i_scale.objective.decoders import ClassTokenSpec
 from m3i_scale.objective.recipe import Recipe
-from m3i_scale.objective.targets.patches import ShownPatches
 
 
 def check_fit(
@@ -17,7 +16,6 @@ def check_fit(
 ) -> None:
     """Validate a run for the image size of its first stage. For the arguments see `build_objective`."""
     _check_global_batch(run, recipe)
-    _check_frozen(run, recipe)
     if run.backbone.attention == "across_images" and recipe.mix is None:
         raise ConfigError(
             "`attention: across_images` has no effect: the recipe mixes no images",
@@ -113,24 +111,6 @@ def _check_global_batch(run: RunConfig, recipe: Recipe) -> None:
         why=why,
         fix="set optim.contrastive_batch=micro, the default",
     )
-
-
-def _check_frozen(run: RunConfig, recipe: Recipe) -> None:
-    if "all" not in run.backbone.freeze:
-        return
-    constant = next((target for target in recipe.targets if isinstance(target, ShownPatches)), None)
-    if constant is not None:
-        raise ConfigError(
-            f"{constant.title} has no effect on a frozen backbone, got '{constant.name}'",
-            where="recipe.targets",
-            fix="use a recipe without it, or set backbone.freeze=[]",
-        )
-    if run.optim.layer_decay != 1:
-        raise ConfigError(
-            "layer_decay has no effect on a frozen backbone",
-            where=f"optim.layer_decay: {run.optim.layer_decay:g}",
-            fix="set optim.layer_decay=1",
-        )
 
 
 def _check_image_size(image_size: int, student: Backbone) -> None:

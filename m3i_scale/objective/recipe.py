@@ -272,26 +272,7 @@ class Recipe(Parts):
         averages = any(target.encoder == "ema" for target in self.targets)
         if self.ema is not None and not averages:
             yield "`ema` has no effect: no target has `encoder: ema`"
-        if self.reads_before_norm:
-            # `Encoded.pooled` applies the final norm, and SIM's projector needs none.
-            before = self.ema is not None and self.ema.projector == "transformer"
-            what, fix = (
-                ("`ema.projector: transformer`", "`projector: mlp`")
-                if before
-                else ("`final_norm: false` of a decoder", "`final_norm: true`")
-            )
-            several = [
-                name for name, spec in self.decoders.items() if isinstance(spec, ClassTokenSpec) and spec.blocks > 1
-            ]
-            if several:
-                yield f"{what} cannot be combined with decoder '{several[0]}', which reads several layers: use {fix}"
-            for item in self.targets:
-                projected = before and isinstance(item, Dense) and item.projected
-                if not projected and (isinstance(item, ImageTarget) or not item.is_image_level):
-                    supported = (
-                        "dense targets with `encoder: ema`, text and categories" if before else "text and categories"
-                    )
-                    yield f"{what} supports {supported}, got {item.title} '{item.name}': use {fix}"
+        yield from self._norm_errors()
         siamese = [name for name, decoder in self.decoders.items() if isinstance(decoder, SiameseSpec)]
         if siamese and (self.ema is None or self.ema.projector != "transformer"):
             yield f"decoder '{siamese[0]}' of kind siamese needs `ema.projector: transformer`, which embeds its tokens"
@@ -304,6 +285,23 @@ class Recipe(Parts):
             )
         if self.balance.module.needs_gradients and len(self.targets) == 1:
             yield f"`balance: {self.balance.kind}` has no effect on a single target"
+
+    def _norm_errors(self) -> Iterator[str]:
+        """Yield targets that need the final norm. `Encoded.pooled` applies it; SIM's projector needs none."""
+        if not self.reads_before_norm:
+            return
+        what, supported, fix = "`final_norm: false` of a decoder", "text, categories and spread", "`final_norm: true`"
+        projects = self.ema is not None and self.ema.projector == "transformer"
+        if projects:
+            what, fix = "`ema.projector: transformer`", "`projector: mlp`"
+            supported = f"dense targets with `encoder: ema`, {supported}"
+        for name, spec in self.decoders.items():
+            if isinstance(spec, ClassTokenSpec) and spec.blocks > 1:
+                yield f"{what} cannot be combined with decoder '{name}', which reads several layers: use {fix}"
+        for item in self.targets:
+            projected = projects and isinstance(item, Dense) and item.projected
+            if not projected and (isinstance(item, ImageTarget) or not item.is_image_level):
+                yield f"{what} supports {supported}, got {item.title} '{item.name}': use {fix}"
 
 
 def _repeated(what: str, names: list[str]) -> Iterator[str]:

@@ -12,6 +12,7 @@ from transformers import AutoConfig, CLIPTextConfig, PreTrainedTokenizerBase
 from m3i_scale.backbones.build import set_field
 from m3i_scale.backbones.families.base import check_counts
 from m3i_scale.backbones.sources import pretrained_folder
+from m3i_scale.backbones.sources.files import read_config
 from m3i_scale.config import TextConfig
 from m3i_scale.errors import ConfigError, did_you_mean
 from m3i_scale.objective.text_tower import TEXT_FAMILIES, text_family
@@ -106,6 +107,9 @@ def read_text_config(place: str) -> Any:
         ) from None
     joint = getattr(config, "projection_dim", None)
     config = getattr(config, "text_config", config)
+    # Published configurations of SigLIP 2 do not, and the default of `transformers` is another token than its own.
+    values = read_config(folder / "config.json")
+    config.names_padding = "pad_token_id" in values.get("text_config", values)
     if config.model_type not in TEXT_FAMILIES:
         raise ConfigError(
             f"a text encoder must be a CLIP, SigLIP or BERT model, got {config.model_type}",
@@ -137,8 +141,7 @@ def with_token_ids(text: TextConfig, tokenizer: PreTrainedTokenizerBase) -> Text
     config = None if text.from_pretrained is None else read_text_config(text.from_pretrained)
     family = TEXT_FAMILIES[text.model_type or "bert"] if config is None else text_family(config)
     given = family.token_ids(tokenizer)
-    # Published configurations of SigLIP 2 name no padding token, and the default of `transformers` is another one.
-    if config is not None and family.fixed_length and text.tokenizer is None:
+    if config is not None and family.fixed_length and text.tokenizer is None and not config.names_padding:
         return text.model_copy(update={"config": text.config | given})
     expected = family.expected_ids if config is None else {key: getattr(config, key) for key in given}
     for key, value in expected.items():

@@ -14,7 +14,7 @@ from m3i_scale.checkpoint.stream import expected_bytes
 from m3i_scale.config import RunConfig
 from m3i_scale.engine.activations import read_policy
 from m3i_scale.engine.deepspeed.resolve import ResolvedConfig, load_ds_config
-from m3i_scale.engine.deepspeed.rules import offloads_optimizer
+from m3i_scale.engine.deepspeed.rules import offloads_optimizer, supports_trust_ratios
 from m3i_scale.errors import ConfigError, error_prefix
 from m3i_scale.objective.information import Role
 from m3i_scale.objective.recipe import parse_recipe
@@ -238,6 +238,8 @@ def compare(model: Model, machine: Machine, choice: Choice) -> list[Estimate]:
         choice = replace(choice, deepspeed=_ON_DEVICES[choice.deepspeed])
         model = Model(model.run, model.vocabulary, model.world, "bf16")
     files = list(dict.fromkeys([choice.deepspeed, *ENGINE_FILES.get((model.precision, machine.on_host), ())]))
+    if model.run.optim.trust_coefficient is not None:
+        files = [file for file in files if supports_trust_ratios(load_ds_config(file))]
     offloading = [file for file in files if offloads_optimizer(load_ds_config(file))]
     for some in ([file for file in files if file not in offloading], offloading):
         compared = [fastest for file in some if (fastest := _fastest(model, machine, choice, file)) is not None]

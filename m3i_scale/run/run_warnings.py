@@ -20,6 +20,7 @@ from m3i_scale.data.shards import expand_shards, read_sample_count
 from m3i_scale.errors import ErrorCollector, UserError
 from m3i_scale.objective.recipe import Recipe, parse_recipe
 from m3i_scale.objective.schedule import values_of
+from m3i_scale.objective.targets.patches import ShownPatches
 
 MAX_EPOCHS, USUAL_EPOCHS = 2_000, 300
 """Epochs per dataset above which a run is probably a mistake, and the number that is recommended instead."""
@@ -110,6 +111,17 @@ def config_warnings(run: RunConfig, recipe: Recipe, ranks: int = 1) -> Iterator[
         yield (
             "backbone.weight_init has no effect: the weights are those of backbone.from_pretrained. Fix: "
             "backbone.weight_init=default"
+        )
+    if "all" in run.backbone.freeze:
+        for target in recipe.targets:
+            if isinstance(target, ShownPatches):
+                yield f"target {target.name} has no effect: the backbone is frozen. Fix: use a recipe without it"
+        if run.optim.layer_decay != 1:
+            yield "optim.layer_decay has no effect: the backbone is frozen. Fix: optim.layer_decay=1"
+    if run.optim.trust_coefficient is not None and run.optim.clip_grad_norm:
+        yield (
+            "optim.clip_grad_norm has no effect on matrices, whose gradients trust_coefficient scales. Fix: "
+            "optim.clip_grad_norm=0"
         )
     if run.data.validation and not run.evaluation.every_steps and not run.log.pictures_every_steps:
         yield "data.validation has no effect: evaluation.every_steps is 0. Fix: evaluation.every_steps=1000"

@@ -26,7 +26,7 @@ from m3i_scale.engine.averages import ShardedEma
 from m3i_scale.engine.compilation import compile_layers
 from m3i_scale.engine.deepspeed.effective import check_effective
 from m3i_scale.engine.deepspeed.resolve import ResolvedConfig, load_ds_config, resolve
-from m3i_scale.engine.deepspeed.rules import offloads_optimizer
+from m3i_scale.engine.deepspeed.rules import supports_trust_ratios
 from m3i_scale.engine.device import allow_tf32, compute_dtype, pinning
 from m3i_scale.engine.engine import build_engine, stream_into
 from m3i_scale.engine.partition import initialize_sharded, keep_in_checkpoints, order_gathers
@@ -125,12 +125,11 @@ def resolve_engine(run: RunConfig, world_size: int | None, hidden_size: int) -> 
         raise ConfigError(
             what, where="optim.momentum_correction: false", why=why, fix="set optim.momentum_correction=true"
         )
-    stage, offload = resolved.config["zero_optimization"].get("stage"), offloads_optimizer(resolved.config)
-    if optim.trust_coefficient is not None and (stage == 3 or offload):
+    if optim.trust_coefficient is not None and not supports_trust_ratios(resolved.config):
         raise ConfigError(
-            f"trust_coefficient does not support {'offload of the optimizer' if offload else 'ZeRO stage 3'}",
+            "trust_coefficient does not support ZeRO stage 3 and offload of the optimizer",
             where=f"deepspeed: {run.deepspeed}",
-            fix="set deepspeed=zero1_bf16 or leave out optim.trust_coefficient",
+            fix="set deepspeed=zero1_bf16 or zero2_bf16; on CPUs zero1_cpu_fp32",
         )
     return resolved
 

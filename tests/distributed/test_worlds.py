@@ -107,7 +107,7 @@ def test_recomputing_activations_changes_no_gradient(worlds, world: int, name: s
 
 
 @pytest.mark.parametrize("engine", TRUSTED)
-def test_trust_ratios_are_those_of_complete_matrices(worlds, engine):
+def test_trust_ratios_have_the_norms_of_complete_matrices(worlds, engine):
     one, two = (worlds.result(f"trust_ratio_{engine}", world) for world in (1, 2))
     moved = {name: (value - one["first"][name]).norm() for name, value in one["reference"].items()}
     for told in (one, two):

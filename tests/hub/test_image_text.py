@@ -99,6 +99,15 @@ def test_published_siglip_2_names_no_padding_token(folders: dict[str, Path], tmp
     assert text_identity(run.text)["pad_token_id"] == 0
 
 
+def test_a_padding_token_that_the_configuration_names_must_be_the_tokenizers(folders: dict[str, Path]) -> None:
+    tokenizer = find_tokenizer({}, str(folders["siglip"]))
+    text = run_of("siglip", folders["siglip"]).text
+    assert with_token_ids(text, tokenizer) == text
+    tokenizer.pad_token = "<unk>"
+    with pytest.raises(ConfigError, match="pad_token_id of the tokenizer must be 0"):
+        with_token_ids(text, tokenizer)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_the_export_before_training_is_the_stock_model(
@@ -233,7 +242,6 @@ def test_token_ids_are_those_of_the_tokenizer(folders: dict[str, Path]) -> None:
         ("clip", ["text.max_tokens=20"], "text.max_tokens"),
         ("clip", ["text.config={hidden_size: 64}"], "text.config"),
         ("clip", ["text.from_pretrained=/nothing/there"], "text.from_pretrained"),
-        ("clip", ["backbone.freeze=[all]"], "recipe.targets"),  # the anchor
     ],
 )
 def test_what_does_not_fit_the_pretrained_encoder_is_an_error(

@@ -31,6 +31,7 @@ FURTHER = {
     "data2vec2": ("data2vec2",),
     "continue_m3i": ("continue_m3i",),
     "learned": ("m3i", "recipe.balance={kind: learned}"),
+    "before_norm": ("clip", "recipe.decoders.pool.final_norm=false"),
     "narrow": ("barlow", "recipe.heads.global.width=6"),
 }
 DROP_PATH = (*DINOV2, "backbone.config.drop_path_rate=0.5")

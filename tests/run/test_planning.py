@@ -245,6 +245,13 @@ def test_a_checkpoint_has_weights_moments_averages_and_buffers(recipe):
     assert found.document()["checkpoint_gib"] == size / 2**30
 
 
+def test_trust_ratios_are_planned_with_the_files_that_support_them():
+    sgd = ("optim.eps=1e6", "optim.momentum_correction=false", "optim.weight_decay=0", "optim.clip_grad_norm=0")
+    run = tiny_run("supervised", *SMALL, *sgd, "optim.trust_coefficient=0.001", "deepspeed=zero1_bf16")
+    document = plan_run(run, machine(), samples=None).document()
+    assert {each["deepspeed"] for each in document["compared"]} == {"zero1_bf16", "zero2_bf16"}
+
+
 @pytest.mark.parametrize("option", ["--tflops-per-gpu", "--intra-gb-s", "--inter-gb-s"])
 def test_a_rate_of_nothing_is_refused(option):
     refused = CliRunner().invoke(app, ["plan", "m3i", option, "0"])

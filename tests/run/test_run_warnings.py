@@ -29,6 +29,7 @@ def test_nothing_is_unusual_about_a_built_in_run(name: str) -> None:
 
 
 # name of a run → overrides that are a mistake, and the nearest that are none
+SGD = ("optim.eps=1e6", "optim.momentum_correction=false", "optim.weight_decay=0")
 MISTAKES: dict[str, tuple[str, list[str], list[str]]] = {
     "optim.lr": ("mae", ["optim.lr=1"], ["optim.lr=0.5"]),
     "optim.lr of a detector": ("coco_vitdet_b", ["optim.lr=0.02"], ["optim.lr=0.005"]),
@@ -77,6 +78,21 @@ MISTAKES: dict[str, tuple[str, list[str], list[str]]] = {
         "mae",
         ["data.validation.val.path=/data/val"],
         ["data.validation.val.path=/data/val", "evaluation.every_steps=5"],
+    ),
+    "optim.clip_grad_norm": (
+        "supervised",
+        [*SGD, "optim.trust_coefficient=0.001"],
+        [*SGD, "optim.trust_coefficient=0.001", "optim.clip_grad_norm=0"],
+    ),
+    "target anchor": (
+        "continue_clip",
+        ["backbone.from_pretrained=/data/clip", "backbone.freeze=[all]", "optim.layer_decay=1"],
+        ["backbone.from_pretrained=/data/clip", "optim.layer_decay=1"],
+    ),
+    "optim.layer_decay": (
+        "clip",
+        ["backbone.from_pretrained=/data/clip", "backbone.freeze=[all]", "optim.layer_decay=0.75"],
+        ["backbone.from_pretrained=/data/clip", "backbone.freeze=[all]"],
     ),
     "data.augment.flip": (
         "simclr",

@@ -11,7 +11,7 @@ from published import FULL, model_of, published_folder
 
 from m3i_scale.backbones.build import backbone_config, backbone_source, build_backbone
 from m3i_scale.backbones.load_plan import plan_load
-from m3i_scale.config import BackboneConfig, OptimConfig, RunConfig
+from m3i_scale.config import BackboneConfig, OptimConfig, RunConfig, parse_section
 from m3i_scale.config.optim import Poly, learning_rate
 from m3i_scale.engine.deepspeed.resolve import load_ds_config
 from m3i_scale.errors import CheckpointError, ConfigError
@@ -91,6 +91,34 @@ def test_another_schedule_is_told(tmp_path, changed, told):
     assert all(note.startswith(f"the schedule changed: {start}") for note, start in zip(notes, told, strict=True))
     rates = [f"{learning_rate(10, optim):.3g}" for optim in (plan.run.optim, before)]
     assert not notes or notes[0].endswith(f"the learning rate of step 11 is {' instead of '.join(rates)}")
+
+
+SGD = {"eps": 1e6, "momentum_correction": False, "weight_decay": 0.0, "trust_coefficient": 0.001}
+
+
+@pytest.mark.parametrize(
+    ("optim", "where"),
+    [
+        ({"eps": 1e-8}, "optim.trust_coefficient"),
+        ({"momentum_correction": True}, "optim.trust_coefficient"),
+        ({"weight_decay": 0.1}, "optim.trust_coefficient"),
+    ],
+)
+def test_trust_ratios_need_sgd_without_weight_decay(optim, where):
+    with pytest.raises(ConfigError) as caught:
+        parse_section(RunConfig, {"optim": SGD | optim}, where="run")
+    assert where in f"{caught.value.where} {caught.value.what}"
+    assert caught.value.fix
+
+
+@pytest.mark.parametrize(
+    ("file", "runs"),
+    [("zero1_bf16", True), ("zero2_bf16", True), ("zero3_bf16", False), ("zero3_bf16_cpu_offload", False)],
+)
+def test_trust_ratios_need_whole_parameters_on_the_device(file, runs):
+    run = RunConfig.model_validate({"deepspeed": file, "optim": SGD})
+    with nullcontext() if runs else pytest.raises(ConfigError, match="ZeRO stage 3 and offload"):
+        resolve_engine(run, None, 64)
 
 
 def test_a_missing_bias_correction_is_not_undone(tmp_path):

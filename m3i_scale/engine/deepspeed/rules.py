@@ -66,6 +66,11 @@ def offloads_optimizer(config: dict[str, Any]) -> bool:
     return bool(config["zero_optimization"].get("offload_optimizer", {}).get("device") == "cpu")
 
 
+def supports_trust_ratios(config: dict[str, Any]) -> bool:
+    """Return whether the optimizer has whole parameters in flat groups on the device (see `scale_by_trust_ratio`)."""
+    return config["zero_optimization"].get("stage") != 3 and not offloads_optimizer(config)
+
+
 def takes_bf16_optimizer(config: dict[str, Any]) -> bool:
     """Return whether DeepSpeed uses its BF16 optimizer instead of the ZeRO one."""
     mixed = precision(config) == "bf16" and accumulation(config) == "fp32"

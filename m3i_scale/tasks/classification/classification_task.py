@@ -140,12 +140,18 @@ class Classification(BackboneTask):
         return self.sweep is not None
 
     def check(self, run: RunConfig, model: VisionConfig) -> None:
-        from m3i_scale.backbones.families import family_of
+        from m3i_scale.backbones.families import TokenFamily, family_of
 
         super().check(run, model)
         family = family_of(model)
         if self.sweep is not None:
             _check_sweep(run, family)
+        if not (self.final_norm or isinstance(family, TokenFamily)):
+            raise ConfigError(
+                f"final_norm has no effect: {family.name} has no final norm",
+                where="task.final_norm: false",
+                fix="set task.final_norm=true",
+            )
         if self.pool == "class_token" and not family.has_class_token:
             raise ConfigError(
                 f"{family.name} has no class token for task.pool=class_token",
