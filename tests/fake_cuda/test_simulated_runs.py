@@ -25,7 +25,7 @@ FILES = {
 """Waits of the host, collectives and kernels of a step of `moco` that is not logged, in small buckets."""
 SHORT = {
     "m3i": (2, 23, 1679),
-    "m3i in parts": (9, 234, 2194),
+    "m3i in parts": (9, 238, 2194),
     "clip": (6, 69, 1268),
     "siglip": (9, 181, 979),
     "dinov2": (6, 108, 3241),
