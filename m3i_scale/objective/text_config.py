@@ -107,9 +107,6 @@ def read_text_config(place: str) -> Any:
         ) from None
     joint = getattr(config, "projection_dim", None)
     config = getattr(config, "text_config", config)
-    # Published configurations of SigLIP 2 do not, and the default of `transformers` is another token than its own.
-    values = read_config(folder / "config.json")
-    config.names_padding = "pad_token_id" in values.get("text_config", values)
     if config.model_type not in TEXT_FAMILIES:
         raise ConfigError(
             f"a text encoder must be a CLIP, SigLIP or BERT model, got {config.model_type}",
@@ -141,7 +138,7 @@ def with_token_ids(text: TextConfig, tokenizer: PreTrainedTokenizerBase) -> Text
     config = None if text.from_pretrained is None else read_text_config(text.from_pretrained)
     family = TEXT_FAMILIES[text.model_type or "bert"] if config is None else text_family(config)
     given = family.token_ids(tokenizer)
-    if config is not None and family.fixed_length and text.tokenizer is None and not config.names_padding:
+    if family.fixed_length and text.tokenizer is None and not _names_padding(text):
         return text.model_copy(update={"config": text.config | given})
     expected = family.expected_ids if config is None else {key: getattr(config, key) for key in given}
     for key, value in expected.items():
@@ -164,6 +161,14 @@ def with_token_ids(text: TextConfig, tokenizer: PreTrainedTokenizerBase) -> Text
             fix="use the tokenizer that `shards make` trains, or that of a CLIP model",
         )
     return text.model_copy(update={"config": text.config | given})
+
+
+def _names_padding(text: TextConfig) -> bool:
+    """Return whether config.json names a padding token, unlike SigLIP 2. `transformers` then sets another one."""
+    if text.from_pretrained is None:
+        return True
+    values = read_config(pretrained_folder(text.from_pretrained, "text.from_pretrained") / "config.json")
+    return "pad_token_id" in values.get("text_config", values)
 
 
 def text_identity(text: TextConfig) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -85,22 +86,25 @@ def _count_parts(objective: Objective, batch: Batch) -> dict[str, float]:
     counter = flop_counter()
 
     @contextlib.contextmanager
-    def span(name: str) -> Iterator[None]:
+    def span(name: str, factor: int = 1) -> Iterator[None]:
         before = counter.get_total_flops()
         yield
-        parts[name] += counter.get_total_flops() - before
+        parts[name] += factor * (counter.get_total_flops() - before)
 
     every_row = _EveryRow()  # type: ignore[no-untyped-call]
     every_object = fx_config.patch(meta_nonzero_assume_all_nonzero=True)  # type: ignore[attr-defined]
     with every_row, every_object, sdpa_kernel(SDPBackend.MATH), counter:
         objective.span = span
-        hooks = [hook for module in objective.text_modules for hook in _around(module, lambda: span("text"))]
+        hooks = []
+        for module in objective.text_modules:
+            # A backward pass has twice the products; a frozen text encoder has none.
+            factor = 3 if any(parameter.requires_grad for parameter in module.parameters()) else 1
+            hooks += _around(module, partial(span, "text", factor))
         loss, _ = objective(batch)
         with span("backward"):
             loss.backward()
     for hook in hooks:
         hook.remove()
-    parts["text"] *= 3  # plus a backward pass with twice the products
     objective.span = contextlib.nullcontext
     objective.zero_grad()
     return parts

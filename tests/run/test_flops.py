@@ -1,13 +1,16 @@
 """FLOPs of a step are counted without values, and are those of a step with values."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import tiny
 import torch
+from image_text_models import write_model
 from tiny import LABEL_SETS, VOCABULARY, first_weights, tiny_run
 
 from m3i_scale.backbones.flops import counter
+from m3i_scale.config import load_run
 from m3i_scale.data.batch import synthetic_batch
 from m3i_scale.objective.build import build_objective
 from m3i_scale.run.flops import step_flop
@@ -61,3 +64,14 @@ def test_recomputed_layers_do_not_count():
 def _nothing_is_left_on_the_meta_device() -> Iterator[None]:
     yield
     assert torch.empty(1).device.type != "meta"
+
+
+def test_a_frozen_text_encoder_has_no_backward_pass(tmp_path: Path) -> None:
+    folder = write_model("clip", tmp_path / "clip")
+    starts = [f"{part}.from_pretrained={folder}" for part in ("backbone", "text")]
+    parts = {}
+    for frozen in (False, True):
+        settings = [*starts, "recipe.targets.0.width=40", "text.max_tokens=12", f"text.freeze={str(frozen).lower()}"]
+        run = load_run("continue_clip", ["optim.batch_size=4", "optim.micro_batch_size=4", *settings])
+        parts[frozen] = step_flop(run, {}, 30)
+    assert parts[True]["text"] == pytest.approx(parts[False]["text"] / 3)
