@@ -88,7 +88,7 @@ def test_another_shape_or_share_is_an_error(trained: dict[str, tuple[Path, Path]
     cases = {
         "alpha must be from 0 to 1": Blend(start, 1.5),
         "no such folder": Blend(tmp_path / "nowhere"),
-        "its model_type is": Blend(trained["siglip"][1]),
+        "model_type must be": Blend(trained["siglip"][1]),
     }
     for message, blended in cases.items():
         with pytest.raises(ExportError, match=message):

@@ -219,7 +219,7 @@ MISTAKES = {
         r"cannot read a model from '/nowhere'", ["backbone.from_pretrained=/nowhere", "backbone.preset=null"]
     ),
     "preset beside pretrained": Mistake(
-        r"preset has no effect together with from_pretrained",
+        r"preset `vit-s/16` has no effect together with from_pretrained",
         ["backbone.from_pretrained=/nowhere", "backbone.preset=vit-s/16"],
     ),
     "no teacher": Mistake(
