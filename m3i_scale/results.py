@@ -15,7 +15,7 @@ from m3i_scale.text import printable
 if TYPE_CHECKING:  # imported inside the functions, to keep the import of a name fast
     from numpy.typing import NDArray
 
-    from m3i_scale.evaluation.embed import Dtype as EmbedDtype
+    from m3i_scale.evaluation.encoding import Dtype as EvaluationDtype
     from m3i_scale.evaluation.features import Pool
     from m3i_scale.exports.export import Dtype, Weights
     from m3i_scale.exports.write import Format, Task
@@ -73,6 +73,8 @@ def evaluate(
     measures: Sequence[str] | None = None,
     pool: Pool = "mean",
     batch_size: int | None = None,
+    num_workers: int | None = None,
+    dtype: EvaluationDtype = "auto",
     device: str = "auto",
 ) -> dict[str, Any]:
     """Evaluate the frozen features of a model, or a trained head.
@@ -90,7 +92,9 @@ def evaluate(
             that the model supports.
         pool: image features of the probes: mean of the patch tokens, class token, or both.
         batch_size: images per forward pass.
-        device: auto, cpu, cuda, cuda:1, …
+        num_workers: processes that decode images; default: one per core.
+        dtype: auto (bfloat16 on GPUs that support it, otherwise float32), float32 or bfloat16.
+        device: auto (all visible GPUs, or the CPU), cpu, cuda, cuda:1, …
 
     Returns:
         The document of `m3i-scale evaluate --json`: metrics with confidence intervals, and reasons for missing metrics.
@@ -108,6 +112,8 @@ def evaluate(
         measures=measures if measures is None else (measures,) if isinstance(measures, str) else tuple(measures),
         pool=pool,
         batch_size=batch_size,
+        num_workers=num_workers,
+        dtype=dtype,
         device=device,
     )
 
@@ -121,7 +127,7 @@ def embed(
     pool: Pool = ...,
     batch_size: int = ...,
     num_workers: int | None = ...,
-    dtype: EmbedDtype = ...,
+    dtype: EvaluationDtype = ...,
 ) -> Path: ...
 
 
@@ -134,7 +140,7 @@ def embed(
     pool: Pool = ...,
     batch_size: int = ...,
     num_workers: int | None = ...,
-    dtype: EmbedDtype = ...,
+    dtype: EvaluationDtype = ...,
 ) -> dict[str, NDArray[Any]]: ...
 
 
@@ -146,7 +152,7 @@ def embed(
     pool: Pool = "mean",
     batch_size: int = 64,
     num_workers: int | None = None,
-    dtype: EmbedDtype = "auto",
+    dtype: EvaluationDtype = "auto",
 ) -> Path | dict[str, NDArray[Any]]:
     """Extract the features of every image of a folder or of shards, on all visible GPUs.
 
@@ -163,7 +169,7 @@ def embed(
         output: file to write, .parquet or .npz.
         pool: mean of the patch tokens, class token, or both concatenated.
         batch_size: images per forward pass.
-        num_workers: threads that decode images; default: one per core.
+        num_workers: processes that decode images; default: one per core.
         dtype: auto (bfloat16 on GPUs that support it, otherwise float32), float32 or bfloat16.
 
     Returns:

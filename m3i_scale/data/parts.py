@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import multiprocessing
 import os
 import threading
 from collections.abc import Generator, Iterator, Mapping
@@ -17,7 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset, dataloader
+from torch.utils.data import DataLoader, Dataset
 
 from m3i_scale.config import DataConfig
 from m3i_scale.data.batch import Batch
@@ -221,13 +220,8 @@ class PartWorkers:
         self._in_use.acquire(timeout=POLL_S)
         if isinstance(self._parts, InThread):
             self._parts.close()
-        for worker in self.watch.workers:
-            worker.terminate()
-        for worker in self.watch.workers:
-            worker.join(POLL_S)
-        if isinstance(self._parts, dataloader._MultiProcessingDataLoaderIter):
-            # A worker that was killed may hold the lock of this event, and torch would wait for the lock without limit.
-            self._parts._workers_done_event = multiprocessing.Event()
+        else:
+            self.watch.stop(self._parts)
         self._parts = iter(())  # the iterator refers to this object: otherwise only the cyclic collector would free it
 
 

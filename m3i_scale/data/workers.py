@@ -28,6 +28,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Generic, TypeVar
 
+from torch.utils.data import dataloader
+
 from m3i_scale.errors import LostWorkerError
 
 Item = TypeVar("Item")
@@ -81,6 +83,16 @@ class DeathWatch:
             raise
         finally:
             _WAITING.remove(self)
+
+    def stop(self, iterator: object) -> None:
+        """Terminate the workers of the iterator of a DataLoader."""
+        for worker in self.workers:
+            worker.terminate()
+        for worker in self.workers:
+            worker.join(POLL_S)
+        if isinstance(iterator, dataloader._MultiProcessingDataLoaderIter):
+            # A worker that was killed may hold the lock of this event, and torch would wait for the lock without limit.
+            iterator._workers_done_event = multiprocessing.Event()
 
     def _check_worker(self, torch_error: str | None) -> None:
         dead = [worker.exitcode for worker in self.workers if worker.exitcode]

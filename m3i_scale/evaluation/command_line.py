@@ -31,7 +31,18 @@ Pooling = Annotated[
     str, typer.Option(**choices("mean", "cls", "both"), help="Image features of the probes: which tokens.")
 ]
 BatchSize = Annotated[int | None, typer.Option(metavar="N", help="Images per forward pass; default: 64.")]
-Device = Annotated[str, typer.Option(metavar="DEVICE", help="auto, cpu, cuda, cuda:1, …")]
+Workers = Annotated[
+    int | None, typer.Option(min=0, metavar="N", help="Processes that decode images; default: one per core.")
+]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        **choices("auto", "float32", "bfloat16"), help="auto: bfloat16 on GPUs that support it, else float32."
+    ),
+]
+Device = Annotated[
+    str, typer.Option(metavar="DEVICE", help="auto (all visible GPUs, or the CPU), cpu, cuda, cuda:1, …")
+]
 _COLUMNS = ("metric", "before", "after", "difference", "interval", "change")
 
 
@@ -61,6 +72,8 @@ def evaluate(
         int | None,
         typer.Option(metavar="N", help="Images per forward pass. Default: 64; detector: 4; segmenter: 16 windows."),
     ] = None,
+    num_workers: Workers = None,
+    dtype: Dtype = "auto",
     device: Device = "auto",
     pictures: Annotated[
         Path | None,
@@ -107,6 +120,8 @@ def evaluate(
             exclude_groups=tuple(exclude_group or ()),
             templates=tuple(template or TEMPLATES),
             batch_size=batch_size,
+            num_workers=num_workers,
+            dtype=cast(Any, dtype),
             device=device,
             pictures=pictures,
             picture_count=picture_count,
@@ -129,6 +144,8 @@ def compare(
     ] = None,
     pool: Pooling = "mean",
     batch_size: BatchSize = None,
+    num_workers: Workers = None,
+    dtype: Dtype = "auto",
     device: Device = "auto",
     output: Annotated[
         Path | None,
@@ -157,6 +174,8 @@ def compare(
             measures=tuple(measure) if measure else None,
             pool=cast(Any, pool),
             batch_size=batch_size,
+            num_workers=num_workers,
+            dtype=cast(Any, dtype),
             device=device,
             draw=output is not None,
             progress=progress,

@@ -7,18 +7,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import torch
-
 from m3i_scale.errors import ConfigError, DataError, did_you_mean
-from m3i_scale.evaluation.classifier import trained_heads
+from m3i_scale.evaluation.classifier import Classifier, trained_heads
+from m3i_scale.evaluation.encoding import Dtype, compute_of
 from m3i_scale.evaluation.features import Encoder, Pool, load_vision, pixel_features
 from m3i_scale.evaluation.intervals import clusters_of
-from m3i_scale.evaluation.job import MEASURES, PROBES, WITH_TEXT, Job, Progress, measure_all, read_side
+from m3i_scale.evaluation.job import MEASURES, PROBES, WITH_TEXT, Encoders, Job, Progress, measure_all, read_side
 from m3i_scale.evaluation.measures import measure_advantage
 from m3i_scale.evaluation.pictures.collect import check_samples, draw_pictures
 from m3i_scale.evaluation.pictures.draw import OVERLAY_COUNT, make_folder
 from m3i_scale.evaluation.samples import check_apart, check_groups, open_table
-from m3i_scale.evaluation.towers import TEMPLATES, why_no_towers
+from m3i_scale.evaluation.towers import TEMPLATES, Towers, why_no_towers
 from m3i_scale.evaluation.trained_model import MODELS, EvaluationOptions, load_trained_model
 from m3i_scale.files import require_folder
 
@@ -36,6 +35,8 @@ def evaluate(
     exclude_groups: tuple[str, ...] = (),
     templates: tuple[str, ...] = TEMPLATES,
     batch_size: int | None = None,
+    num_workers: int | None = None,
+    dtype: Dtype = "auto",
     device: str = "auto",
     pictures: Path | None = None,
     picture_count: int | None = None,
@@ -55,8 +56,10 @@ def evaluate(
         baseline: `pixels` also runs the probes on the raw 32 × 32 image.
         exclude_groups: skip samples with one of these values as `group` in their json field.
         templates: zero-shot prompts; `{}` is replaced by the class name.
-        batch_size: images per forward pass, or windows for a segmenter. Default: that of the model, or `IMAGES`.
-        device: auto (CUDA if available), cpu, cuda, cuda:1, …
+        batch_size: images per forward pass, or windows for a segmenter. Default: that of the model, or `BATCH_SIZE`.
+        num_workers: processes that read and decode images; default: one per usable core.
+        dtype: of the features. auto: bfloat16 autocast on GPUs that support it, otherwise float32.
+        device: auto (all visible GPUs, or the CPU), cpu, cuda, cuda:1, … Results do not depend on the number of GPUs.
         pictures: new folder for visualizations of features, or for prediction overlays of a segmenter or of a
             detector's worst images.
         picture_count: number of overlays; default: `OVERLAY_COUNT`.
@@ -67,22 +70,27 @@ def evaluate(
         A JSON-serializable document: model, data, measures, not_measured (with reasons), warnings, and pictures if
         requested.
     """
-    check_options(measures, (*MEASURES, *MODELS), pool, batch_size)
+    check_options(measures, (*MEASURES, *MODELS), pool)
+    compute = compute_of(device, dtype, batch_size, num_workers)
     _check_known(baseline, get_args(Baseline), "baseline")
     _check_pictures(pictures, picture_count, picture_samples)
-    where, folder = device_of(device), require_folder(Path(model_dir))
+    folder = require_folder(Path(model_dir))
     given = {
         "--train-data": train_data is not None,
         "--baseline": baseline != "none",
         "--pool": pool != "mean",
         "--template": templates != TEMPLATES,
         "--picture-samples": picture_samples is not None,
+        "--num-workers": num_workers is not None,
+        "--dtype": dtype != "auto",
     }
     idle = [name for name, is_given in given.items() if is_given]
     drawing = None if pictures is None else (pictures, OVERLAY_COUNT if picture_count is None else picture_count)
     if (measured := load_trained_model(folder, measures, idle)) is not None:
         advance = None if progress is None else partial(progress, "data")
-        return measured(EvaluationOptions(folder, data, where, batch_size, exclude_groups, drawing, advance))
+        return measured(
+            EvaluationOptions(folder, data, compute.devices[0], batch_size, exclude_groups, drawing, advance)
+        )
     if picture_count is not None:
         raise ConfigError(
             "--picture-count has no effect: the model has no predictions to draw",
@@ -98,30 +106,29 @@ def evaluate(
         make_folder(pictures)
         if picture_samples is not None:
             check_samples(test_table, picture_samples)
-    vision = load_vision(folder, pool, where)
     no_towers = why_no_towers(folder)
-    classifier, no_classifier, towers = trained_heads(
-        folder,
-        vision,
-        test_table.classes,
-        wants_text=no_towers is None and (pictures is not None or bool(set(WITH_TEXT) & set(measures))),
-        wants_classifier="classifier" in measures,
-    )
+    wants_text = no_towers is None and (pictures is not None or bool(set(WITH_TEXT) & set(measures)))
     pixels: dict[str, Encoder] = {"pixels": pixel_features} if baseline == "pixels" else {}
-    heads: dict[str, Encoder] = {}
-    if classifier is not None:
-        heads["classifier"] = classifier
-    if towers is not None:
-        heads["joint"] = towers.images
+    wants_classifier = "classifier" in measures
+    loaded = [
+        (
+            vision,
+            *trained_heads(
+                folder, vision, test_table.classes, wants_text=wants_text, wants_classifier=wants_classifier
+            ),
+        )
+        for vision in (load_vision(folder, pool, place) for place in compute.devices)
+    ]
+    replicas = [Encoders(vision, _head_encoders(head, text) | pixels) for vision, head, _, text in loaded]
+    vision, classifier, no_classifier, towers = loaded[0]
     read = partial(
         read_side,
-        vision=vision,
-        batch_size=batch_size,
+        compute=compute,
         dense="dense" in measures and train_table is not None,
         exclude_groups=exclude_groups,
         progress=progress,
     )
-    test = read(test_table, encoders=heads | pixels, split="data")
+    test = read(test_table, replicas, split="data")
     if not len(test.table):
         raise DataError(
             "no usable sample in the test data",
@@ -131,9 +138,20 @@ def evaluate(
         )
     train = None
     if train_table is not None and set(PROBES) & set(measures):
-        train = read(train_table, encoders=pixels, split="train data")
+        train = read(train_table, [Encoders(replica.vision, pixels) for replica in replicas], split="train data")
     check_groups(exclude_groups, [test_table, *([train.table] if train else [])])
-    job = Job(vision, train, test, clusters_of(test_table), towers, no_towers, classifier, no_classifier, templates)
+    job = Job(
+        vision,
+        compute.dtype_name,
+        train,
+        test,
+        clusters_of(test_table),
+        towers,
+        no_towers,
+        classifier,
+        no_classifier,
+        templates,
+    )
     figures, absent, ours = measure_all(measures, "model", job, progress)
     if not figures and pictures is None:
         raise DataError(
@@ -160,17 +178,18 @@ def evaluate(
     return result
 
 
-def check_options(measures: tuple[str, ...] | None, known: tuple[str, ...], pool: str, batch_size: int | None) -> None:
+def _head_encoders(classifier: Classifier | None, towers: Towers | None) -> dict[str, Encoder]:
+    heads: dict[str, Encoder] = {} if classifier is None else {"classifier": classifier}
+    return heads if towers is None else heads | {"joint": towers.images}
+
+
+def check_options(measures: tuple[str, ...] | None, known: tuple[str, ...], pool: str) -> None:
     """Validate the options for evaluating a model's features."""
     for name in measures or ():
         _check_known(name, known, "measure")
     _check_known(pool, get_args(Pool), "pool")
     if measures == ():
         raise ConfigError("no metric is requested", fix=f"use one or more of {', '.join(known)}")
-    if batch_size is not None and batch_size < 1:
-        raise ConfigError(
-            f"--batch-size must be ≥ 1, got {batch_size}", fix="use e.g. --batch-size 64, or leave it out"
-        )
 
 
 def _check_pictures(folder: Path | None, count: int | None, samples: Sequence[str] | None) -> None:
@@ -189,17 +208,3 @@ def _check_pictures(folder: Path | None, count: int | None, samples: Sequence[st
 def _check_known(value: str, known: tuple[str, ...], what: str) -> None:
     if value not in known:
         raise ConfigError(f"unknown {what} '{value}'", fix=did_you_mean(value, known))
-
-
-def device_of(name: str) -> torch.device:
-    """Return the device with this name; `auto` is CUDA if available."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(
-            f"device '{name}' is not available: {str(error).splitlines()[0]}", fix="use --device cpu"
-        ) from None
-    return device

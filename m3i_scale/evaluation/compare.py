@@ -8,16 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from m3i_scale.backbones.sources import pretrained_folder
 from m3i_scale.errors import ConfigError, DataError, error_prefix
 from m3i_scale.evaluation import NotMeasuredError
 from m3i_scale.evaluation.classifier import trained_heads
-from m3i_scale.evaluation.commands import check_options, device_of
-from m3i_scale.evaluation.features import Encoder, Pool, VisionModel, load_vision
+from m3i_scale.evaluation.commands import check_options
+from m3i_scale.evaluation.encoding import Compute, Dtype, compute_of
+from m3i_scale.evaluation.features import Pool, load_vision
 from m3i_scale.evaluation.intervals import Statistic, clusters_of
-from m3i_scale.evaluation.job import PROBES, WITH_TEXT, Job, Progress, measure_all, read_side
+from m3i_scale.evaluation.job import PROBES, WITH_TEXT, Encoders, Job, Progress, measure_all, read_side
 from m3i_scale.evaluation.measures import Side, Statistics
 from m3i_scale.evaluation.pictures.collect import EvaluationPictures
 from m3i_scale.evaluation.pictures.dense import dense_pca_side_by_side
@@ -33,7 +33,8 @@ BEFORE, AFTER = "before", "after"
 @dataclass
 class _Model:
     folder: Path
-    vision: VisionModel
+    replicas: list[Encoders]
+    """One per device."""
     towers: Towers | None
 
 
@@ -56,6 +57,8 @@ def compare(
     measures: tuple[str, ...] | None = None,
     pool: Pool = "mean",
     batch_size: int | None = None,
+    num_workers: int | None = None,
+    dtype: Dtype = "auto",
     device: str = "auto",
     draw: bool = False,
     progress: Progress | None = None,
@@ -71,8 +74,10 @@ def compare(
         general: another such folder, to measure catastrophic forgetting.
         measures: a subset of `COMPARED`; default: all.
         pool: image features of the probes: mean of the patch tokens, class token, or both.
-        batch_size: images per forward pass (default: `IMAGES`).
-        device: auto (CUDA if available), cpu, cuda, cuda:1, …
+        batch_size: images per forward pass (default: `BATCH_SIZE`).
+        num_workers: processes that read and decode images; default: one per usable core.
+        dtype: of the features. auto: bfloat16 autocast on GPUs that support it, otherwise float32.
+        device: auto (all visible GPUs, or the CPU), cpu, cuda, cuda:1, …
         draw: also draw the patch features of both models side by side.
         progress: callback for the number of samples read and the current metric.
 
@@ -80,8 +85,8 @@ def compare(
         A JSON-serializable document: before, after, sets → data, general → measures → before, after, difference,
         change. And a picture per dataset, if requested and possible.
     """
-    check_options(measures, COMPARED, pool, batch_size)
-    where, asked = device_of(device), measures or COMPARED
+    check_options(measures, COMPARED, pool)
+    compute, asked = compute_of(device, dtype, batch_size, num_workers), measures or COMPARED
     folders = {role: _folder(source, role) for role, source in ((BEFORE, before), (AFTER, after))}
     sets = [_open(data, "data")] + ([] if general is None else [_open(general, "general")])
     if general is not None:
@@ -89,14 +94,14 @@ def compare(
     # if only one model has a text tower, there is nothing to compare, so it is not used
     no_text = {role: reason for role, folder in folders.items() if (reason := why_no_towers(folder)) is not None}
     wants_text = not no_text and bool(set(WITH_TEXT) & set(asked))
-    models = {role: _load(role, folder, pool, where, wants_text=wants_text) for role, folder in folders.items()}
+    models = {role: _load(role, folder, pool, compute, wants_text=wants_text) for role, folder in folders.items()}
     document: dict[str, Any] = {}
     pictures: dict[str, Picture] = {}
     for one in sets:
         jobs = {}
         for role, model in models.items():
             with error_prefix(role.upper()):
-                jobs[role] = _read(model, one, asked, batch_size, _with_role(progress, role))
+                jobs[role] = _read(model, one, asked, compute, _with_role(progress, role))
         _keep_same_samples(jobs[BEFORE].test, jobs[AFTER].test, one)
         found = _measure(asked, no_text, jobs, progress)
         if draw:
@@ -157,22 +162,25 @@ def _check_other(data: _Set, general: _Set) -> None:
         )
 
 
-def _load(role: str, folder: Path, pool: Pool, device: torch.device, *, wants_text: bool) -> _Model:
+def _load(role: str, folder: Path, pool: Pool, compute: Compute, *, wants_text: bool) -> _Model:
+    replicas, towers = [], []
     with error_prefix(role.upper()):
-        vision = load_vision(folder, pool, device)
-        _, _, towers = trained_heads(folder, vision, [], wants_text=wants_text, wants_classifier=False)
-    return _Model(folder, vision, towers)
+        for device in compute.devices:
+            vision = load_vision(folder, pool, device)
+            _, _, of_device = trained_heads(folder, vision, [], wants_text=wants_text, wants_classifier=False)
+            replicas.append(Encoders(vision, {} if of_device is None else {"joint": of_device.images}))
+            towers.append(of_device)
+    return _Model(folder, replicas, towers[0])
 
 
 def _with_role(progress: Progress | None, role: str) -> Progress | None:
     return None if progress is None else lambda what, samples: progress(f"{role}: {what}", samples)
 
 
-def _read(model: _Model, one: _Set, asked: tuple[str, ...], batch_size: int | None, progress: Progress | None) -> Job:
-    read = partial(read_side, vision=model.vision, batch_size=batch_size, dense="dense" in asked, progress=progress)
-    joint: dict[str, Encoder] = {} if model.towers is None else {"joint": model.towers.images}
+def _read(model: _Model, one: _Set, asked: tuple[str, ...], compute: Compute, progress: Progress | None) -> Job:
+    read = partial(read_side, compute=compute, dense="dense" in asked, progress=progress)
     train, test = (Table(table.shards, table.classes) for table in (one.train, one.test))
-    tested = read(test, encoders=joint, split="data")
+    tested = read(test, model.replicas, split="data")
     if not len(test):
         why = str(dict(test.left_out))
         raise DataError(
@@ -181,8 +189,9 @@ def _read(model: _Model, one: _Set, asked: tuple[str, ...], batch_size: int | No
             why=why,
             fix="run `m3i-scale shards check` on the data",
         )
-    fitted = read(train, encoders={}, split="train data") if set(PROBES) & set(asked) else None
-    return Job(model.vision, fitted, tested, clusters_of(test), model.towers)
+    of_training = [Encoders(replica.vision, {}) for replica in model.replicas]
+    fitted = read(train, of_training, split="train data") if set(PROBES) & set(asked) else None
+    return Job(of_training[0].vision, compute.dtype_name, fitted, tested, clusters_of(test), model.towers)
 
 
 def _keep_same_samples(before: Side, after: Side, one: _Set) -> None:

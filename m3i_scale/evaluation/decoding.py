@@ -169,17 +169,27 @@ def _meta(members: Mapping[str, bytes]) -> dict[str, Any]:
 
 
 @contextmanager
-def mapped_ahead(function: Callable[[T], R], items: Iterable[T], threads: int, ahead: int) -> Iterator[Iterator[R]]:
+def mapped_ahead(
+    function: Callable[[T], R],
+    items: Iterable[T],
+    threads: int,
+    ahead: int,
+    initializer: Callable[[], None] | None = None,
+) -> Iterator[Iterator[R]]:
     """Yield an iterator of the results of `function`, in the order of `items`, computed by threads.
 
     Args:
         threads: 0: no threads; results are computed when they are requested.
         ahead: number of items that are processed before their result is requested; limits the memory.
+        initializer: called first in every thread.
     """
     if not threads:
         yield map(function, items)
         return
-    with ThreadPoolExecutor(threads) as pool, closing(_results(pool, function, items, ahead)) as results:
+    with (
+        ThreadPoolExecutor(threads, initializer=initializer) as pool,
+        closing(_results(pool, function, items, ahead)) as results,
+    ):
         yield results
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -43,8 +44,55 @@ class Patches:
         return Patches(self.labels_P[kept_P], self.image_P[kept_P], features)
 
 
+@dataclass
+class SampledPatches:
+    """Patches that were sampled from the images of a batch."""
+
+    parts: list[dict[str, NDArray[Any]]] = field(default_factory=list)
+    """Per image with a mask: `labels`, `image`, `lot` (a random number) and features by encoder."""
+    reason: str | None = None
+    """Reason why the patches of the model cannot be used."""
+
+
+def sample_patches(
+    first: int, masks: Sequence[NDArray[np.uint8] | None], tokens_BLD: Tensor, images_BCHW: Tensor | None
+) -> SampledPatches:
+    """Sample patches of a batch; the choice depends only on the mask and on the index of the image.
+
+    Args:
+        first: index of its first image in the table.
+        masks: (S, S), None for images without a mask.
+        tokens_BLD: patch features; tokens that do not form a square grid are ignored.
+        images_BCHW: only needed for the pixel baseline.
+    """
+    try:
+        side = grid_side(tokens_BLD.shape[1])
+    except NotMeasuredError as reason:
+        return SampledPatches(reason=str(reason))
+    tokens = {"model": tokens_BLD}
+    if images_BCHW is not None:
+        tokens["pixels"] = pixel_patches(images_BCHW, side)
+    parts = []
+    for place, mask in enumerate(masks):
+        if mask is None:
+            continue
+        labels_L = patch_labels(mask, side)
+        generator = np.random.default_rng([_SEED, first + place])
+        chosen = np.sort(generator.permutation(np.flatnonzero(labels_L != NO_CLASS))[:PATCHES_PER_IMAGE])
+        part: dict[str, NDArray[Any]] = {
+            "labels": labels_L[chosen],
+            "image": np.full(len(chosen), first + place, dtype=np.int64),
+            "lot": generator.random(len(chosen)),
+        }
+        for name, values_BLE in tokens.items():
+            rows = values_BLE[place, torch.from_numpy(chosen).to(values_BLE.device)]
+            part[name] = rows.float().cpu().numpy()
+        parts.append(part)
+    return SampledPatches(parts)
+
+
 class PatchCollector:
-    """Collector of patches from images in the order of the table. Above `limit`, it keeps a uniform sample of them."""
+    """Collector of the patches of batches in the order of the table. Above `limit`, it keeps a uniform sample."""
 
     def __init__(self, limit: int | None = None) -> None:
         self._limit = limit
@@ -55,37 +103,12 @@ class PatchCollector:
         self.reason: str | None = None
         """Reason why there are no patches although there are masks."""
 
-    def add(
-        self, first: int, masks: list[NDArray[np.uint8] | None], tokens_BLD: Tensor, images_BCHW: Tensor | None
-    ) -> None:
-        """Sample patches of a batch. `first` is the index of its first image in the table. `masks` are (S, S), None for
-        images without a mask. `images_BCHW` is only needed for the pixel baseline. Tokens that do not form a square
-        grid are ignored."""
-        try:
-            side = grid_side(tokens_BLD.shape[1])
-        except NotMeasuredError as reason:
-            self.reason = str(reason)
-            return
-        tokens = {"model": tokens_BLD}
-        if images_BCHW is not None:
-            tokens["pixels"] = pixel_patches(images_BCHW, side)
-        for place, mask in enumerate(masks):
-            if mask is None:
-                continue
-            self.masks += 1
-            labels_L = patch_labels(mask, side)
-            generator = np.random.default_rng([_SEED, first + place])
-            chosen = np.sort(generator.permutation(np.flatnonzero(labels_L != NO_CLASS))[:PATCHES_PER_IMAGE])
-            part: dict[str, NDArray[Any]] = {
-                "labels": labels_L[chosen],
-                "image": np.full(len(chosen), first + place, dtype=np.int64),
-                "lot": generator.random(len(chosen)),
-            }
-            for name, values_BLE in tokens.items():
-                rows = values_BLE[place, torch.from_numpy(chosen).to(values_BLE.device)]
-                part[name] = rows.float().cpu().numpy()
-            self._parts.append(part)
-            self._held += len(chosen)
+    def add(self, sampled: SampledPatches) -> None:
+        """Add the patches of the next batch."""
+        self.reason = sampled.reason or self.reason
+        self._parts += sampled.parts
+        self.masks += len(sampled.parts)
+        self._held += sum(len(part["labels"]) for part in sampled.parts)
         if self._limit is not None and self._held > 2 * self._limit:
             self._draw(self._limit)
 

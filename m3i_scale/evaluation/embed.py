@@ -2,36 +2,29 @@
 
 from __future__ import annotations
 
-import itertools
-import queue
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
+from torch import Tensor
 
 from m3i_scale.backbones.sources import pretrained_folder
 from m3i_scale.data.remote.access import is_remote
-from m3i_scale.engine.device import has_fast_bf16
-from m3i_scale.errors import ConfigError, DataError, UserError, did_you_mean
-from m3i_scale.evaluation.decoding import DecodedSample, Decoder, Sample, decode_file, mapped_ahead
+from m3i_scale.errors import ConfigError, DataError, did_you_mean
+from m3i_scale.evaluation.decoding import DecodedSample, Decoder
+from m3i_scale.evaluation.encoding import BATCH_SIZE, Dtype, compute_of, encoded
 from m3i_scale.evaluation.feature_files import WRITERS, FeatureBlock, check_features_file, joined
 from m3i_scale.evaluation.features import Pool, VisionModel, load_vision
-from m3i_scale.evaluation.samples import AHEAD, decode_samples, open_table
+from m3i_scale.evaluation.loading import DecodedBatch, ImageFiles, ShardSamples, loaded_batches
+from m3i_scale.evaluation.samples import open_table
 from m3i_scale.files import replacing
-from m3i_scale.rank_variables import usable_cores
 from m3i_scale.shards.image_folders import holds_shards, imagefolder_input
 
-Dtype = Literal["auto", "float32", "bfloat16"]
-BATCH_SIZE = 64
 LISTED = 100
 """Maximum number of skipped images that are listed by name."""
-Decoded = AbstractContextManager[Iterator[DecodedSample]]
 
 
 @dataclass
@@ -68,7 +61,7 @@ def embed(
         output: file to write, .parquet or .npz, replaced if it exists; None: return the arrays of `joined` as `arrays`.
         pool: mean of the patch tokens, class token, or both concatenated.
         batch_size: images per forward pass.
-        num_workers: threads that decode images; default: one per usable core.
+        num_workers: processes that read and decode images; default: one per usable core.
         dtype: auto: bfloat16 autocast on GPUs that support it, otherwise float32.
         devices: one replica of the model for each; default: all visible GPUs, or the CPU. Features do not depend on
             their number.
@@ -80,26 +73,19 @@ def embed(
     """
     if pool not in get_args(Pool):
         raise ConfigError(f"no pool '{pool}'", where="--pool", fix=did_you_mean(pool, get_args(Pool)))
-    if batch_size < 1 or (num_workers is not None and num_workers < 0):
-        raise ConfigError(
-            f"the batch size must be 1 or more and the number of workers 0 or more, got {batch_size} and {num_workers}",
-            where="embed",
-            fix=f"batch_size={BATCH_SIZE}, num_workers=None",
-        )
     if output is not None:
         check_features_file(output)
-    devices = visible_devices() if devices is None else devices
-    compute = _compute_dtype(dtype)
-    classes, decode = _open_images(data)
+    compute = compute_of("auto" if devices is None else devices, dtype, batch_size, num_workers)
+    classes, samples_of = _open_images(data)
     folder = pretrained_folder(str(model), "embed")
-    replicas = [load_vision(folder, pool, device) for device in devices]
+    replicas = [load_vision(folder, pool, device) for device in compute.devices]
     size, skipped, count, width = replicas[0].size, _Skipped(), 0, 0
     metadata = {
         "model": str(model),
         "pool": pool,
         "layer": "last",
         "image_size": size,
-        "dtype": str(compute).removeprefix("torch."),
+        "dtype": compute.dtype_name,
         "classes": classes,
     }
 
@@ -118,8 +104,10 @@ def embed(
                 fix="check one of the images with an image viewer",
             )
 
-    threads = usable_cores() if num_workers is None else num_workers
-    with decode(size, threads) as decoded, _encoded(decoded, replicas, batch_size, compute, skipped) as blocks:
+    with (
+        loaded_batches(samples_of(size), compute) as batches,
+        encoded(_usable(batches, skipped), replicas, compute, _encode) as blocks,
+    ):
         if output is None:
             written: dict[str, Any] = {"arrays": joined(counted(blocks))}
         else:
@@ -129,7 +117,7 @@ def embed(
         **written,
         **metadata,
         "feature_width": width,
-        "devices": [str(device) for device in devices],
+        "devices": [str(device) for device in compute.devices],
         "images": count,
         "skipped": {
             "count": sum(skipped.reasons.values()),
@@ -153,37 +141,12 @@ def _write(output: Path, blocks: Iterator[FeatureBlock], metadata: dict[str, Any
         ) from None
 
 
-def visible_devices() -> list[torch.device]:
-    """Return all visible GPUs, or the CPU."""
-    from deepspeed.accelerator import get_accelerator
-
-    accelerator = get_accelerator()
-    if accelerator.device_name() == "cpu":
-        return [torch.device("cpu")]
-    return [torch.device(accelerator.device_name(number)) for number in range(accelerator.device_count())]
-
-
-def _compute_dtype(dtype: str) -> torch.dtype:
-    from deepspeed.accelerator import get_accelerator
-
-    accelerator = get_accelerator()
-    if dtype not in get_args(Dtype):
-        raise ConfigError(f"no dtype '{dtype}'", where="--dtype", fix=did_you_mean(dtype, get_args(Dtype)))
-    if dtype == "bfloat16" and not accelerator.is_bf16_supported():
-        raise ConfigError("this device does not compute in bfloat16", where="--dtype", fix="--dtype float32")
-    if dtype == "auto":
-        return torch.bfloat16 if accelerator.device_name() != "cpu" and has_fast_bf16() else torch.float32
-    return torch.bfloat16 if dtype == "bfloat16" else torch.float32
-
-
-def _open_images(data: str) -> tuple[list[str], Callable[[int, int], Decoded]]:
-    """Return the class names, and a function of image size and number of threads that decodes all images."""
+def _open_images(data: str) -> tuple[list[str], Callable[[int], ShardSamples | ImageFiles]]:
+    """Return the class names, and a function of the image size that returns all samples."""
     folder = Path(data.removeprefix("file://"))
     if is_remote(data) or not folder.is_dir() or holds_shards(folder):
         table = open_table(data, "--data")
-        return table.classes, lambda size, threads: decode_samples(
-            table, Decoder(size, len(table.classes) or None), threads=threads
-        )
+        return table.classes, lambda size: ShardSamples(table, Decoder(size, len(table.classes) or None))
     try:
         listed = imagefolder_input(folder, captions="none")
     except DataError as error:
@@ -192,68 +155,22 @@ def _open_images(data: str) -> tuple[list[str], Callable[[int, int], Decoded]]:
         raise
     files = sorted((record.meta["path"], -1 if record.label is None else record.label) for record in listed.records())
 
-    def decode(size: int, threads: int) -> Decoded:
-        return mapped_ahead(lambda file: decode_file(folder / file[0], *file, size), files, threads, AHEAD)
-
-    return listed.labels, decode
+    return listed.labels, lambda size: ImageFiles(folder, files, size)
 
 
-def _encoded(
-    decoded: Iterator[DecodedSample],
-    replicas: list[VisionModel],
-    batch_size: int,
-    dtype: torch.dtype,
-    skipped: _Skipped,
-) -> AbstractContextManager[Iterator[FeatureBlock]]:
-    """Return an iterator over the features of all batches, in order. A thread for each replica takes the next batch."""
-    free: queue.SimpleQueue[VisionModel] = queue.SimpleQueue()
-    for replica in replicas:
-        free.put(replica)
-
-    def encode(batch: list[Sample]) -> FeatureBlock:
-        replica = free.get()  # never waits: there are as many threads as replicas
-        try:
-            features_BD = _features(replica, batch, dtype)
-        finally:
-            free.put(replica)
-        return FeatureBlock([_unicode(sample.key) for sample in batch], [sample.label for sample in batch], features_BD)
-
-    # Of every replica, one batch computes and one waits.
-    return mapped_ahead(encode, _batches(decoded, batch_size, skipped), len(replicas), 2 * len(replicas) - 1)
+def _usable(batches: Iterator[DecodedBatch], skipped: _Skipped) -> Iterator[tuple[Tensor, tuple[list[str], list[int]]]]:
+    """Yield images, keys and labels of the batches, without unusable samples, which are counted."""
+    for batch in batches:
+        samples = [one.sample for one in batch.decoded if one.sample is not None]
+        for decoded in batch.decoded:
+            if decoded.sample is None:
+                skipped.add(decoded)
+        if samples:
+            yield batch.images_BCHW, ([_unicode(one.key) for one in samples], [one.label for one in samples])
 
 
-def _batches(decoded: Iterator[DecodedSample], batch_size: int, skipped: _Skipped) -> Iterator[list[Sample]]:
-    def usable() -> Iterator[Sample]:
-        for one in decoded:
-            if one.sample is None:
-                skipped.add(one)
-            else:
-                yield one.sample
-
-    samples = usable()
-    while batch := list(itertools.islice(samples, batch_size)):
-        yield batch
-
-
-def _features(vision: VisionModel, batch: list[Sample], dtype: torch.dtype) -> NDArray[np.float32]:
-    """Return the features of a batch: (B, D). All settings of the computation are those of this thread."""
-    from deepspeed.accelerator import get_accelerator
-
-    device = vision.device
-    if device.index is not None:
-        get_accelerator().set_device(device.index)
-    half = torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
-    images_BCHW = torch.from_numpy(np.stack([sample.pixels for sample in batch]))
-    try:
-        with torch.inference_mode(), half:
-            features_BD: NDArray[np.float32] = vision.encode(images_BCHW)[0].float().cpu().numpy()
-    except torch.OutOfMemoryError:
-        raise UserError(
-            f"out of memory of {device} with {len(batch)} images in one forward pass",
-            where=f"--batch-size {len(batch)}",
-            fix=f"--batch-size {max(len(batch) // 2, 1)}",
-        ) from None
-    return features_BD
+def _encode(vision: VisionModel, images_BCHW: Tensor, of_images: tuple[list[str], list[int]]) -> FeatureBlock:
+    return FeatureBlock(*of_images, vision.encode(images_BCHW)[0].float().cpu().numpy())
 
 
 def _reasons(skipped: _Skipped) -> str:

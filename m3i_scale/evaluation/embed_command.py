@@ -9,6 +9,7 @@ import typer
 from rich.console import Group
 from rich.text import Text
 
+from m3i_scale.evaluation.command_line import Dtype, Workers
 from m3i_scale.options import AsJson, choices, reading_bar, writes_to
 from m3i_scale.output import leave_out_accelerator_warning, print_result
 
@@ -26,15 +27,8 @@ def embed(
         str, typer.Option(**choices("mean", "cls", "both"), help="Patch tokens, class token, or both.")
     ] = "mean",
     batch_size: Annotated[int, typer.Option(min=1, help="Images in one forward pass.")] = 64,
-    num_workers: Annotated[
-        int | None, typer.Option(min=0, help="Threads that decode images; default: one per core.")
-    ] = None,
-    dtype: Annotated[
-        str,
-        typer.Option(
-            **choices("auto", "float32", "bfloat16"), help="auto: bfloat16 on GPUs that support it, else float32."
-        ),
-    ] = "auto",
+    num_workers: Workers = None,
+    dtype: Dtype = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Write the features of every image to a file, one row per image. Use all visible GPUs. Skip unreadable images."""

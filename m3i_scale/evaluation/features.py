@@ -26,7 +26,7 @@ from transformers import (
 from m3i_scale.backbones.families import TokenFamily, find_family
 from m3i_scale.errors import ExportError
 from m3i_scale.files import read_json
-from m3i_scale.objective.inputs import normalize
+from m3i_scale.objective.inputs import PixelNorm
 from m3i_scale.output import quiet_loading
 
 Pool = Literal["mean", "cls", "both"]
@@ -46,6 +46,8 @@ class VisionModel:
     size: int
     """Input size in pixels."""
     pool: Pool
+    pixel_norm: PixelNorm | None = None
+    """Does what the processor does to images of the right size; None: only the processor can do it."""
 
     @property
     def device(self) -> torch.device:
@@ -60,12 +62,10 @@ class VisionModel:
 
     def pixels(self, images_BCHW: Tensor) -> Tensor:
         """Return the model input, on the model's device, for uint8 (B, 3, H, W) at `size`."""
-        if isinstance(self.processor, TimmWrapperImageProcessor):  # it has no options and would crop again
-            facts = self.processor.data_config
-            return normalize(images_BCHW.to(self.device), facts["mean"], facts["std"])
-        inputs = self.processor(images=list(images_BCHW), do_resize=False, do_center_crop=False, return_tensors="pt")
-        pixels_BCHW: Tensor = inputs["pixel_values"].to(self.device)
-        return pixels_BCHW
+        if self.pixel_norm is not None:
+            normalized_BCHW: Tensor = self.pixel_norm(images_BCHW.to(self.device))
+            return normalized_BCHW
+        return processed(self.processor, images_BCHW.cpu()).to(self.device)
 
     def hidden(self, images_BCHW: Tensor) -> Tensor:
         """Return the last hidden state of uint8 (B, 3, H, W) at `size`; see `pool_tokens`."""
@@ -151,7 +151,14 @@ def load_vision(folder: Path, pool: Pool, device: torch.device) -> VisionModel:
             where=str(folder),
             fix="export it with --task features",
         )
-    return VisionModel(model.to(device).eval(), processor, _input_size(processor, folder), pool)
+    pixel_norm = _pixel_norm(processor)
+    return VisionModel(
+        model.to(device).eval(),
+        processor,
+        _input_size(processor, folder),
+        pool,
+        None if pixel_norm is None else pixel_norm.to(device),
+    )
 
 
 @contextmanager
@@ -217,6 +224,28 @@ def _input_size(processor: Any, folder: Path) -> int:
     raise ExportError(
         f"the image processor has no square input size: {size}", where=str(folder / "preprocessor_config.json")
     )
+
+
+def _pixel_norm(processor: Any) -> PixelNorm | None:
+    """Return a module that does (x/255 − mean) / std if the processor does the same, otherwise None."""
+    if isinstance(processor, TimmWrapperImageProcessor):  # it has no options and would crop again
+        return PixelNorm(processor.data_config["mean"], processor.data_config["std"])
+    pixel_norm = PixelNorm((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+    if getattr(processor, "do_normalize", False):
+        pixel_norm = PixelNorm(tuple(processor.image_mean), tuple(processor.image_std))
+    images_BCHW = torch.arange(2 * 3 * 8 * 8).reshape(2, 3, 8, 8).remainder(256).to(torch.uint8)
+    expected_BCHW = processed(processor, images_BCHW)
+    same = expected_BCHW.shape == images_BCHW.shape and torch.allclose(
+        pixel_norm(images_BCHW), expected_BCHW.float(), atol=1e-5
+    )
+    return pixel_norm if same else None
+
+
+def processed(processor: Any, images_BCHW: Tensor) -> Tensor:
+    """Return the model input that a processor of `transformers` makes of uint8 (B, 3, H, W) of the right size."""
+    inputs = processor(images=list(images_BCHW), do_resize=False, do_center_crop=False, return_tensors="pt")
+    pixels_BCHW: Tensor = inputs["pixel_values"]
+    return pixels_BCHW
 
 
 def pixel_features(images_BCHW: Tensor) -> Tensor:

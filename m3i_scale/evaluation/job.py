@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from m3i_scale.evaluation import NotMeasuredError
 from m3i_scale.evaluation import measures as measure
 from m3i_scale.evaluation.classifier import Classifier, measure_classifier
-from m3i_scale.evaluation.dense import FIT_PATCHES, PatchCollector
+from m3i_scale.evaluation.decoding import Decoder
+from m3i_scale.evaluation.dense import FIT_PATCHES, PatchCollector, SampledPatches, sample_patches
+from m3i_scale.evaluation.encoding import Compute, encoded
 from m3i_scale.evaluation.features import Encoder, VisionModel
 from m3i_scale.evaluation.intervals import LEVEL, RESAMPLES, SEED, Clusters
+from m3i_scale.evaluation.loading import DecodedBatch, ShardSamples, loaded_batches
 from m3i_scale.evaluation.measures import Side, Statistics
-from m3i_scale.evaluation.samples import Table, read_samples
+from m3i_scale.evaluation.samples import Table
 from m3i_scale.evaluation.towers import TEMPLATES, Towers
 from m3i_scale.files import read_json
-from m3i_scale.rank_variables import usable_cores
 
 PROBES = {
     "knn": measure.measure_knn,
@@ -34,56 +35,84 @@ PROBES = {
 WITH_TEXT = ("zero_shot", "retrieval")
 """Metrics that need a text tower."""
 MEASURES = (*PROBES, "classifier", *WITH_TEXT)
-IMAGES = 64
-"""Default number of images per forward pass."""
 Progress = Callable[[str, int], None]
 """Called with the data being read ("data", "train data") and the number of samples so far, or with the metric and 0."""
 
 
-@torch.no_grad()
+@dataclass
+class Encoders:
+    """Models of an evaluation on one device."""
+
+    vision: VisionModel
+    """The encoder `model`."""
+    others: dict[str, Encoder]
+    """Further encoders by name. With masks, `pixels` gets patches too."""
+
+
 def read_side(
     table: Table,
-    vision: VisionModel,
-    encoders: dict[str, Encoder],
+    replicas: Sequence[Encoders],
+    compute: Compute,
     split: str,
     *,
-    batch_size: int | None = None,
     dense: bool = False,
     exclude_groups: tuple[str, ...] = (),
     progress: Progress | None = None,
 ) -> Side:
-    """Read all samples once, encode their center crops, and fill the table.
+    """Read all samples once, encode their center crops on all devices, and fill the table.
 
     Return features by encoder, (N, D) in the order of the table; (0, 0) without usable samples.
 
     Args:
-        vision: the encoder `model`.
-        encoders: further encoders by name. With `dense`, `pixels` gets patches too.
+        replicas: one per device of `compute`.
         split: `data`, or `train data` for the training data of the probes.
-        batch_size: None: `IMAGES`.
         dense: whether to also encode patches of the samples with a mask.
     """
     # the probe is fitted on a sample of the training patches and evaluated on all test patches
     collector = PatchCollector(FIT_PATCHES if split == "train data" else None)
-    parts: dict[str, list[NDArray[np.float32]]] = {name: [] for name in ("model", *encoders)}
-    samples = read_samples(table, vision.size, exclude_groups=exclude_groups, masks=dense, threads=usable_cores())
-    done = 0
-    while batch := list(itertools.islice(samples, batch_size or IMAGES)):
-        images_BCHW = torch.from_numpy(np.stack([sample.pixels for sample in batch]))
-        model_BD, tokens_BLD = vision.encode(images_BCHW)
+    parts: dict[str, list[NDArray[np.float32]]] = {name: [] for name in ("model", *replicas[0].others)}
+    decoder = Decoder(replicas[0].vision.size, len(table.classes) or None, exclude_groups, dense)
+
+    def encode(encoders: Encoders, images_BCHW: Tensor, batch: _Batch) -> _EncodedBatch:
+        model_BD, tokens_BLD = encoders.vision.encode(images_BCHW)
+        features = {"model": model_BD} | {name: encode(images_BCHW) for name, encode in encoders.others.items()}
+        patches = SampledPatches()
         if dense:
-            masks = [sample.mask for sample in batch]
-            collector.add(done, masks, tokens_BLD, images_BCHW if "pixels" in encoders else None)
-        parts["model"].append(model_BD.cpu().numpy())
-        for name, encode in encoders.items():
-            parts[name].append(encode(images_BCHW).float().cpu().numpy())
-        done += len(batch)
-        if progress is not None:
-            progress(split, done)
+            of_pixels = images_BCHW if "pixels" in encoders.others else None
+            patches = sample_patches(*batch, tokens_BLD, of_pixels)
+        return {name: rows.float().cpu().numpy() for name, rows in features.items()}, patches
+
+    done = 0
+    with (
+        loaded_batches(ShardSamples(table, decoder), compute) as batches,
+        encoded(_added(batches, table), replicas, compute, encode) as results,
+    ):
+        for features, patches in results:
+            collector.add(patches)
+            for name, rows in features.items():
+                parts[name].append(rows)
+            done += len(features["model"])
+            if progress is not None:
+                progress(split, done)
     features = {
         name: np.concatenate(blocks) if blocks else np.zeros((0, 0), dtype=np.float32) for name, blocks in parts.items()
     }
     return Side(table, features, collector.patches(), collector.reason)
+
+
+_Batch = tuple[int, list[NDArray[np.uint8] | None]]
+"""Index of the first image of a batch in the table, and the masks of its images."""
+_EncodedBatch = tuple[dict[str, NDArray[np.float32]], SampledPatches]
+
+
+def _added(batches: Iterator[DecodedBatch], table: Table) -> Iterator[tuple[Tensor, _Batch]]:
+    """Add all samples to the table; yield the batches with usable ones."""
+    for batch in batches:
+        first = len(table)
+        for decoded in batch.decoded:
+            table.add(decoded)
+        if len(table) > first:
+            yield batch.images_BCHW, (first, [one.sample.mask for one in batch.decoded if one.sample is not None])
 
 
 @dataclass
@@ -91,6 +120,8 @@ class Job:
     """Training and test features, and the models that encoded them."""
 
     vision: VisionModel
+    dtype: str
+    """Of the features, e.g. `bfloat16`."""
     train: Side | None
     test: Side
     clusters: Clusters
@@ -107,6 +138,7 @@ class Job:
             "type": self.vision.model.config.model_type,
             "image_size": self.vision.size,
             "pool": self.vision.pool,
+            "dtype": self.dtype,
             "feature_width": int(self.test.features["model"].shape[1]),
         }
         document = document_of(folder, model, self.test.table, data, self.clusters)

@@ -6,7 +6,6 @@ import contextlib
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -59,9 +58,17 @@ class Table:
         """Return the class index of every sample, −1 without one: (N)."""
         return np.asarray(self.labels, dtype=np.int64)
 
-    def add(self, sample: Sample, place: tuple[int, int]) -> None:
-        """Add a sample."""
-        self.places.append(place)
+    def add(self, decoded: DecodedSample) -> None:
+        """Add a sample, or count why it is skipped."""
+        if decoded.group is not None:
+            self.groups[decoded.group] += 1
+        if decoded.bad_mask is not None:
+            self.bad_masks[decoded.bad_mask] += 1
+        sample = decoded.sample
+        if sample is None:
+            self.left_out[decoded.reason] += 1
+            return
+        self.places.append(decoded.place)
         self.keys.append(sample.key)
         self.captions.append(sample.caption)
         self.labels.append(sample.label)
@@ -101,40 +108,53 @@ def read_samples(
         threads: number of threads that decode ahead of the caller.
     """
     decoder = Decoder(image_size, len(table.classes) or None, exclude_groups, masks, categories)
-    with decode_samples(table, decoder, places, threads) as decoded_samples:
+    with mapped_ahead(decoder, _encoded(table, places), threads, AHEAD) as decoded_samples:
         for decoded in decoded_samples:
-            if decoded.group is not None:
-                table.groups[decoded.group] += 1
-            if decoded.bad_mask is not None:
-                table.bad_masks[decoded.bad_mask] += 1
-            if decoded.sample is None:
-                table.left_out[decoded.reason] += 1
-            else:
-                table.add(decoded.sample, decoded.place)
+            table.add(decoded)
+            if decoded.sample is not None:
                 yield decoded.sample
 
 
-def decode_samples(
-    table: Table, decoder: Decoder, places: Sequence[tuple[int, int]] | None = None, threads: int = 0
-) -> AbstractContextManager[Iterator[DecodedSample]]:
-    """Return an iterator over the samples of the table's shards, which leaves the table as it is; see
-    `read_samples`."""
-    return mapped_ahead(decoder, _encoded(table, places), threads, AHEAD)
+class SampleReader:
+    """Reader of the samples of a table's shards, without decoding them. Every process that reads needs its own open
+    files, so they are opened by the first read."""
+
+    def __init__(self, table: Table) -> None:
+        with tempfile.TemporaryDirectory() as cache:
+            self._indices = table.indices or load_index(table.shards, Path(cache), access=table.access)
+        self._ends = np.cumsum([len(index) for index in self._indices])
+        self._access = table.access
+        self._reader: ShardReader | None = None
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def place(self, number: int) -> tuple[int, int]:
+        """Return the index of the shard, and of the sample in it, of a sample in dataset order."""
+        shard = int(np.searchsorted(self._ends, number, side="right"))
+        return shard, number - int(self._ends[shard]) + len(self._indices[shard])
+
+    def read(self, place: tuple[int, int]) -> EncodedSample:
+        """Return a sample. Raise DataError if its shard cannot be read."""
+        if self._reader is None:
+            self._reader = ShardReader(self._access)
+        index, number = self._indices[place[0]], place[1]
+        try:
+            members = self._reader.members(index, number)
+        except BadSampleError as bad:
+            return EncodedSample(place, f"{index.path.name}/sample {number}", bad)
+        return EncodedSample(place, f"{index.path.name}/{members['__key__']!s}", members)
+
+    def close(self) -> None:
+        """Close all shards."""
+        if self._reader is not None:
+            self._reader.close()
 
 
 def _encoded(table: Table, places: Sequence[tuple[int, int]] | None = None) -> Iterator[EncodedSample]:
     """Yield samples of the table's shards without decoding them; see `read_samples`."""
-    with tempfile.TemporaryDirectory() as cache, contextlib.closing(ShardReader(table.access)) as reader:
-        indices = table.indices or load_index(table.shards, Path(cache), access=table.access)
-        every = ((shard, number) for shard, index in enumerate(indices) for number in range(len(index)))
-        for shard, number in every if places is None else places:
-            name = indices[shard].path.name
-            try:
-                members = reader.members(indices[shard], number)
-            except BadSampleError as bad:
-                yield EncodedSample((shard, number), f"{name}/sample {number}", bad)
-                continue
-            yield EncodedSample((shard, number), f"{name}/{members['__key__']!s}", members)
+    with contextlib.closing(SampleReader(table)) as reader:
+        yield from map(reader.read, map(reader.place, range(len(reader))) if places is None else places)
 
 
 def check_known(table: Table, keys: Sequence[str], where: str) -> None:

@@ -2,6 +2,7 @@
 
 import base64
 import copy
+import importlib
 import io
 import json
 import shutil
@@ -16,7 +17,7 @@ from transformers import SegformerConfig, SegformerForSemanticSegmentation, ViTC
 
 from m3i_scale.defaults import NO_CLASS
 from m3i_scale.errors import ConfigError, DataError, ExportError
-from m3i_scale.evaluation import features, job
+from m3i_scale.evaluation import features
 from m3i_scale.evaluation.command_line import comparison_table, write_comparison
 from m3i_scale.evaluation.commands import evaluate
 from m3i_scale.evaluation.compare import compare, compared
@@ -25,6 +26,8 @@ from m3i_scale.evaluation.intervals import LEVEL, RESAMPLES, SEED, Clusters, mea
 from m3i_scale.shards.make import make_shards
 from m3i_scale.shards.options import ShardOptions
 from m3i_scale.shards.records import ListedInput, Record
+
+COMMAND = importlib.import_module("m3i_scale.evaluation.compare")
 
 SIDE = 48
 COLORS = np.array([(220, 60, 40), (40, 80, 220)])
@@ -370,16 +373,15 @@ def test_a_path_with_brackets_is_printed_as_it_is(forgotten):
 
 
 def test_shards_that_change_between_the_models_are_refused(vit_folder, shards, tmp_path, monkeypatch):
-    larger, original = vit(tmp_path / "larger", size=48), job.read_samples
+    larger, original = vit(tmp_path / "larger", size=48), COMMAND.read_side
 
-    def less(table, size, **options):
-        samples = original(table, size, **options)
-        if size == 48:
-            next(samples)
+    def changed(table, replicas, **options):
+        side = original(table, replicas, **options)
+        if replicas[0].vision.size == 48:
             table.keys[0] = "another"
-        return samples
+        return side
 
-    monkeypatch.setattr(job, "read_samples", less)
+    monkeypatch.setattr(COMMAND, "read_side", changed)
     with pytest.raises(DataError) as caught:
         compare(vit_folder, larger, str(shards), measures=("knn",))
     assert str(caught.value.where).endswith("/shards")

@@ -13,7 +13,7 @@ from sklearn.metrics import jaccard_score
 
 from m3i_scale.data.samples import open_mask
 from m3i_scale.defaults import NO_CLASS
-from m3i_scale.evaluation import decoding, samples
+from m3i_scale.evaluation import decoding
 from m3i_scale.evaluation.commands import evaluate
 from m3i_scale.evaluation.dense import (
     PATCHES_PER_IMAGE,
@@ -21,9 +21,10 @@ from m3i_scale.evaluation.dense import (
     mean_iou,
     patch_labels,
     pixel_patches,
+    sample_patches,
 )
 from m3i_scale.evaluation.intervals import Clusters
-from m3i_scale.evaluation.samples import open_table, read_samples
+from m3i_scale.evaluation.samples import SampleReader, open_table, read_samples
 from m3i_scale.shards.make import make_shards
 from m3i_scale.shards.options import ShardOptions
 from m3i_scale.shards.records import ListedInput, Record
@@ -111,7 +112,7 @@ def test_patches_are_drawn_per_image_and_keep_their_place():
     mask = np.zeros((8, 8), dtype=np.uint8)
     mask[:, 4:] = NO_CLASS
     tokens = torch.arange(3 * 64.0).reshape(3, 64, 1)
-    collector.add(5, [None, mask, np.full((8, 8), NO_CLASS, dtype=np.uint8)], tokens, None)
+    collector.add(sample_patches(5, [None, mask, np.full((8, 8), NO_CLASS, dtype=np.uint8)], tokens, None))
     patches = collector.patches()
     assert patches.image_P.tolist() == [6] * PATCHES_PER_IMAGE
     columns = (patches.features["model"][:, 0] - 64) % 8
@@ -125,7 +126,7 @@ def test_a_draw_of_the_patches_is_kept_however_many_pass():
     for first in range(0, images, 8):
         tokens = torch.rand(8, 64, 3) + torch.arange(first, first + 8)[:, None, None]
         for collector in (drawn, everything):
-            collector.add(first, [mask] * 8, tokens, None)
+            collector.add(sample_patches(first, [mask] * 8, tokens, None))
         assert drawn._held <= 2 * 50 + 8 * PATCHES_PER_IMAGE
     kept, whole = drawn.patches(), everything.patches()
     assert len(kept.labels_P) == 50
@@ -140,11 +141,11 @@ def test_why_there_are_no_patches():
     collector = PatchCollector()
     assert (collector.patches(), collector.reason) == (None, "no masks")
     collector = PatchCollector()
-    collector.add(0, [np.full((8, 8), NO_CLASS, dtype=np.uint8)], torch.zeros(1, 64, 1), None)
+    collector.add(sample_patches(0, [np.full((8, 8), NO_CLASS, dtype=np.uint8)], torch.zeros(1, 64, 1), None))
     assert collector.patches() is None
     assert "no mask names the class" in collector.reason
     collector = PatchCollector()
-    collector.add(0, [np.zeros((8, 8), dtype=np.uint8)], torch.zeros(1, 63, 1), None)
+    collector.add(sample_patches(0, [np.zeros((8, 8), dtype=np.uint8)], torch.zeros(1, 63, 1), None))
     assert collector.patches() is None
     assert "63 patches" in collector.reason
 
@@ -233,14 +234,15 @@ def gray(bits):
     ],
 )
 def test_masks_that_do_not_fit_are_counted_and_their_samples_stay(vit_folder, masked, monkeypatch, mask, reason):
-    original = samples._encoded
+    original = SampleReader.read
     data = {"data": str(masked / "val"), "train_data": str(masked / "train")}
     sound = evaluate(vit_folder, **data, measures=("knn",))
-    monkeypatch.setattr(
-        samples,
-        "_encoded",
-        lambda *asked: (replace(one, members=one.members | {"mask.png": mask}) for one in original(*asked)),
-    )
+
+    def read(reader, place):
+        one = original(reader, place)
+        return replace(one, members=one.members | {"mask.png": mask})
+
+    monkeypatch.setattr(SampleReader, "read", read)
     found = evaluate(vit_folder, **data, measures=("knn", "dense"))
     assert found["measures"]["knn"] == sound["measures"]["knn"]
     assert found["data"]["left_out"] == {}

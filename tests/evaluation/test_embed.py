@@ -21,8 +21,9 @@ from m3i_scale.engine.device import has_fast_bf16, precision_warnings
 from m3i_scale.errors import ConfigError, DataError, UserError
 from m3i_scale.evaluation import feature_files
 from m3i_scale.evaluation.embed import embed
+from m3i_scale.evaluation.encoding import compute_of
 from m3i_scale.evaluation.features import VisionModel, load_vision
-from m3i_scale.evaluation.job import read_side
+from m3i_scale.evaluation.job import Encoders, read_side
 from m3i_scale.evaluation.samples import open_table, read_samples
 from m3i_scale.shards.image_folders import imagefolder_input
 from m3i_scale.shards.make import make_shards
@@ -50,7 +51,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def evaluated(model: Path, shards: str, pool: str = "mean") -> tuple[list[str], np.ndarray]:
     table = open_table(shards, "--data")
-    return table.keys, read_side(table, load_vision(model, pool, CPU), {}, "data").features["model"]
+    replicas = [Encoders(load_vision(model, pool, CPU), {})]
+    return table.keys, read_side(table, replicas, compute_of("cpu"), "data").features["model"]
 
 
 def test_parquet_of_shards_has_the_features_of_evaluate(vit_folder, shards, tmp_path, monkeypatch) -> None:
@@ -90,7 +92,8 @@ def test_npz_of_a_folder_has_the_features_of_its_shards(vit_folder, folder, tmp_
     of_shards = {}
     for split in (path for path in (tmp_path / "packed").iterdir() if any(path.glob("*.tar"))):
         table = open_table(str(split), "--data")
-        rows = read_side(table, load_vision(vit_folder, "mean", CPU), {}, "data").features["model"]
+        replicas = [Encoders(load_vision(vit_folder, "mean", CPU), {})]
+        rows = read_side(table, replicas, compute_of("cpu"), "data").features["model"]
         of_shards |= dict(zip((meta["path"] for meta in table.meta), rows, strict=True))
     np.testing.assert_allclose(features, np.stack([of_shards[key] for key in keys]), atol=1e-6)
 

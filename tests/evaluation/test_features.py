@@ -17,8 +17,9 @@ from transformers import (
 )
 
 from m3i_scale.errors import DataError, ExportError
+from m3i_scale.evaluation.encoding import compute_of
 from m3i_scale.evaluation.features import load_vision, pixel_features, pool_tokens
-from m3i_scale.evaluation.job import read_side
+from m3i_scale.evaluation.job import Encoders, read_side
 from m3i_scale.evaluation.samples import open_table, read_samples
 
 CPU = torch.device("cpu")
@@ -45,7 +46,9 @@ def test_features_are_those_of_the_stock_classes(vit_folder, shards):
     """Pictures at the model's own size: then the image processor alone gives the same input."""
     table = open_table(str(shards / "val"), "--data")
     vision = load_vision(vit_folder, "mean", CPU)
-    found = read_side(table, vision, {"pixels": pixel_features}, "data", batch_size=7).features
+    found = read_side(
+        table, [Encoders(vision, {"pixels": pixel_features})], compute_of("cpu", batch_size=7), "data"
+    ).features
     assert found["model"].shape == (len(table), 32)
     assert found["pixels"].shape == (len(table), 3072)
     samples = list(read_samples(open_table(str(shards / "val"), "--data"), 32))

@@ -16,8 +16,9 @@ from tiny import MAPS
 
 from m3i_scale.checkpoint_tools.consolidate import saved_weights
 from m3i_scale.errors import UserError
+from m3i_scale.evaluation.encoding import compute_of
 from m3i_scale.evaluation.features import load_vision
-from m3i_scale.evaluation.job import read_side
+from m3i_scale.evaluation.job import Encoders, read_side
 from m3i_scale.evaluation.online_metrics import NEIGHBOURS, STRENGTH
 from m3i_scale.evaluation.probes import knn_predict, linear_predict, rankme
 from m3i_scale.evaluation.samples import open_table
@@ -130,7 +131,11 @@ def test_one_rank_measures_the_same_as_two_as_an_export_and_after_a_resume(
         folder = tmp_path / weights
         export(run_file.parent / "out", folder, weights=weights)
         vision = load_vision(folder, "mean", torch.device("cpu"))
-        sides = [read_side(open_table(str(shards / part), part), vision, {}, part) for part in ("train", "val")]
+        replicas = [Encoders(vision, {})]
+        sides = [
+            read_side(open_table(str(shards / part), part), replicas, compute_of("cpu"), part)
+            for part in ("train", "val")
+        ]
         (train_ND, fitted), (test_ND, asked) = ((side.features["model"], side.table.label_array) for side in sides)
         knn = knn_predict(train_ND, fitted, test_ND, neighbours=(NEIGHBOURS,), classes=3)[NEIGHBOURS]
         linear, _ = linear_predict(train_ND, fitted, test_ND, STRENGTH)
