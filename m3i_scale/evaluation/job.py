@@ -97,7 +97,7 @@ def read_side(
     features = {
         name: np.concatenate(blocks) if blocks else np.zeros((0, 0), dtype=np.float32) for name, blocks in parts.items()
     }
-    return Side(table, features, collector.patches(), collector.reason)
+    return Side(table, features, collector.patches(), collector.reason, compute.devices[0])
 
 
 _Batch = tuple[int, list[NDArray[np.uint8] | None]]

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from m3i_scale.data.images import MASK
@@ -13,7 +14,7 @@ from m3i_scale.evaluation import NotMeasuredError
 from m3i_scale.evaluation.dense import Patches, mean_iou
 from m3i_scale.evaluation.features import unit_rows
 from m3i_scale.evaluation.intervals import Clusters, Statistic, clusters_of, mean_of
-from m3i_scale.evaluation.probes import LinearProbe, few_shot_predict, knn_predict, linear_probe
+from m3i_scale.evaluation.probes import CPU, LinearProbe, few_shot_predict, knn_predict, linear_probe
 from m3i_scale.evaluation.samples import Table
 from m3i_scale.evaluation.towers import (
     DEPTHS,
@@ -43,6 +44,8 @@ class Side:
     patches: Patches | None = None
     no_patches: str | None = None
     """Reason why there are no patches."""
+    device: torch.device = CPU
+    """Device that computes kNN and probes."""
 
     def labelled(self, split: str = "test") -> NDArray[np.int64]:
         """Return the indices of the samples with a class. Raise NotMeasuredError if there are none."""
@@ -71,6 +74,7 @@ def measure_knn(encoder: str, train: Side | None, test: Side, clusters: Clusters
         test.features[encoder][asked],
         neighbours=NEIGHBOURS,
         classes=len(test.table.classes),
+        device=test.device,
     )
     truth = test.table.label_array[asked]
     right = {f"k={k}": mean_of(predicted[k] == truth, clusters.take(asked)) for k in NEIGHBOURS}
@@ -106,6 +110,7 @@ def measure_linear(
         side.table.label_array[fit],
         families.of[fit],
         test.features[encoder][asked],
+        test.device,
     )
     truth = test.table.label_array[asked]
     accuracy = mean_of(probe.predicted == truth, clusters.take(asked))
@@ -126,7 +131,7 @@ def measure_dense(
     fitted, asked = _patches(train, "training"), _patches(test, "test")
     families = clusters_of(train.table, preferred=("family", "concept"))
     probe = linear_probe(
-        fitted.features[encoder], fitted.labels_P, families.of[fitted.image_P], asked.features[encoder]
+        fitted.features[encoder], fitted.labels_P, families.of[fitted.image_P], asked.features[encoder], test.device
     )
     of_patches = clusters.take(asked.image_P)
     commonest = np.full_like(asked.labels_P, np.bincount(fitted.labels_P).argmax())

@@ -3,20 +3,16 @@ regularization selected without the test data."""
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GroupShuffleSplit
-from sklearn.preprocessing import StandardScaler
-from threadpoolctl import threadpool_limits
 
 from m3i_scale.evaluation import NotMeasuredError
 from m3i_scale.evaluation.features import unit_rows
+from m3i_scale.evaluation.logistic import LogisticRegression
 
 TEMPERATURE = 0.07
 _CHUNK = 1_024
@@ -24,13 +20,8 @@ STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 """Candidate values of C (inverse regularization)."""
 
 SELECTION_SHARE = 0.25
-MAX_ITERATIONS = 300
-TOLERANCE = 1e-3
 _SEED = 20_221
-_SERIAL_WORK = 10**8
-"""Number of multiply-adds below which one thread computes a matrix product. L-BFGS computes thousands of products, and
-BLAS waits for its slowest thread after each: on busy cores for a time slice, though the product takes a millisecond.
-2,000 × 384 features of 10 classes on two busy cores: 0.6 s with one thread, 7.9 s with two."""
+CPU = torch.device("cpu")
 
 
 def knn_predict(
@@ -41,6 +32,7 @@ def knn_predict(
     neighbours: tuple[int, ...],
     classes: int,
     temperature: float = TEMPERATURE,
+    device: torch.device = CPU,
 ) -> dict[int, NDArray[np.int64]]:
     """Predict classes (M) by k. Each neighbor votes with exp(cosine / temperature), so lower temperatures weight close
     neighbors more. Raise NotMeasuredError if there are fewer training samples than neighbors, or if features are not
@@ -48,17 +40,18 @@ def knn_predict(
     check_finite(train_ND, test_MD)
     if len(train_ND) < max(neighbours):
         raise NotMeasuredError(f"{len(train_ND)} labeled training samples for {max(neighbours)} neighbours")
-    train = torch.from_numpy(unit_rows(train_ND))
-    labels = torch.from_numpy(train_labels_N)
+    train = torch.from_numpy(unit_rows(train_ND)).to(device)
+    labels = torch.from_numpy(train_labels_N).to(device)
     test = torch.from_numpy(unit_rows(test_MD))
     predicted: dict[int, list[NDArray[np.int64]]] = {k: [] for k in neighbours}
     for part in torch.split(test, _CHUNK):
-        cosine, index = (part @ train.T).topk(max(neighbours), dim=1)
+        cosine, index = (part.to(device) @ train.T).topk(max(neighbours), dim=1)
         # cosine − 1 ≤ 0 prevents overflow of exp and scales all votes equally
         weights = ((cosine - 1) / temperature).exp()
         for k in neighbours:
-            votes = torch.zeros(len(part), classes).scatter_add_(1, labels[index[:, :k]], weights[:, :k])
-            predicted[k].append(votes.argmax(dim=1).numpy())
+            votes = torch.zeros(len(part), classes, device=device)
+            votes.scatter_add_(1, labels[index[:, :k]], weights[:, :k])
+            predicted[k].append(votes.argmax(dim=1).cpu().numpy())
     return {k: np.concatenate(parts) for k, parts in predicted.items()}
 
 
@@ -112,6 +105,7 @@ def linear_probe(
     train_labels_N: NDArray[np.int64],
     groups_N: NDArray[np.int64],
     test_MD: NDArray[np.float32],
+    device: torch.device = CPU,
 ) -> LinearProbe:
     """Select C on a quarter of the training groups, fit on all training samples, and predict the test samples.
 
@@ -122,27 +116,30 @@ def linear_probe(
     check_finite(train_ND, test_MD)
     fit, held_out = selection_split(train_labels_N, groups_N)
     selection: dict[float, float] = {}
-    probe, scaler = _probe(), StandardScaler().fit(train_ND[fit])
-    fitted_ND, chosen_on_HD = scaler.transform(train_ND[fit]), scaler.transform(train_ND[held_out])
+    probe, chosen_on_HD = LogisticRegression(train_ND[fit], train_labels_N[fit], device), train_ND[held_out]
     for strength in STRENGTHS:  # ascending: each fit is warm-started from the previous one
-        _fit(probe, fitted_ND, train_labels_N[fit], strength)
+        probe.fit(strength)
         selection[strength] = float((probe.predict(chosen_on_HD) == train_labels_N[held_out]).mean())
         if _declines(list(selection.values())):
             break
     best = max(selection, key=lambda strength: (selection[strength], -strength))  # ties: the stronger regularization
-    predicted_M, converged = linear_predict(train_ND, train_labels_N, test_MD, best)
+    predicted_M, converged = linear_predict(train_ND, train_labels_N, test_MD, best, device)
     return LinearProbe(predicted_M, best, selection, converged)
 
 
 def linear_predict(
-    train_ND: NDArray[np.float32], train_labels_N: NDArray[np.int64], test_MD: NDArray[np.float32], strength: float
+    train_ND: NDArray[np.float32],
+    train_labels_N: NDArray[np.int64],
+    test_MD: NDArray[np.float32],
+    strength: float,
+    device: torch.device = CPU,
 ) -> tuple[NDArray[np.int64], bool]:
     """Fit logistic regression with C = `strength` on standardized features. Return the predicted classes (M), and
     whether the fit converged. Raise NotMeasuredError if features are not finite."""
     check_finite(train_ND, test_MD)
-    probe, scaler = _probe(), StandardScaler().fit(train_ND)
-    converged = _fit(probe, scaler.transform(train_ND), train_labels_N, strength)
-    return np.asarray(probe.predict(scaler.transform(test_MD)), dtype=np.int64), converged
+    probe = LogisticRegression(train_ND, train_labels_N, device)
+    converged = probe.fit(strength)
+    return probe.predict(test_MD), converged
 
 
 def rankme(features_ND: NDArray[np.float32]) -> float:
@@ -178,19 +175,3 @@ def selection_split(
         if len(np.unique(labels_N[fit])) > 1 and len(held_out):
             return fit, held_out
     raise NotMeasuredError("no split of the training families leaves two classes to fit")
-
-
-def _probe() -> LogisticRegression:
-    return LogisticRegression(max_iter=MAX_ITERATIONS, tol=TOLERANCE, warm_start=True, random_state=_SEED)
-
-
-def _fit(
-    probe: LogisticRegression, features_ND: NDArray[np.float32], labels_N: NDArray[np.int64], strength: float
-) -> bool:
-    """Fit in place; return whether it converged."""
-    probe.set_params(C=strength)
-    serial = features_ND.size * len(np.unique(labels_N)) < _SERIAL_WORK
-    with warnings.catch_warnings(record=True) as caught, threadpool_limits(1 if serial else None, user_api="blas"):
-        warnings.simplefilter("always", ConvergenceWarning)
-        probe.fit(features_ND, labels_N)
-    return not any(issubclass(item.category, ConvergenceWarning) for item in caught)

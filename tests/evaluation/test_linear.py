@@ -1,12 +1,14 @@
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.special import softmax
 from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import log_loss
 from sklearn.preprocessing import StandardScaler
-from threadpoolctl import threadpool_info, threadpool_limits
 
-from m3i_scale.evaluation import NotMeasuredError, probes
+from m3i_scale.evaluation import NotMeasuredError, logistic
 from m3i_scale.evaluation.probes import STRENGTHS, linear_probe, selection_split
 
 
@@ -71,17 +73,26 @@ def test_features_that_are_not_finite_are_not_measured(value):
             linear_probe(train, labels, groups, test)
 
 
-@pytest.mark.parametrize(("limit", "threads"), [(probes._SERIAL_WORK, 1), (0, 2)])
-def test_only_large_fits_use_several_blas_threads(monkeypatch, limit, threads):
-    used, fit = set(), LogisticRegression.fit
+@pytest.mark.parametrize("classes", [2, 7])
+@pytest.mark.parametrize("strength", [1e-3, 1.0])
+def test_a_fit_reaches_the_optimum_of_sklearn(classes, strength, monkeypatch):
+    monkeypatch.setattr(logistic, "_ROWS", 100)
+    generator = np.random.default_rng(0)
+    labels = np.arange(250) % classes + 3
+    features = generator.normal(size=(250, 12)) + generator.normal(size=(classes, 12))[labels - 3]
+    features = np.append(features, np.full((250, 1), 1e3 / 3), axis=1).astype(np.float32)  # and a constant
+    standardized = StandardScaler().fit_transform(features)
+    exact = LogisticRegression(C=strength, tol=1e-10, max_iter=10_000).fit(standardized, labels)
+    probe = logistic.LogisticRegression(features, labels, torch.device("cpu"))
+    assert probe.fit(strength)
+    wrong = probe.predict(features) != exact.predict(standardized)
+    assert wrong.mean() <= 0.02
 
-    def counted(self, *data):
-        used.update(pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas")
-        return fit(self, *data)
+    def loss(coefficients, intercept):
+        logits = standardized @ coefficients.T + intercept
+        logits = np.append(np.zeros_like(logits), logits, axis=1) if classes == 2 else logits
+        return log_loss(labels, softmax(logits, axis=1)) + (coefficients**2).sum() / (2 * strength * len(labels))
 
-    monkeypatch.setattr(LogisticRegression, "fit", counted)
-    monkeypatch.setattr(probes, "_SERIAL_WORK", limit)
-    features, labels = blobs(0)
-    with threadpool_limits(2, user_api="blas"):
-        linear_probe(features[:90], labels[:90], np.arange(90), features[90:])
-    assert used == {threads}
+    weights = probe.weights.numpy()
+    best = loss(exact.coef_, exact.intercept_)
+    assert best - 1e-6 <= loss(weights[:, :-1], weights[:, -1]) <= best + 1e-3
