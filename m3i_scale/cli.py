@@ -131,6 +131,7 @@ def check(
     Valid settings that are probably mistakes are warnings, which do not change the exit code. `shards check` reads the
     samples.
     """
+    from m3i_scale.exports.dual_encoder import zero_shot_warnings
     from m3i_scale.run.check import examine
     from m3i_scale.run.run_warnings import warnings_of
     from m3i_scale.run.summary import summary_of_check
@@ -143,6 +144,8 @@ def check(
     errors.errors = checked.errors
     unpacked = checked.unpacked_counts
     warnings = folders.warnings + warnings_of(run, overrides, ask_servers=not errors.errors, unpacked=unpacked)
+    if (ready := checked.resolved) is not None:
+        warnings += zero_shot_warnings(ready.run, ready.recipe, ready.vocab_size or 0)
     if as_json:
         print_json({"errors": [error.to_json() for error in errors.errors], "warnings": warnings})
         if errors.errors:

@@ -147,9 +147,9 @@ def load_vision(folder: Path, pool: Pool, device: torch.device) -> VisionModel:
         )
     if getattr(model.config, "text_config", None) is not None:
         raise ExportError(
-            f"a {model.config.model_type} is no plain vision model",
+            f"the folder must have a vision model, got a zero-shot export: a {model.config.model_type} with text",
             where=str(folder),
-            fix="export it with --task features",
+            fix="use a folder of `export --task features`; this one is for the pipeline zero-shot-image-classification",
         )
     pixel_norm = _pixel_norm(processor)
     return VisionModel(

@@ -229,12 +229,9 @@ def _expand(
             continue
         for suffix in [kind] if kind else ["weight", "bias"]:
             sources = tuple(f"{VISION}{ours[part].format(number)}.{suffix}" for part in parts)
-            made[f"{prefix}{module}.{suffix}"] = TensorSource(sources, _joined if len(parts) > 1 else None)
+            make = (lambda *tensors: torch.cat(tensors)) if len(parts) > 1 else None
+            made[f"{prefix}{module}.{suffix}"] = TensorSource(sources, make)
     return made
-
-
-def _joined(*tensors: Tensor) -> Tensor:
-    return torch.cat(tensors)
 
 
 def _check_eps(config: VisionConfig, only: float, where: str = "") -> None:

@@ -27,6 +27,7 @@ from transformers import (
 from m3i_scale.backbones.build import backbone_config
 from m3i_scale.backbones.families import VisionConfig
 from m3i_scale.backbones.internimage import InternImageConfig
+from m3i_scale.config import RunConfig
 from m3i_scale.errors import ExportError
 from m3i_scale.exports.as_timm import timm_vision
 from m3i_scale.exports.joint import no_class
@@ -36,6 +37,7 @@ from m3i_scale.objective.build import joint_width
 from m3i_scale.objective.decoders import ClassTokenSpec, DecoderSpec, MapHeadSpec
 from m3i_scale.objective.information import Objective
 from m3i_scale.objective.pretrained import MAP_HEAD
+from m3i_scale.objective.recipe import Recipe
 from m3i_scale.objective.targets.text import Text
 from m3i_scale.objective.text_config import text_config
 from m3i_scale.objective.text_tower import text_family
@@ -100,6 +102,18 @@ def zero_shot_part(source: Source, vocab_size: int) -> ExportedModule:
     )
 
 
+def zero_shot_warnings(run: RunConfig, recipe: Recipe, vocab_size: int) -> list[str]:
+    """Return a warning if a run with a frozen backbone (LiT) or a pretrained text encoder has no zero-shot export."""
+    if not recipe.uses_text_tower or not ("all" in run.backbone.freeze or run.text.from_pretrained):
+        return []
+    try:
+        zero_shot_part(Source(run.output_dir, run, recipe, 0, {}, []), vocab_size)
+    except ExportError as error:
+        fix = "use the decoder class_token (SigLIP: map_head), or only --task features"
+        return [f"the run cannot be exported with --task zero_shot: {error.what}. Fix: {fix}"]
+    return []
+
+
 def text_encoder_config(source: Source, vocab_size: int) -> Any:
     """Return the `transformers` configuration of the run's text encoder."""
     with torch.device("meta"):
@@ -118,9 +132,7 @@ def _text_names(text: Any) -> list[str]:
     return list(empty(lambda: family.model_class(text, **family.options)).state_dict())
 
 
-def _clip(
-    vision: CLIPVisionConfig, text: CLIPTextConfig, width: int
-) -> tuple[PreTrainedModel, dict[str, TensorSource]]:
+def _clip(vision: CLIPVisionConfig, text: CLIPTextConfig, width: int) -> Parts:
     config = CLIPConfig(
         vision_config=_public_values(vision.to_dict()), text_config=_public_values(text.to_dict()), projection_dim=width
     )
@@ -142,12 +154,9 @@ def _map_head(target: Text) -> dict[str, TensorSource]:
     tensors = {}
     for theirs, ours in MAP_HEAD.items():
         sources = tuple(f"decoders.{target.decoder}.{name}" for name in ours)
-        tensors[f"vision_model.head.{theirs}"] = TensorSource(sources, None if len(ours) == 1 else _joined)
+        make = (lambda *parts: torch.cat(parts)) if len(ours) > 1 else None
+        tensors[f"vision_model.head.{theirs}"] = TensorSource(sources, make)
     return tensors
-
-
-def _joined(*parts: Tensor) -> Tensor:
-    return torch.cat(parts)
 
 
 def _dual(source: Source, vision: VisionConfig, text: Any, target: Text) -> Parts:

@@ -121,9 +121,12 @@ def _export_table(facts: dict[str, Any], pushed: list[tuple[str, str]]) -> Group
         if text is not None:
             table.add_row(Text(name), Text(str(text), "yellow" if name == "warning" else ""))
     trains = " --train-data SHARDS/train" if facts["task"] == "features" else ""
+    use = f"evaluate: m3i-scale evaluate {shlex.quote(folder)} --data SHARDS/val{trains}"
+    if facts["task"] == "zero_shot":
+        use = f'classify: transformers.pipeline("zero-shot-image-classification", {folder!r})'
     return Group(
         table,
         Text(f"\nexported to {folder}", "bold"),
         Text(f"load with transformers: see 'How to load' in {folder}/README.md"),
-        Text(f"evaluate: m3i-scale evaluate {shlex.quote(folder)} --data SHARDS/val{trains}"),
+        Text(use),
     )

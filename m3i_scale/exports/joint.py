@@ -223,7 +223,7 @@ def no_class(config: VisionConfig, decoder: DecoderSpec, what: str) -> ExportErr
         else "the recipe reads the class token",
     }
     return ExportError(
-        f"no Transformers class computes {what} like this model: {pools[decoder.kind]}, on a {config.model_type} "
-        "backbone",
+        f"no Transformers class computes {what} like this model: "
+        f"{pools.get(decoder.kind, f'the recipe pools by {decoder.kind}')}, on a {config.model_type} backbone",
         fix="use --task features; heads/ then has the pooling and projection",
     )

@@ -142,7 +142,6 @@ def with_token_ids(text: TextConfig, tokenizer: PreTrainedTokenizerBase) -> Text
         return text.model_copy(update={"config": text.config | given})
     expected = family.expected_ids if config is None else {key: getattr(config, key) for key in given}
     for key, value in expected.items():
-        # CLIP's published configurations name token 2, with which transformers reads the token of the highest id.
         if given[key] != value and (key, value) != ("eos_token_id", 2):
             raise ConfigError(
                 f"the {key} of the tokenizer must be {value}, as in the text encoder, got {given[key]}",
@@ -151,15 +150,17 @@ def with_token_ids(text: TextConfig, tokenizer: PreTrainedTokenizerBase) -> Text
                 if config is None
                 else "leave out text.tokenizer, to use the tokenizer next to the weights",
             )
+    if (expected or given).get("eos_token_id") == 2 and given["eos_token_id"] != max(tokenizer.get_vocab().values()):
+        raise ConfigError(
+            f"a CLIP text encoder with eos_token_id 2 cannot read captions that end with token {given['eos_token_id']}",
+            where="text.tokenizer" if config is None else f"text.from_pretrained: {text.from_pretrained}",
+            why="transformers takes 2 for an unset id, and reads the token with the highest id, as in published models",
+            fix="use the tokenizer that `shards make` trains, or that of a CLIP model"
+            if config is None
+            else "use a model and its tokenizer, whose end token has the highest id",
+        )
     if config is not None or expected:
         return text
-    if given.get("eos_token_id") == 2:
-        raise ConfigError(
-            "a new CLIP text encoder cannot read captions that end with token 2",
-            where="text.tokenizer",
-            why="transformers takes this id for an unset one, and reads another token",
-            fix="use the tokenizer that `shards make` trains, or that of a CLIP model",
-        )
     return text.model_copy(update={"config": text.config | given})
 
 

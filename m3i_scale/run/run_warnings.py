@@ -50,7 +50,7 @@ def _unscaled_rate(run: RunConfig, name_or_path: str, overrides: Sequence[str]) 
     usual, now = load_run(name).optim, run.optim
     if usual.batch_size != now.batch_size:
         ratio = now.batch_size / usual.batch_size
-        root, linear = usual.lr * ratio**0.5, usual.lr * ratio
+        root, linear = now.lr * ratio**0.5, now.lr * ratio  # of a protocol, lr may follow the backbone's width
         yield (
             f"optim.lr is {now.lr:g}, the value of {name} for optim.batch_size={usual.batch_size}, and this run has "
             f"optim.batch_size={now.batch_size}. Fix: optim.lr={root:.3g} (square root) or {linear:.3g} (linear), "

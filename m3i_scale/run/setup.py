@@ -216,9 +216,9 @@ def print_start(reports: dict[str, dict[str, Any]], run: RunConfig) -> None:
     """Print the load result of the pretrained weights by part (backbone, text, heads), and save it, with the names of
     all tensors, in the run's folder."""
     table = Table(box=None, show_header=False)
-    for report in reports.values():
+    for part, report in reports.items():
         rows = [
-            ("start from", f"{report['source']} ({report['kind']}, files: {len(report['files'])})"),
+            ("start from", f"{part}: {report['source']} ({report['kind']}, files: {len(report['files'])})"),
             ("loaded", f"{report['loaded']} tensors, {report['parameters']:,} parameters"),
         ]
         rows += [

@@ -145,7 +145,8 @@ class Protocol(Section):
     published: Published | None = None
     """Published result. Default: no result has been published with this protocol."""
     deviations: list[str] = Field(default_factory=list)
-    """Deviations from the published setup."""
+    """Deviations from the published setup. Results with other `optim.steps` leave out those that begin with the number
+    of epochs (`90 epochs …`)."""
 
     @model_validator(mode="after")
     def _is_of_one_length(self) -> Self:

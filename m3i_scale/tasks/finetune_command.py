@@ -12,7 +12,7 @@ import typer
 
 from m3i_scale.errors import EXIT_PREEMPTED, ConfigError
 from m3i_scale.options import AsJson, Command, Overrides, expanded, writes_to
-from m3i_scale.output import leave_out_accelerator_warning, print_json, wide_console
+from m3i_scale.output import leave_out_accelerator_warning, print_json, print_line, wide_console
 
 if TYPE_CHECKING:
     from m3i_scale.tasks.finetune_result import FineTuning
@@ -86,15 +86,17 @@ class FineTuneOptions:
         """Train and evaluate, or with `--dry-run` only estimate the cost. `protocol` is the default of the task."""
         if self.dry_run:
             leave_out_accelerator_warning()
+        from m3i_scale.run.run_warnings import command_warnings
         from m3i_scale.tasks.finetune import prepare
         from m3i_scale.tasks.finetune_result import planned, result_lines
 
+        protocol, overrides = self.protocol or protocol, self.overrides or []
         prepared = prepare(
             task,
             self.start,
             self.data,
-            self.protocol or protocol,
-            self.overrides or [],
+            protocol,
+            overrides,
             epochs=self.epochs,
             shards=self.shards,
             here=not self.dry_run,
@@ -102,6 +104,8 @@ class FineTuneOptions:
             skip_bad=self.skip_bad,
             random_weights=self.random_weights,
         )
+        for warning in command_warnings(prepared.run, protocol, overrides):
+            print_line(f"warning: {warning}", stderr=True)
         document = planned(prepared) if self.dry_run else self._measured(prepared)
         if self.as_json:
             print_json(document)

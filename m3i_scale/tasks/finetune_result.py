@@ -69,6 +69,8 @@ class FineTuning:
         of_protocol = run.protocol
         published = None if of_protocol is None else of_protocol.published
         stated = [] if of_protocol is None else of_protocol.deviations
+        if of_protocol is not None and run.optim.steps != self.followed.optim.steps:
+            stated = [text for text in stated if not text.startswith(f"{of_protocol.epochs} epochs ")]
         return {
             "task": self.task.kind,
             "protocol": self.protocol,

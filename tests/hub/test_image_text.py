@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from forked import Forks
 from image_text_models import CAPTIONS, POSITIONS, WIDTHS, stock_logits, tokens, write_model
 from open_clip.loss import ClipLoss, SigLipLoss
 from safetensors.torch import load_file
@@ -24,14 +25,16 @@ from m3i_scale.config import RunConfig, load_run
 from m3i_scale.data.batch import Batch
 from m3i_scale.data.tokenizer import find_tokenizer
 from m3i_scale.errors import ConfigError, ExportError
+from m3i_scale.evaluation.features import load_vision
 from m3i_scale.evaluation.towers import load_objective, towers_of
-from m3i_scale.exports.dual_encoder import zero_shot_part
+from m3i_scale.exports.dual_encoder import zero_shot_part, zero_shot_warnings
 from m3i_scale.exports.export import export
 from m3i_scale.exports.source import find_source
 from m3i_scale.exports.write import ExportContents
 from m3i_scale.objective.build import build_objective
 from m3i_scale.objective.information import Objective
 from m3i_scale.objective.pretrained import MAP_HEAD, start_weights
+from m3i_scale.objective.recipe import parse_recipe
 from m3i_scale.objective.text_config import read_text_config, text_identity, with_token_ids
 
 KINDS = ("clip", "siglip")
@@ -124,6 +127,7 @@ def test_the_export_before_training_is_the_stock_model(
     facts = export(tmp_path / "run", tmp_path / "out", wanted=ExportContents("zero_shot"))
     moved.rename(folders[kind])
     assert facts["verified"]["classes"]["zero_shot"] == {"clip": "CLIPModel", "siglip": "SiglipModel"}[kind]
+    assert "VisionTextDualEncoderModel" not in (tmp_path / "out" / "README.md").read_text()
     pixels_BCHW = objective.pixel_norm(images())
     wanted = stock_logits(kind, folders[kind], pixels_BCHW)
     found = stock_logits(kind, tmp_path / "out", pixels_BCHW)
@@ -132,6 +136,32 @@ def test_the_export_before_training_is_the_stock_model(
     assert ours.keys() == theirs.keys()
     for name, value in ours.items():
         torch.testing.assert_close(value, theirs[name], rtol=0, atol=0 if name != "logit_bias" else 1e-6)
+
+
+def test_a_zero_shot_export_is_not_evaluated_and_its_export_does_not_offer_it(
+    folders: dict[str, Path], forks: Forks, shards: Path, tmp_path: Path
+) -> None:
+    run = run_of("clip", folders["clip"])
+    save(tmp_path / "run", run, started(run), folders["clip"])
+    out, data = str(tmp_path / "out"), ["--data", str(shards / "val")]
+    done = forks.run("export", str(tmp_path / "run"), "--task", "zero_shot", "--output", out)
+    assert done.returncode == 0, done.stderr
+    assert "m3i-scale evaluate" not in done.stdout
+    assert "zero-shot-image-classification" in done.stdout
+    embedded = ["embed", out, *data, "--output", str(tmp_path / "features.npz")]
+    for command in (["evaluate", out, *data], embedded, ["compare", out, out, "--data", str(shards)]):
+        refused = forks.run(*command)
+        assert refused.returncode == 2
+        assert "zero-shot" in refused.stderr
+        assert "--task features" in refused.stderr
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_zero_shot_export_is_no_vision_model(folders: dict[str, Path], kind: str) -> None:
+    with pytest.raises(ExportError) as caught:
+        load_vision(folders[kind], "mean", torch.device("cpu"))
+    assert "zero-shot" in caught.value.what
+    assert "--task features" in (caught.value.fix or "")
 
 
 def captioned(inputs: dict[str, Tensor]) -> Batch:
@@ -233,6 +263,36 @@ def test_token_ids_are_those_of_the_tokenizer(folders: dict[str, Path]) -> None:
     assert caught.value.where == "text.tokenizer"
 
 
+def write_end_token(folder: Path, number: int) -> None:
+    """Give `z`, the highest id, and the end token each other's ids if `number` is 29, and name token 2 in config.json,
+    as published CLIP models do."""
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["eos_token_id"] = 2
+    (folder / "config.json").write_text(json.dumps(config))
+    parts = json.loads((folder / "tokenizer.json").read_text())
+    parts["model"]["vocab"] |= {"<eos>": number, "z": 32 - number}
+    next(token for token in parts["added_tokens"] if token["content"] == "<eos>")["id"] = number
+    parts["post_processor"]["special_tokens"]["<eos>"]["ids"] = [number]
+    (folder / "tokenizer.json").write_text(json.dumps(parts))
+
+
+@pytest.mark.parametrize("number", [3, 29])
+def test_an_end_token_that_transformers_looks_for_by_its_id_must_be_the_highest(
+    folders: dict[str, Path], number: int, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(folders["clip"], tmp_path / "clip")
+    write_end_token(folder, number)
+    text, tokenizer = run_of("clip", folder).text, find_tokenizer({}, str(folder))
+    assert tokenizer("a")["input_ids"][-1] == number
+    if number == 29:
+        assert with_token_ids(text, tokenizer) == text
+        return
+    with pytest.raises(ConfigError) as caught:
+        with_token_ids(text, tokenizer)
+    assert str(folder) in (caught.value.where or "")
+    assert caught.value.fix
+
+
 @pytest.mark.parametrize(
     ("kind", "overrides", "where"),
     [
@@ -304,6 +364,16 @@ def test_other_parts_start_random_and_are_named(folders: dict[str, Path]) -> Non
     plans = {part: open_plan() for part, _, open_plan in pretrained_plans(objective, run)}
     assert "heads.text.projection.weight" in plans["heads"].report["fresh"]
     assert plans["heads"].names == ["text.projection.weight"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_pooling_without_zero_shot_export_is_a_warning(folders: dict[str, Path], kind: str) -> None:
+    for overrides, count in (([], 0), (["recipe.decoders.pool.kind=mean_pool"], 1)):
+        run = run_of(kind, folders[kind], *overrides)
+        assert len(zero_shot_warnings(run, parse_recipe(run.recipe), 30)) == count
+    trained = ["text.from_pretrained=null", "text.max_tokens=77"]
+    run = run_of(kind, folders[kind], "recipe.decoders.pool.kind=mean_pool", *trained)
+    assert zero_shot_warnings(run, parse_recipe(run.recipe), 30) == []
 
 
 def test_mixed_parts_have_no_stock_model(folders: dict[str, Path], tmp_path: Path) -> None:

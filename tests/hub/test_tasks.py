@@ -118,6 +118,7 @@ def test_classifier(runs, tmp_path, same_process, kind, pool, loads_as):
 def test_dual_encoder_in_the_pipeline(runs, tmp_path, same_process, kind, pool):
     folder, objective = runs(kind, pool)
     export(folder, tmp_path / "out", wanted=ExportContents("zero_shot"))
+    assert "VisionTextDualEncoderModel` is not supported" in (tmp_path / "out" / "README.md").read_text()
     classify = pipeline("zero-shot-image-classification", str(tmp_path / "out"))
     labels = ["thing number 3", "cold things", "green"]
     picture = real_pictures(objective.student.image_size)["square"]

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 from forked import Forks
+from image_text_models import POSITIONS, write_model
 from shapes import write_run
 from tiny import tiny_start, tiny_teacher
 from transformers import BitImageProcessor
@@ -230,6 +231,24 @@ def test_of_a_model_of_the_hub_the_configuration_alone_is_read(shards: Path, tmp
     run_file = str(write_run(tmp_path, shards, "continue_images", "backbone.from_pretrained=someone/model"))
     assert places(run_file) == []
     assert set(asked) == {"*.json"}
+
+
+def test_a_frozen_clip_is_checked_before_its_text_encoder_is_trained(shards: Path, tmp_path: Path) -> None:
+    start = write_model("clip", tmp_path / "clip")
+    frozen = ["backbone.preset=null", "backbone.config={}", f"backbone.from_pretrained={start}"]
+    frozen += ["backbone.freeze=[all]", "data.augment.mean=[0.5,0.5,0.5]", "data.augment.std=[0.5,0.5,0.5]"]
+    run_file = str(write_run(tmp_path, shards, "clip", *frozen))
+    for pool, count in (("mean_pool", 1), ("class_token", 0)):
+        done = CliRunner().invoke(app, ["check", run_file, f"recipe.decoders.pool.kind={pool}", "--json"])
+        assert done.exit_code == 0, done.output
+        assert len([text for text in json.loads(done.stdout)["warnings"] if "zero_shot" in text]) == count
+    config = json.loads((start / "config.json").read_text())
+    config["text_config"]["eos_token_id"] = 2  # then transformers reads the token with the highest id, a letter
+    (start / "config.json").write_text(json.dumps(config))
+    text = [f"text.from_pretrained={start}", "text.config={}", f"text.max_tokens={POSITIONS}"]
+    text += ["recipe.targets.0.width=40"]
+    (place,) = places(run_file, *text)
+    assert place.startswith("text.from_pretrained")
 
 
 def test_the_commands(forks: Forks, tmp_path: Path) -> None:

@@ -244,10 +244,11 @@ def test_the_start_is_told_and_kept(tmp_path, capsys):
         **{"assumed": {"hidden_act": "gelu: a bare file"}, "normalisation": {"mean": [0.5] * 3, "std": [0.5] * 3}},
         "image_size": 32,
     }
-    print_start({"backbone": report}, run)
+    print_start({"backbone": report, "text": report}, run)
     told = " ".join(capsys.readouterr().err.split())
     for part in (
-        "/data/vit (timm, files: 1)",
+        "backbone: /data/vit (timm, files: 1)",
+        "text: /data/vit (timm, files: 1)",
         "7 tensors, 1,234 parameters",
         "positions: (1, 17, 64) → (1, 65, 64)",
         "2 × no bias of keys",
@@ -255,4 +256,4 @@ def test_the_start_is_told_and_kept(tmp_path, capsys):
         "hidden_act = gelu: a bare file",
     ):
         assert part in told, part
-    assert json.loads((tmp_path / "start.json").read_text()) == {"backbone": report}
+    assert json.loads((tmp_path / "start.json").read_text()) == {"backbone": report, "text": report}

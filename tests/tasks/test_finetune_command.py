@@ -82,7 +82,10 @@ def test_a_dry_run_tells_all_and_starts_nothing(start: Path, data: Path, forks: 
     assert told["memory_gib"] > 0
     assert told["gpu_hours"] > 0
     assert not output.exists()
-    text = forks.run(*(item for item in command(start, data, output, *fields) if item != "--json"), env=environment())
+    assert "warning: optim.lr" in done.stderr  # it is that of another batch size
+    plain = [item for item in command(start, data, output, *fields, "optim.lr=1e-3") if item != "--json"]
+    text = forks.run(*plain, env=environment())
+    assert "warning" not in text.stderr
     assert "83.664" in text.stdout
     assert "deviation" in text.stdout
 
@@ -337,6 +340,17 @@ def test_the_rate_follows_the_width_of_the_backbone_where_the_protocol_says_so(
     assert any("optim.lr" in text for text in given.facts()["deviations"])
     published = prepared(start, data, output, "backbone.config.image_size=32", protocol="in1k_finetune_b")
     assert published.run.optim.lr == load_run("in1k_finetune_b").optim.lr
+
+
+def test_a_deviation_about_the_published_epochs_needs_as_many_steps(start: Path, data: Path, tmp_path: Path) -> None:
+    fields = [f"output_dir={tmp_path / 'out'}", "backbone.config.image_size=32", "deepspeed=zero1_cpu_fp32"]
+    fields += ["optim.batch_size=8", "optim.micro_batch_size=8"]
+    published = load_run("in1k_linear_mae")
+    assert published.protocol is not None
+    for steps in (published.optim.steps, 6):
+        facts = prepared(start, data, *fields, f"optim.steps={steps}", protocol="in1k_linear_mae").facts()
+        left_out = [text for text in published.protocol.deviations if text not in facts["deviations"]]
+        assert ["published 7020" in text for text in left_out] == ([True] if steps == 6 else [])
 
 
 def test_other_words_about_a_protocol_are_the_same_run(
