@@ -23,7 +23,7 @@ import typer
 from _common import emit, in_turn, machine, say
 from PIL import Image
 from timm.data import create_dataset, create_loader
-from transformers import AutoImageProcessor, AutoModel, ViTConfig, ViTImageProcessor, ViTModel
+from transformers import ViTConfig, ViTImageProcessor, ViTModel
 
 from m3i_scale.evaluation.embed import embed
 from m3i_scale.evaluation.encoding import visible_devices
@@ -78,7 +78,7 @@ def _make_images(folder: Path, count: int) -> None:
 @torch.inference_mode()
 def _transformers(weights: Path, data: Path, batch: int) -> np.ndarray:
     device = visible_devices()[0]
-    processor, model = AutoImageProcessor.from_pretrained(weights), AutoModel.from_pretrained(weights)
+    processor, model = ViTImageProcessor.from_pretrained(weights), ViTModel.from_pretrained(weights)
     model.to(device).eval()
     files, parts = sorted(data.rglob("*.jpg")), []
     for start in range(0, len(files), batch):

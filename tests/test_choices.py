@@ -9,7 +9,7 @@ import typer
 from m3i_scale.checkpoint_tools.consolidate import Dtype, Which
 from m3i_scale.cli import app
 from m3i_scale.evaluation.commands import Baseline
-from m3i_scale.evaluation.embed import Dtype as EmbedDtype
+from m3i_scale.evaluation.encoding import Dtype as EvaluationDtype
 from m3i_scale.evaluation.features import Pool
 from m3i_scale.evaluation.job import MEASURES
 from m3i_scale.evaluation.trained_model import MODELS
@@ -34,7 +34,7 @@ ACCEPTED = {
     "--weights": get_args(Which),
     "--with": LAUNCHERS,
 }
-OF_COMMAND = {("embed", "--dtype"): get_args(EmbedDtype)}
+OF_COMMAND = {(command, "--dtype"): get_args(EvaluationDtype) for command in ("embed", "evaluate", "compare")}
 """Options of a command with other values than elsewhere."""
 
 

@@ -106,15 +106,12 @@ def loaded_batches(samples: ShardSamples | ImageFiles, compute: Compute) -> Iter
     """
     count, size = len(samples), compute.batch_size
     batches = [range(start, min(start + size, count)) for start in range(0, count, size)]
-    workers = (
-        min(compute.num_workers, len(batches)) if len(batches) > 1 else 0
-    )  # to fork for a single batch takes longer
+    workers = min(compute.num_workers, len(batches)) if len(batches) > 1 else 0  # a fork takes longer than one batch
     watch = DeathWatch()
     loader = DataLoader(
         BatchDataset(samples),
         sampler=batches,
         batch_size=None,
-        collate_fn=_unchanged,
         num_workers=workers,
         multiprocessing_context=START_METHOD if workers else None,
         prefetch_factor=PREFETCH_BATCHES if workers else None,
@@ -142,7 +139,3 @@ def _received(iterator: Iterator[DecodedBatch], watch: DeathWatch) -> Iterator[D
         if batch.error is not None:
             raise batch.error
         yield batch
-
-
-def _unchanged(batch: DecodedBatch) -> DecodedBatch:
-    return batch
