@@ -19,7 +19,7 @@ from deepspeed.runtime.zero import stage3, stage_1_and_2
 from torch import Tensor
 
 
-class ForeachBF16Optimizer(BF16_Optimizer):
+class ForeachBF16Optimizer(BF16_Optimizer):  # type: ignore[misc]  # DeepSpeed has no types
     """DeepSpeed's optimizer of ZeRO-1 in bf16, with one call for the gradients of all parameters instead of one each.
 
     The fp32 sums of a step are those of DeepSpeed, except for the sign of zeros. They are not cleared after a step: the
