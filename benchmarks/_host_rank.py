@@ -19,6 +19,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from m3i_scale.config import load_run
 from m3i_scale.data.batch import synthetic_batch
 from m3i_scale.engine.deepspeed.resolve import load_ds_config
+from m3i_scale.engine.engine import take_step
 from m3i_scale.objective.ranks import ProcessGroupRanks
 from m3i_scale.objective.recipe import parse_recipe
 from m3i_scale.run.setup import ResolvedRun, resolve_engine, start_engine
@@ -94,7 +95,7 @@ def measure(file: Path, ranks: int, steps: int) -> dict[str, float]:
         times.append(time.process_time())
         engine.backward(loss)
         times.append(time.process_time())
-        engine.step()
+        take_step(engine)
         times.append(time.process_time())
         ema.update(1.0)
         times.append(time.process_time())

@@ -1,8 +1,6 @@
 """The DeepSpeed engine: start it on a (partitioned) module, load weights into its parameters, and take steps.
 
-A step after an overflow in fp16 is skipped. Gradients are clipped without a host-device synchronization. Two helpers of
-DeepSpeed (`deepspeed/runtime/utils.py`) synchronize in every step: one copies a constant from pageable memory, the
-other reads back whether the norm is above the bound. The replacements below compute bit-identical values on the device.
+A step after an overflow in fp16 is skipped.
 """
 
 from __future__ import annotations
@@ -10,15 +8,14 @@ from __future__ import annotations
 import contextlib
 import logging
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 from unittest import mock
 
 import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
-from deepspeed.runtime import bf16_optimizer, utils
-from deepspeed.runtime.zero import stage3, stage_1_and_2
+from deepspeed.runtime import bf16_optimizer
 from deepspeed.utils import set_z3_leaf_module
 from torch import Tensor, nn
 
@@ -28,6 +25,7 @@ from m3i_scale.engine.agree import from_rank_0, raise_together
 from m3i_scale.engine.deepspeed.rules import optimizer_class
 from m3i_scale.engine.engine_state import count_micro_batches, scale_by_trust_ratio
 from m3i_scale.engine.extensions import awaited_build
+from m3i_scale.engine.gradients import ForeachBF16Optimizer, clipping_on_device
 from m3i_scale.engine.parameter_groups import parameter_groups
 from m3i_scale.engine.partition import construct, full_shape, gathered, gradients_by_parameter, order_gathers
 from m3i_scale.errors import UserError
@@ -113,7 +111,8 @@ def build_engine(
     groups = parameter_groups(module, weight_decay, lr_scales(module), full_shape, decay_tokens=decay_tokens)
     # The BF16 optimizer prints its memory twice for every parameter group: 100 lines with layer-wise LR decay.
     quiet = mock.patch.object(bf16_optimizer, "see_memory_usage")
-    with gradients_by_parameter(), free_memory_of_torch(), quiet:
+    foreach = mock.patch.object(deepspeed.runtime.engine, "BF16_Optimizer", ForeachBF16Optimizer)
+    with gradients_by_parameter(), free_memory_of_torch(), quiet, foreach:
         engine, _, _, _ = deepspeed.initialize(model=module, model_parameters=groups, config=ds_config)
     keep_gradients_until_reduced(engine.optimizer)
     if trust_coefficient is not None:
@@ -186,7 +185,7 @@ def take_step(engine: Any) -> None:
     """Call `engine.step()` and order later weight gathers after it. An fp16 overflow skips the optimizer and halves the
     loss scale."""
     try:
-        with _clipping_on_device():
+        with clipping_on_device():
             engine.step()
     except Exception as error:  # DeepSpeed raises nothing narrower
         if _AT_MINIMUM not in str(error):
@@ -219,41 +218,3 @@ def spread_nonfinite(loss: Tensor) -> Tensor:
     norm, so all ranks skip such steps. This needs no device synchronization.
     """
     return loss * (1 + 0 * loss.detach())  # 0 times inf or NaN is NaN
-
-
-def mark_invalid_norm(norm: Tensor, device: Any = None, val: float = -1.0) -> None:
-    """Replace a NaN or infinite norm by `val` in place, as DeepSpeed's `mask_nan_or_inf_with_val_inplace`."""
-    norm.masked_fill_(~norm.isfinite(), val)
-
-
-def clip_by_norm(
-    input_tensors: Iterable[Tensor],
-    max_norm: float = 1.0,
-    global_norm: Any = None,
-    mpu: Any = None,
-    eps: float = 1e-6,
-) -> Any:
-    """Scale tensors in place to a global norm of at most `max_norm`, as DeepSpeed's `clip_tensors_by_global_norm`;
-    return the norm before clipping. Below the bound DeepSpeed skips the multiplication; this multiplies by 1, which
-    changes no bit."""
-    tensors = [tensor.detach() for tensor in input_tensors]
-    if global_norm is None:
-        global_norm = utils.get_global_norm_of_tensors(tensors, mpu=mpu)
-    factor = torch.as_tensor(max_norm / (global_norm + eps))
-    torch._foreach_mul_(tensors, factor.masked_fill(~(factor < 1), 1.0))
-    return global_norm
-
-
-_REPLACEMENTS = {"mask_nan_or_inf_with_val_inplace": mark_invalid_norm, "clip_tensors_by_global_norm": clip_by_norm}
-
-
-@contextlib.contextmanager
-def _clipping_on_device() -> Iterator[None]:
-    """Make DeepSpeed optimizers that step inside use the replacements. A helper that the DeepSpeed version lacks is not
-    replaced."""
-    with contextlib.ExitStack() as stack:
-        for module in (utils, bf16_optimizer, stage_1_and_2, stage3):
-            for name, replacement in _REPLACEMENTS.items():
-                if hasattr(module, name):
-                    stack.enter_context(mock.patch.object(module, name, replacement))
-        yield

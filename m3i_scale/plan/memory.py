@@ -77,8 +77,6 @@ def memory_of(parameters: tuple[Parameter, ...], trace: Trace, settings: Setting
     fresh = device + host if settings.on_host else +device
     states = host if settings.optimizer_on_host else device
     states[OPTIMIZER] += 2 * settings.state_bytes * sum(_shards(parameters, settings))
-    if settings.bf16_optimizer:  # 16-bit gradients are zeroed, not freed
-        device[GRADIENTS] += numel_of(parameters, "trained") * settings.parameter_bytes
     if settings.snapshot is not None:
         copies = snapshot_sizes(parameters, settings)
         host[SNAPSHOT] += sum(copies if settings.on_host else plan_pools(copies)[0])
@@ -219,6 +217,11 @@ def _unpartitioned(parameters: tuple[Parameter, ...], trace: Trace, settings: Se
     if settings.bf16_optimizer:
         copies = [_copies_of_sent(groups, settings) for groups in sent_together(parameters, settings)]
         moments = {"forward": most, "reduce": Parts({BUCKETS: max(copies)})}
+        made = 0
+        for place, moment in trace.gradients:  # freed after the backward pass
+            made += parameters[place].numel * settings.parameter_bytes
+            parts = Parts({ACTIVATIONS: trace.live[moment], GRADIENTS: made})
+            moments["backward"] = max(moments.get("backward", parts), parts, key=Parts.total)
     else:
         moments = _zero_optimizer(parameters, trace, settings, most)
     if settings.on_host and settings.world > 1:  # gloo gathers into a separate buffer

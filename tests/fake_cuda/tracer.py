@@ -103,7 +103,7 @@ class _Operations(TorchDispatchMode):
         if name in ("aten::_to_copy", "aten::copy_") and on_device[-1] != is_on_device(results[0]):
             self._copy(inputs[-1], results[0], _is_non_blocking(name, args, kwargs), new=name == "aten::_to_copy")
         elif any(on_device) or any(is_on_device(tensor) for tensor in results):
-            machine.kernels += 1
+            machine.kernels += _launches(name, args)
             if self._memory:
                 self._run(func, args, kwargs, results)
         elif self._memory:
@@ -193,6 +193,12 @@ class _Operations(TorchDispatchMode):
 
 def _is_non_blocking(name: str, args: Any, kwargs: Any) -> bool:
     return bool(kwargs.get("non_blocking") or (name == "aten::copy_" and args[2:3] == (True,)))
+
+
+def _launches(name: str, args: Any) -> int:
+    """Return the number of kernels. Lists of tensors share one, unless dtypes differ: then only copies do."""
+    listed = name.startswith("aten::_foreach_") and name != "aten::_foreach_copy_"
+    return len(args[0]) if listed and len({tensor.dtype for tensor in leaves(args)}) > 1 else 1
 
 
 def _accesses(func: Any, args: Any, kwargs: Any, results: Sequence[Tensor]) -> Iterator[tuple[Tensor, bool]]:

@@ -1,6 +1,7 @@
-"""Ranks that clip gradients under ZeRO-1 in bf16: `python clipping_engine.py FOLDER`.
+"""Ranks that add up and clip gradients under ZeRO-1 in bf16: `python clipping_engine.py FOLDER`.
 
-The same steps are taken twice, by DeepSpeed alone and by `take_step`; every rank writes what came of them.
+The same steps of several micro-batches are taken twice, by DeepSpeed alone and by an engine of ours; every rank writes
+what came of them.
 """
 
 from __future__ import annotations
@@ -8,22 +9,46 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.utils import safe_get_full_grad
 from plain_engine import GLOBAL_BATCH, Small, config_of
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from m3i_scale.engine.engine import take_step
+from m3i_scale.engine.engine import build_engine, take_step
 from m3i_scale.engine.engine_state import pieces
+from m3i_scale.engine.parameter_groups import parameter_groups
 
-BOUNDS = (1e-3, 1e3)
-"""All of the steps are clipped, or none is."""
-STEPS, NOT_FINITE = 4, 2
+BOUNDS = (1e-3, 1e3, 0.0)
+"""All of the steps are clipped, none is, or clipping is off."""
+STEPS, NOT_FINITE, MICRO_BATCHES = 5, 2, 3
+USED = {0: {1}, 1: {0, 2}, NOT_FINITE: {0, 1, 2}, 4: {2}}
+"""Micro-batches by step in which a part of the model has gradients. It has none in the step after the bad one."""
+
+
+class Parts(Small):
+    """With a part that few micro-batches use, and a frozen one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rare = nn.Linear(7, 33)
+        self.frozen = nn.Linear(33, 33).requires_grad_(False)
+
+    def forward(self, x: Tensor, uses_rare: bool) -> Tensor:
+        hidden = torch.tanh(self.embed(x)) + (self.rare(x) if uses_rare else 0)
+        return self.scale * self.head(self.norm(self.frozen(hidden))).square().mean()
+
+
+def fill(module: nn.Module) -> None:
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
 
 
 class Reads(TorchDispatchMode):
@@ -36,30 +61,49 @@ class Reads(TorchDispatchMode):
         return operator(*args, **(kwargs or {}))
 
 
-def train(step: Callable[[Any], None], bound: float) -> dict[str, Any]:
-    torch.manual_seed(1)
-    module = Small()
-    more = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}, "gradient_clipping": bound}
-    engine, *_ = deepspeed.initialize(model=module, model_parameters=module.parameters(), config=config_of(1, **more))
+def start(ours: bool, bound: float) -> Any:
+    config = config_of(1, bf16={"enabled": True}, data_types={"grad_accum_dtype": "fp32"}, gradient_clipping=bound)
+    config["train_batch_size"] *= MICRO_BATCHES
+    if ours:
+        return build_engine(Parts, fill, config, weight_decay=0.1)
+    module = Parts()
+    fill(module)
+    engine, *_ = deepspeed.initialize(model=module, model_parameters=parameter_groups(module, 0.1), config=config)
+    return engine
+
+
+def train(ours: bool, bound: float) -> dict[str, Any]:
+    engine = start(ours, bound)
     share = GLOBAL_BATCH // dist.get_world_size()
-    norms, applied, reads = [], [], []
+    named = dict(engine.module.named_parameters())
+    frozen = named["frozen.weight"].clone()
+    told: dict[str, Any] = {"norms": [], "applied": [], "reads": [], "gradients": [], "freed": []}
     for number in range(STEPS):
-        batch = torch.randn(GLOBAL_BATCH, 7, generator=torch.Generator().manual_seed(number)).bfloat16()
-        loss = engine(batch[dist.get_rank() * share :][:share])
-        engine.backward(loss * (torch.nan if number == NOT_FINITE else 1.0))
+        for part in range(MICRO_BATCHES):
+            generator = torch.Generator().manual_seed(MICRO_BATCHES * number + part)
+            batch = torch.randn(GLOBAL_BATCH, 7, generator=generator).bfloat16()
+            loss = engine(batch[dist.get_rank() * share :][:share], part in USED.get(number, ()))
+            engine.backward(loss * (torch.nan if (number, part) == (NOT_FINITE, 1) else 1.0))
+            told["freed"].append(all(parameter.grad is None for parameter in named.values()))
+            if part + 1 < MICRO_BATCHES:
+                engine.step()
+        if number != NOT_FINITE:
+            gradients = {name: safe_get_full_grad(p) for name, p in named.items() if p.requires_grad}
+            told["gradients"].append({name: gradient.tolist() for name, gradient in gradients.items()})
         with Reads() as counted:
-            step(engine)
-        norms.append(float(engine.get_global_grad_norm()))
-        applied.append(engine.was_step_applied())
-        reads.append(counted.count)
-    weights = {piece.name: piece.tensors["weight"].tolist() for piece in pieces(engine)}
-    return {"norms": norms, "applied": applied, "reads": reads, "weights": weights}
+            take_step(engine) if ours else engine.step()
+        told["norms"].append(float(engine.get_global_grad_norm()))
+        told["applied"].append(engine.was_step_applied())
+        told["reads"].append(counted.count)
+    for kind in ("weight", "exp_avg", "exp_avg_sq"):
+        told[kind] = {piece.name: piece.tensors[kind].tolist() for piece in pieces(engine)}
+    return told | {"frozen_moved": not torch.equal(named["frozen.weight"], frozen)}
 
 
 def main() -> None:
     deepspeed.init_distributed("gloo")
     told = {
-        str(bound): {"deepspeed": train(lambda engine: engine.step(), bound), "ours": train(take_step, bound)}
+        str(bound): {"deepspeed": train(ours=False, bound=bound), "ours": train(ours=True, bound=bound)}
         for bound in BOUNDS
     }
     (Path(sys.argv[1]) / f"{dist.get_world_size()}-{dist.get_rank()}.json").write_text(json.dumps(told))

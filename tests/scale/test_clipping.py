@@ -1,4 +1,4 @@
-"""Gradients are clipped as DeepSpeed clips them, bit by bit, and the host reads nothing back but the norm."""
+"""Gradients are added up and clipped as DeepSpeed does it, bit by bit, and the host reads nothing back but the norm."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from clipping_engine import BOUNDS, NOT_FINITE, STEPS
+from clipping_engine import BOUNDS, MICRO_BATCHES, NOT_FINITE, STEPS
 from deepspeed.runtime import utils
 from launch import TESTS, start_ranks
 from torch import Tensor
 
-from m3i_scale.engine.engine import clip_by_norm, mark_invalid_norm
+from m3i_scale.engine.gradients import clip_by_norm, mark_invalid_norm, norm_of_all
 
 pytestmark = pytest.mark.slow
 
@@ -60,9 +60,17 @@ def test_an_invalid_norm_is_marked_as_deepspeed_marks_it(norm: float) -> None:
     assert torch.equal(marked, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("last", [0.0, math.inf, math.nan])
+def test_the_norm_is_that_of_deepspeed(dtype: torch.dtype, last: float) -> None:
+    tensors = [*gradients(dtype)[:4], torch.tensor([last], dtype=dtype)]
+    assert torch.equal(norm_of_all(tensors), utils.get_global_norm_of_tensors(tensors))
+
+
 def test_nothing_is_read_back() -> None:
     """A tensor of the meta device has no value to be read."""
     tensors, norm = [torch.empty(3, device="meta")], torch.empty((), device="meta")
+    norm_of_all(tensors)
     mark_invalid_norm(norm)
     assert clip_by_norm(tensors, global_norm=norm) is norm
 
@@ -85,11 +93,24 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, int], Any]
 @pytest.mark.parametrize("bound", BOUNDS)
 def test_an_engine_takes_the_steps_of_deepspeed_with_one_wait(told: Any, rank: tuple[int, int], bound: float) -> None:
     theirs, ours = told[rank][str(bound)]["deepspeed"], told[rank][str(bound)]["ours"]
-    assert ours["weights"] == theirs["weights"]
-    assert ours["norms"] == theirs["norms"]
+    for what in ("gradients", "norms", "weight", "exp_avg", "exp_avg_sq", "frozen_moved"):
+        assert ours[what] == theirs[what], what
+    assert not ours["frozen_moved"]
     assert ours["applied"] == theirs["applied"] == [number != NOT_FINITE for number in range(STEPS)]
     assert ours["reads"] == [1] * STEPS
-    assert theirs["reads"][0] == 2  # else there is nothing left to replace
+    if bound:
+        assert theirs["reads"][0] == 2  # else there is nothing left to replace
+
+
+@pytest.mark.parametrize("rank", [(1, 0), (2, 0), (2, 1)])
+def test_gradients_are_freed_with_every_backward_pass(told: Any, rank: tuple[int, int]) -> None:
+    assert told[rank][str(BOUNDS[0])]["ours"]["freed"] == [True] * STEPS * MICRO_BATCHES
+
+
+@pytest.mark.parametrize("rank", [(1, 0), (2, 0), (2, 1)])
+def test_a_parameter_without_a_gradient_in_a_step_keeps_none_of_the_last_step(told: Any, rank: tuple[int, int]) -> None:
+    steps = [gradients["rare.bias"] for gradients in told[rank][str(BOUNDS[1])]["ours"]["gradients"]]
+    assert [any(gradient) for gradient in steps] == [True, True, False, True]
 
 
 @pytest.mark.parametrize("bound", BOUNDS)
