@@ -54,7 +54,14 @@ def main(
         for count in threads:
             torch.set_num_threads(count)
             sides: dict[str, Callable[[], object]] = {
-                "ours": lambda count=count: embed(weights, str(data), batch_size=batch, num_workers=count),
+                "ours": lambda count=count: embed(
+                    weights,
+                    str(data),
+                    batch_size=batch,
+                    num_workers=count,
+                    dtype="float32",
+                    devices=visible_devices()[:1],
+                ),
                 "transformers": lambda: _transformers(weights, data, batch),
                 "timm": lambda count=count: _timm(model, data, batch, count),
             }

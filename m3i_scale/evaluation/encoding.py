@@ -23,6 +23,8 @@ _AT_ONCE_ON_GPU = 2
 """Batches in progress on a GPU: while one computes, the host copies and launches the next."""
 _AT_ONCE_ON_CPU = 4
 """Maximum number of batches in progress on the CPU; limits the memory."""
+_MAX_WORKERS = 16
+"""Default workers per device; limits the shared memory for their batches."""
 Model = TypeVar("Model")
 T = TypeVar("T")
 R = TypeVar("R")
@@ -46,11 +48,6 @@ class Compute:
         """Return the name of the dtype, e.g. `bfloat16`."""
         return str(self.dtype).removeprefix("torch.")
 
-    @property
-    def pin(self) -> bool:
-        """Return whether images are copied to a GPU, from pinned memory."""
-        return self.devices[0].type != "cpu"
-
 
 def compute_of(
     devices: Sequence[torch.device] | str = "auto",
@@ -64,18 +61,19 @@ def compute_of(
         devices: devices, or the name of one; `auto`: all visible GPUs, or the CPU.
         dtype: auto: bfloat16 on GPUs that support it, otherwise float32.
         batch_size: None: `BATCH_SIZE`.
-        num_workers: None: one per usable core.
+        num_workers: None: one per usable core, at most `_MAX_WORKERS` per device.
     """
     batch_size = BATCH_SIZE if batch_size is None else batch_size
-    num_workers = usable_cores() if num_workers is None else num_workers
     if batch_size < 1:
         raise ConfigError(f"the batch size must be ≥ 1, got {batch_size}", where="--batch-size", fix="--batch-size 64")
-    if num_workers < 0:
+    if num_workers is not None and num_workers < 0:
         raise ConfigError(
             f"the number of workers must be ≥ 0, got {num_workers}", where="--num-workers", fix="leave it out"
         )
     if isinstance(devices, str):
         devices = visible_devices() if devices == "auto" else [device_of(devices)]
+    if num_workers is None:
+        num_workers = min(usable_cores(), _MAX_WORKERS * len(devices))
     return Compute(tuple(devices), _dtype_of(dtype, devices[0]), batch_size, num_workers)
 
 
@@ -88,7 +86,7 @@ def device_of(name: str) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(
-            f"device '{name}' is not available: {str(error).splitlines()[0]}", fix="use --device cpu"
+            f"device '{name}' is not available: {str(error).splitlines()[0]}", where="--device", fix="use --device cpu"
         ) from None
     return device
 
@@ -109,7 +107,7 @@ def _dtype_of(dtype: str, device: torch.device) -> torch.dtype:
     if dtype not in get_args(Dtype):
         raise ConfigError(f"no dtype '{dtype}'", where="--dtype", fix=did_you_mean(dtype, get_args(Dtype)))
     if dtype == "bfloat16" and not get_accelerator().is_bf16_supported():
-        raise ConfigError("this device does not compute in bfloat16", where="--dtype", fix="--dtype float32")
+        raise ConfigError(f"--dtype must be float32 on {device}, got bfloat16", where="--dtype", fix="--dtype float32")
     if dtype == "auto":
         return torch.bfloat16 if device.type != "cpu" and has_fast_bf16() else torch.float32
     return torch.bfloat16 if dtype == "bfloat16" else torch.float32
@@ -133,7 +131,7 @@ def encoded(
     Raises:
         UserError: a device has too little memory for a batch.
     """
-    on_cpu, cores = not compute.pin, torch.get_num_threads()
+    on_cpu, cores = compute.devices[0].type == "cpu", torch.get_num_threads()
     at_once = max(min(cores // len(replicas), _AT_ONCE_ON_CPU), 1) if on_cpu else _AT_ONCE_ON_GPU
     free: queue.SimpleQueue[tuple[torch.device, Model]] = queue.SimpleQueue()
     for _ in range(at_once):
@@ -149,7 +147,8 @@ def encoded(
         device, model = free.get()  # never waits: there are as many places as threads
         try:
             with _settings(device, compute):
-                return encode(model, batch[0].to(device, non_blocking=True), batch[1])
+                images_BCHW = batch[0] if on_cpu else batch[0].pin_memory().to(device, non_blocking=True)
+                return encode(model, images_BCHW, batch[1])
         finally:
             free.put((device, model))
 

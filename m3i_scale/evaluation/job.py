@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -75,7 +76,10 @@ def read_side(
 
     def encode(encoders: Encoders, images_BCHW: Tensor, batch: _Batch) -> _EncodedBatch:
         model_BD, tokens_BLD = encoders.vision.encode(images_BCHW)
-        features = {"model": model_BD} | {name: encode(images_BCHW) for name, encode in encoders.others.items()}
+        # In bfloat16, classes of similar logits and similar images of the joint space would be equal.
+        with torch.autocast(images_BCHW.device.type, enabled=False):
+            others = {name: encode(images_BCHW) for name, encode in encoders.others.items()}
+        features = {"model": model_BD, **others}
         patches = SampledPatches()
         if dense:
             of_pixels = images_BCHW if "pixels" in encoders.others else None
@@ -189,6 +193,8 @@ def measure_all(
                 figures[name], statistics[name] = _with_text(name, job)
         except NotMeasuredError as reason:
             absent[name] = str(reason)
+        except torch.OutOfMemoryError:
+            absent[name] = f"the features do not fit into the memory of {job.test.device}; use --device cpu"
     return figures, absent, statistics
 
 

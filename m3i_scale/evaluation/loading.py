@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -31,10 +31,6 @@ class DecodedBatch:
     """uint8 images of the usable samples, in their order."""
     error: UserError | None = None
     """Error that ends the reading. It is passed as a value, because an exception of a worker would lose its fields."""
-
-    def pin_memory(self) -> DecodedBatch:
-        """Return the batch with its images in pinned memory; called by the DataLoader."""
-        return replace(self, images_BCHW=self.images_BCHW.pin_memory())
 
 
 class BatchDataset(Dataset[DecodedBatch]):
@@ -72,6 +68,10 @@ class ShardSamples:
         """Read and decode a sample. Raise DataError if its shard cannot be read."""
         return self._decoder(self._reader.read(self._reader.place(number)))
 
+    def close(self) -> None:
+        """Close all shards that this process has read."""
+        self._reader.close()
+
 
 class ImageFiles:
     """Images of a folder, decoded, by their number.
@@ -91,6 +91,9 @@ class ImageFiles:
         """Read and decode an image."""
         name, label = self._files[number]
         return decode_file(self._folder / name, name, label, self._image_size)
+
+    def close(self) -> None:
+        """Do nothing: files are closed after each read."""
 
 
 @contextmanager
@@ -115,7 +118,6 @@ def loaded_batches(samples: ShardSamples | ImageFiles, compute: Compute) -> Iter
         num_workers=workers,
         multiprocessing_context=START_METHOD if workers else None,
         prefetch_factor=PREFETCH_BATCHES if workers else None,
-        pin_memory=compute.pin,
         generator=torch.Generator(),  # otherwise the loader would advance the generator of the caller
     )
     with watch.starting():
@@ -124,6 +126,7 @@ def loaded_batches(samples: ShardSamples | ImageFiles, compute: Compute) -> Iter
         yield _received(iterator, watch)
     finally:
         watch.stop(iterator)
+        samples.close()
 
 
 def _received(iterator: Iterator[DecodedBatch], watch: DeathWatch) -> Iterator[DecodedBatch]:

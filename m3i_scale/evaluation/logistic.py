@@ -34,7 +34,7 @@ class LogisticRegression:
 
     def __init__(self, features_ND: NDArray[np.float32], labels_N: NDArray[np.int64], device: torch.device) -> None:
         self._classes, targets_N = np.unique(labels_N, return_inverse=True)
-        features = torch.from_numpy(features_ND).to(device)
+        features = torch.from_numpy(features_ND).to(device, copy=True)  # standardized in place
         self._mean_D, std_D = features.mean(dim=0), features.std(dim=0, correction=0)
         # A constant feature has rounding noise in place of a deviation.
         self._std_D = torch.where(std_D > 1e-6 * self._mean_D.abs(), std_D, torch.ones_like(std_D))
@@ -70,13 +70,14 @@ class LogisticRegression:
     def predict(self, features_MD: NDArray[np.float32]) -> NDArray[np.int64]:
         """Return the most likely classes (M)."""
         parts = [
-            self._logits(self._standardized(part_BD.to(self._mean_D.device))).argmax(dim=1).cpu().numpy()
+            self._logits(self._standardized(part_BD.to(self._mean_D.device, copy=True))).argmax(dim=1).cpu().numpy()
             for part_BD in torch.split(torch.from_numpy(features_MD), _ROWS)
         ]
         return np.asarray(self._classes[np.concatenate(parts)], dtype=np.int64)
 
     def _standardized(self, features_BD: Tensor) -> Tensor:
-        return (features_BD - self._mean_D).div_(self._std_D)
+        """Standardize in place."""
+        return features_BD.sub_(self._mean_D).div_(self._std_D)
 
     def _logits(self, features_BD: Tensor) -> Tensor:
         weights_RE = self.weights.float()
