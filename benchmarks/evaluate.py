@@ -54,14 +54,7 @@ def main(
         for count in threads:
             torch.set_num_threads(count)
             sides: dict[str, Callable[[], object]] = {
-                "ours": lambda count=count: embed(
-                    weights,
-                    str(data),
-                    batch_size=batch,
-                    num_workers=count,
-                    dtype="float32",
-                    devices=visible_devices()[:1],
-                ),
+                "ours": lambda count=count: _ours(weights, data, batch, count),
                 "transformers": lambda: _transformers(weights, data, batch),
                 "timm": lambda count=count: _timm(model, data, batch, count),
             }
@@ -80,6 +73,11 @@ def _make_images(folder: Path, count: int) -> None:
     for number in range(count):
         coarse = Image.fromarray(generator.integers(0, 256, (24, 32, 3), dtype=np.uint8))
         coarse.resize((500, 375), Image.Resampling.BICUBIC).save(folder / f"class/{number:05d}.jpg", quality=90)
+
+
+def _ours(weights: Path, data: Path, batch: int, workers: int) -> None:
+    device = visible_devices()[:1]
+    embed(weights, str(data), batch_size=batch, num_workers=workers, dtype="float32", devices=device)
 
 
 @torch.inference_mode()

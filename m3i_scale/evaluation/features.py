@@ -147,7 +147,7 @@ def load_vision(folder: Path, pool: Pool, device: torch.device) -> VisionModel:
         )
     if getattr(model.config, "text_config", None) is not None:
         raise ExportError(
-            f"the folder must have a vision model, got a zero-shot export: a {model.config.model_type} with text",
+            f"the folder must have a vision model, got a zero-shot model: a {model.config.model_type} with text",
             where=str(folder),
             fix="use a folder of `export --task features`; this one is for the pipeline zero-shot-image-classification",
         )
