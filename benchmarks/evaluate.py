@@ -1,4 +1,4 @@
-"""Images a second of `m3i-scale embed` beside a plain `transformers` loop and timm's inference loop, in turn.
+"""Measure the throughput of `m3i-scale embed`, a plain `transformers` loop and timm's inference loop, in turn.
 
 All sides read the same folder of JPEG files, crop them to 224 pixels and compute the features of a ViT of the same
 shape with random weights, in fp32. The `transformers` loop is that of its documentation: open the images of a batch,

@@ -60,7 +60,7 @@ class ForeachBF16Optimizer(BF16_Optimizer):  # type: ignore[misc]  # DeepSpeed h
             (torch._foreach_copy_ if first else torch._foreach_add_)(sums, gradients)
 
     def clear_hp_grads(self) -> None:
-        """Mark the sums as those of a finished step."""
+        """Let the next micro-batch overwrite the sums. DeepSpeed calls this after a step."""
         self.fp32_groups_has_gradients = [[False] * len(group) for group in self.bf16_groups]
 
     def get_grads_for_norm(self, for_clipping: bool = False) -> Any:

@@ -144,7 +144,7 @@ def encoded(
             torch.set_num_threads(max(cores // threads, 1))
 
     def encode_one(batch: tuple[Tensor, T]) -> R:
-        device, model = free.get()  # never waits: there are as many places as threads
+        device, model = free.get()  # does not block: the queue has one entry per thread
         try:
             with _settings(device, compute):
                 images_BCHW = batch[0] if on_cpu else batch[0].pin_memory().to(device, non_blocking=True)

@@ -47,7 +47,7 @@ class VisionModel:
     """Input size in pixels."""
     pool: Pool
     pixel_norm: PixelNorm | None = None
-    """Does what the processor does to images of the right size; None: only the processor can do it."""
+    """Module with the same result as the processor for images of the right size; None: there is none."""
 
     @property
     def device(self) -> torch.device:

@@ -125,7 +125,7 @@ class Job:
 
     vision: VisionModel
     dtype: str
-    """Of the features, e.g. `bfloat16`."""
+    """Data type that the features were computed in, e.g. `bfloat16`."""
     train: Side | None
     test: Side
     clusters: Clusters

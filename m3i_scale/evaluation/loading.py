@@ -34,7 +34,7 @@ class DecodedBatch:
 
 
 class BatchDataset(Dataset[DecodedBatch]):
-    """Dataset whose index is the range of the samples of a batch. `decode` returns a sample by its number."""
+    """Dataset of batches. The index of a batch is the range of its sample numbers; `decode` returns one sample."""
 
     def __init__(self, decode: Callable[[int], DecodedSample]) -> None:
         self._decode = decode

@@ -123,7 +123,7 @@ def linear_probe(
         if _declines(list(selection.values())):
             break
     best = max(selection, key=lambda strength: (selection[strength], -strength))  # ties: the stronger regularization
-    del probe  # its features, before those of the next one
+    del probe  # frees its copy of the features
     predicted_M, converged = linear_predict(train_ND, train_labels_N, test_MD, best, device)
     return LinearProbe(predicted_M, best, selection, converged)
 

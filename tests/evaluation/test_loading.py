@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 from m3i_scale.errors import ConfigError, DataError, LostWorkerError
-from m3i_scale.evaluation import encoding
+from m3i_scale.evaluation import encoding, job
 from m3i_scale.evaluation.commands import evaluate
 from m3i_scale.evaluation.compare import compare
 from m3i_scale.evaluation.decoding import Decoder
@@ -108,11 +109,38 @@ def test_bfloat16_reaches_the_models(vit_folder, shards) -> None:
     assert 0 < np.abs(rows - other).max() < 0.05
 
 
+def test_other_encoders_compute_in_fp32(vit_folder, shards) -> None:
+    def product(images_BCHW: torch.Tensor) -> torch.Tensor:
+        pixels = images_BCHW.flatten(1).float()
+        found = pixels @ pixels.T.mean(dim=1, keepdim=True)
+        assert found.dtype == torch.float32
+        return found
+
+    replicas = [Encoders(load_vision(vit_folder, "mean", CPU), {"other": product})]
+    read_side(open_table(str(shards / "val"), "--data"), replicas, compute_of("cpu", "bfloat16"), "data")
+
+
+def test_a_probe_without_enough_memory_is_not_measured(vit_folder, shards, monkeypatch) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setitem(job.PROBES, "linear", full)
+    data = {"train_data": str(shards / "train"), "measures": ("linear", "knn")}
+    found = evaluate(vit_folder, str(shards / "val"), **data)
+    assert "--device cpu" in found["not_measured"]["linear"]
+    assert set(found["measures"]) == {"knn"}
+
+
 def test_the_number_of_threads_is_restored(vit_folder, shards) -> None:
     before = torch.get_num_threads()
     table, replicas = open_table(str(shards / "val"), "--data"), [Encoders(load_vision(vit_folder, "mean", CPU), {})]
-    read_side(table, replicas, compute_of("cpu"), "data")
-    assert torch.get_num_threads() == before
+    torch.set_num_threads(2)
+    try:
+        read_side(table, replicas, compute_of("cpu"), "data")
+        with ThreadPoolExecutor(1) as pool:  # a new thread has the number that was set last
+            assert pool.submit(torch.get_num_threads).result() == torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("wrong", [{"dtype": "int8"}, {"num_workers": -1}, {"batch_size": 0}, {"device": "cuda:99"}])
