@@ -196,8 +196,9 @@ class RunConfig(Section):
     """Optimizer, batch size and learning-rate schedule."""
     stages: list[Stage] = Field(default_factory=list)
     """Consecutive training stages with different image or micro-batch sizes (docs/guides/configure.md)."""
-    deepspeed: Annotated[str, InHome] = "zero3_bf16"
-    """DeepSpeed JSON config: a name from ds_configs/, or a path."""
+    deepspeed: Annotated[str, InHome] = "auto"
+    """DeepSpeed JSON config: a name from ds_configs/, or a path. auto: by model size, ranks and device memory, chosen
+    at the first start (docs/reference/deepspeed.md)."""
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     """Saving, retention and resume of checkpoints."""
     guard: GuardConfig = Field(default_factory=GuardConfig)

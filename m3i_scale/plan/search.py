@@ -13,8 +13,10 @@ from m3i_scale.backbones.build import backbone_config
 from m3i_scale.checkpoint.stream import expected_bytes
 from m3i_scale.config import RunConfig
 from m3i_scale.engine.activations import read_policy
+from m3i_scale.engine.deepspeed.choice import Device
 from m3i_scale.engine.deepspeed.resolve import ResolvedConfig, load_ds_config
 from m3i_scale.engine.deepspeed.rules import offloads_optimizer, supports_trust_ratios
+from m3i_scale.engine.deepspeed.schema import AUTO
 from m3i_scale.errors import ConfigError, error_prefix
 from m3i_scale.objective.information import Role
 from m3i_scale.objective.recipe import parse_recipe
@@ -22,7 +24,7 @@ from m3i_scale.plan.memory import SNAPSHOT
 from m3i_scale.plan.planning import Choice, Estimate, Machine, Model, estimate, read_vocabulary
 from m3i_scale.plan.settings import numel_of, settings_of
 from m3i_scale.run.data_checks import check_batch
-from m3i_scale.run.setup import resolve_engine
+from m3i_scale.run.setup import choose_engine, resolve_engine
 from m3i_scale.text import GIB
 
 
@@ -37,6 +39,8 @@ class RunPlan:
     samples: int
     stages: tuple[RunPlan, ...] = ()
     """Plan of each stage. The numbers of the run then come from the stage with the highest peak memory."""
+    automatic: bool = False
+    """Whether the run has `deepspeed: auto`."""
 
     @property
     def fits(self) -> bool:
@@ -65,8 +69,11 @@ class RunPlan:
     @cached_property
     def suggestion(self) -> Estimate | None:
         """Return the best choice, or None if nothing fits. With stages, it is for the stage with the highest peak
-        memory, and None if another stage would not fit with its micro-batch."""
+        memory, and None if another stage would not fit with its micro-batch. With `deepspeed: auto` it is the planned
+        one, unless the best one is faster."""
         best = choose(self.compared)
+        if self.automatic and self.fits and best is not None and self.planned.step_s <= EQUAL * best.step_s:
+            return self.planned
         others = [each for each in self.stages if each.planned is not self.planned]
         if best is not None and not all(each.fits_as(best.choice) for each in others):
             return None
@@ -203,13 +210,17 @@ def _plan(run: RunConfig, machine: Machine, classes: int | None, tokens: int | N
     check_batch(run, recipe, world)
     config = backbone_config(run.backbone)
     _check_policy(run.backbone.activation_checkpointing)
+    vocabulary, automatic = read_vocabulary(run, recipe, classes, tokens), run.deepspeed == AUTO
+    if automatic:
+        device = Device("cpu" if machine.on_host else "bf16", int(machine.memory_gib * GIB))
+        run, _ = choose_engine(run, Model(run, vocabulary, world, "bf16").objective, world, device)
     resolved = resolve_engine(run, world, config.hidden_size)
     _check_counted(resolved)
     precision = settings_of(resolved.config, world=world, on_host=machine.on_host).precision
-    model = Model(run, read_vocabulary(run, recipe, classes, tokens), world, precision)
+    model = Model(run, vocabulary, world, precision)
     choice = Choice(run.deepspeed, run.backbone.activation_checkpointing, run.optim.micro_batch_size)
     planned = estimate(model, machine, choice)
-    return RunPlan(run, model, machine, planned, samples)
+    return RunPlan(run, model, machine, planned, samples, automatic=automatic)
 
 
 POLICIES = ("none", "every_2", "full")

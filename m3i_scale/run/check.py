@@ -17,7 +17,9 @@ from m3i_scale.config import RunConfig, Stage, find_run_file, run_values, valid_
 from m3i_scale.data.mixing import check_shares
 from m3i_scale.engine.activations import check_policy
 from m3i_scale.engine.compilation import check_compile
+from m3i_scale.engine.deepspeed.choice import BUILT_IN, device_here
 from m3i_scale.engine.deepspeed.resolve import ResolvedConfig, check_accelerator, load_ds_config
+from m3i_scale.engine.deepspeed.schema import AUTO
 from m3i_scale.engine.device import check_deterministic, compute_dtype
 from m3i_scale.engine.peak import named_peak
 from m3i_scale.errors import ErrorCollector, UserError, error_prefix
@@ -32,7 +34,7 @@ from m3i_scale.run.callbacks.loggers import trackers_of
 from m3i_scale.run.data_checks import DataFacts, check_batch, check_text, find_shards, read_facts
 from m3i_scale.run.evaluation_checks import check_evaluation, check_online
 from m3i_scale.run.resume import check_resume, find_resume
-from m3i_scale.run.setup import ResolvedRun, resolve_engine
+from m3i_scale.run.setup import ResolvedRun, choose_engine, resolve_engine
 from m3i_scale.run.spike import check_guard
 
 P = ParamSpec("P")
@@ -209,9 +211,18 @@ class Checks:
             if self.holds("data"):
                 read = read_facts(run, recipe, access, self.errors, text=self.holds("text"))
                 facts = read if self.unpacked is None else self.unpacked
-        run = facts.run
+        run, choice, built = facts.run, None, None
+        if recipe is not None and model is not None and self.holds("data text") and len(self.errors.errors) == before:
+            of_all_stages = run.model_copy(update={"stages": []})
+            vocab_size = None if facts.tokenizer is None else len(facts.tokenizer)
+            images = facts.image_counts
+            built = self.errors.collect(build_on_meta, of_all_stages, facts.label_sets, vocab_size, image_counts=images)
+        if built is not None:
+            run, choice = choose_engine(run, built, self.ranks)
+        elif run.deepspeed == AUTO:  # the run has errors; any config serves to find those of `optim`
+            run = run.model_copy(update={"deepspeed": BUILT_IN[device_here().kind][0]})
         deepspeed = self._resolve_engine(run, _ANY_WIDTH if model is None else model.hidden_size)
-        if recipe is None or model is None or deepspeed is None or not self.holds("data text"):
+        if recipe is None or model is None or built is None or deepspeed is None:
             return None
         if len(self.errors.errors) > before:
             return None
@@ -225,10 +236,14 @@ class Checks:
             run.image_size(model.image_size),
             deepspeed,
             accumulation=run.optim.batch_size // (run.optim.micro_batch_size * (self.ranks or 1)),
+            choice=choice,
             image_counts=facts.image_counts,
             scored=scored or [],
         )
-        self._check_stages(resolved)
+        trainable = (parameter for parameter in built.parameters() if parameter.requires_grad)
+        resolved.trainable_parameters = sum(parameter.numel() for parameter in trainable)
+        for number in range(len(run.stages)):
+            self.errors.collect(self._check_stage, resolved, number, built)
         return resolved if len(self.errors.errors) == before else None
 
     def _check_without_data(self, recipe: Recipe) -> None:
@@ -258,22 +273,6 @@ class Checks:
         if peak is not None:
             self.errors.collect(named_peak, peak, compute_dtype(deepspeed.config))
         return deepspeed
-
-    def _check_stages(self, resolved: ResolvedRun) -> None:
-        run = resolved.run
-        of_all_stages = run.model_copy(update={"stages": []})
-        built = self.errors.collect(
-            build_on_meta,
-            of_all_stages,
-            resolved.label_sets,
-            resolved.vocab_size,
-            image_counts=resolved.image_counts,
-        )
-        if built is not None:
-            trainable = (parameter for parameter in built.parameters() if parameter.requires_grad)
-            resolved.trainable_parameters = sum(parameter.numel() for parameter in trainable)
-            for number in range(len(run.stages)):
-                self.errors.collect(self._check_stage, resolved, number, built)
 
     def _check_stage(self, resolved: ResolvedRun, number: int, built: Objective) -> None:
         """Check one stage as if the run consisted of it alone. `built` has the modules of the run on the `meta`

@@ -32,7 +32,7 @@ from m3i_scale.objective.build import build_on_meta
 from m3i_scale.objective.recipe import parse_recipe
 from m3i_scale.rank_variables import ranks_on_host
 from m3i_scale.run import software
-from m3i_scale.run.setup import ResolvedRun, resolve_engine
+from m3i_scale.run.setup import ResolvedRun, choose_engine, resolve_engine
 from m3i_scale.text import size_text
 
 _BF16_CAPABILITY = 8
@@ -205,10 +205,11 @@ def needs_of(
     """Return the minimum resources that a run needs on a node with `ranks_here` of all ranks. The model is built on
     `meta`, without memory. `config` is the resolved DeepSpeed config, if known."""
     recipe, model = parse_recipe(run.recipe), backbone_config(run.backbone)
-    if config is None:
-        config = resolve_engine(run, world_size, model.hidden_size).config
     with torch.random.fork_rng(devices=[]):  # building the model must not change the random state of the run
         objective = build_on_meta(run, label_sets, vocab_size if recipe.uses_text else None)
+    if config is None:
+        run, _ = choose_engine(run, objective, world_size)
+        config = resolve_engine(run, world_size, model.hidden_size).config
     checkpoint, offloads = expected_bytes(objective, config), offloads_optimizer(config)
     of_this_host = ranks_here / world_size
     copies = checkpoint * of_this_host if run.checkpoint.background else 0

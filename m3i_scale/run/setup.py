@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -16,7 +17,8 @@ from rich.text import Text
 from m3i_scale.backbones.build import backbone_config
 from m3i_scale.backbones.load_plan import LoadPlan
 from m3i_scale.checkpoint.commit import explain
-from m3i_scale.config import RunConfig
+from m3i_scale.checkpoint.layout import checkpoints
+from m3i_scale.config import RunConfig, read_yaml
 from m3i_scale.data.loader import TrainStream
 from m3i_scale.data.parts import PartWorkers
 from m3i_scale.data.tokenizer import tokenizer_identity
@@ -24,13 +26,15 @@ from m3i_scale.engine.activations import apply_activation_checkpointing, policy_
 from m3i_scale.engine.agree import from_rank_0, open_together
 from m3i_scale.engine.averages import ShardedEma
 from m3i_scale.engine.compilation import compile_layers
+from m3i_scale.engine.deepspeed.choice import Device, choose_ds_config, device_here
 from m3i_scale.engine.deepspeed.effective import check_effective
 from m3i_scale.engine.deepspeed.resolve import ResolvedConfig, load_ds_config, resolve
 from m3i_scale.engine.deepspeed.rules import supports_trust_ratios
+from m3i_scale.engine.deepspeed.schema import AUTO
 from m3i_scale.engine.device import allow_tf32, compute_dtype, pinning
 from m3i_scale.engine.engine import build_engine, stream_into
 from m3i_scale.engine.partition import initialize_sharded, keep_in_checkpoints, order_gathers
-from m3i_scale.errors import ConfigError
+from m3i_scale.errors import ConfigError, ErrorCollector
 from m3i_scale.files import sha256_of_json, write_json
 from m3i_scale.objective.build import build_objective, ema_pairs, initialize_module, scales_of
 from m3i_scale.objective.information import EMA_PREFIX, TEACHERS_PREFIX, Objective
@@ -51,6 +55,8 @@ class ResolvedRun(RunWithData):
 
     deepspeed: ResolvedConfig
     accumulation: int
+    choice: str | None = None
+    """With `deepspeed: auto`, which config was chosen, and why."""
     image_counts: list[int] | None = None
     """Number of training images per category, if categories.json has it (LVIS)."""
     scored: Sequence[str] = ()
@@ -102,6 +108,44 @@ class ResolvedRun(RunWithData):
             identity["protocol"] = None if run.protocol is None else run.protocol.model_dump(mode="json")
             identity["from_pretrained"] = run.backbone.from_pretrained
         return identity
+
+
+def choose_engine(
+    run: RunConfig, objective: Objective, world_size: int | None, device: Device | None = None
+) -> tuple[RunConfig, str | None]:
+    """Return the run with a DeepSpeed config in place of `deepspeed: auto`, and the reason; other runs unchanged. A run
+    that resumes keeps the config of its checkpoint.
+
+    Args:
+        objective: the complete model, e.g. on `meta`.
+        world_size: None if unknown, which counts as one rank.
+        device: device of a rank, without regard to checkpoints. Default: of this machine.
+    """
+    if run.deepspeed != AUTO:
+        return run, None
+    name, reason = (device is None and saved_choice(run)) or choose_ds_config(
+        objective, world_size or 1, device or device_here(), lambda raw: _supports(run, raw)
+    )
+    return run.model_copy(update={"deepspeed": name}), f"auto: {name}, {reason}"
+
+
+def saved_choice(run: RunConfig) -> tuple[str, str] | None:
+    """Return the DeepSpeed config of the checkpoint that a run resumes from, and the reason; None without one."""
+    named = [] if run.checkpoint.resume in ("auto", "never") else [Path(run.checkpoint.resume)]
+    for folder in [*checkpoints(run.output_dir / "checkpoints"), *named]:
+        saved = ErrorCollector().collect(read_yaml, folder / "run.yaml")  # `find_resume` reports invalid checkpoints
+        if saved is not None and isinstance(saved.get("deepspeed"), str):
+            return saved["deepspeed"], f"as in {folder}"
+    return None
+
+
+def _supports(run: RunConfig, raw: dict[str, Any]) -> bool:
+    if run.optim.trust_coefficient is not None and not supports_trust_ratios(raw):
+        return False
+    errors = ErrorCollector()
+    if run.task is not None:
+        errors.collect(run.task.check_engine, run, raw)
+    return not errors.errors
 
 
 def resolve_engine(run: RunConfig, world_size: int | None, hidden_size: int) -> ResolvedConfig:

@@ -68,8 +68,10 @@ def commit() -> str | None:
 def run_values(run: RunConfig) -> dict[str, Any]:
     """Return all values of a run and of its DeepSpeed config, and their hash."""
     from m3i_scale.engine.deepspeed.resolve import load_ds_config
+    from m3i_scale.engine.deepspeed.schema import AUTO
 
-    values = {"run": run.model_dump(mode="json"), "deepspeed": load_ds_config(run.deepspeed)}
+    raw = None if run.deepspeed == AUTO else load_ds_config(run.deepspeed)
+    values = {"run": run.model_dump(mode="json"), "deepspeed": raw}
     return {"sha256": sha256_of_json(values), "values": values}
 
 

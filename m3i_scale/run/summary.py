@@ -50,6 +50,7 @@ def summary_lines(
             f"{precision(config)}, ZeRO-{config['zero_optimization']['stage']}, activation checkpointing: "
             + describe_policy(run.backbone.activation_checkpointing, compiled=run.backbone.compiles),
         ),
+        *([_line("deepspeed", resolved.choice)] if resolved.choice is not None else []),
         _line("output", f"{run.output_dir}, {origin}"),
         f'DeepSpeed config {resolved.deepspeed.where}: {auto} "auto" values resolved, see '
         f"{run.output_dir / 'deepspeed.json'}",

@@ -134,6 +134,7 @@ def train(
     check_distinct_cards()
     check_software(run)
     resolved = together(resolve or (lambda: resolve_run(run, ranks.world_size)), names_rank=True)
+    resolved = _with_engine_of_rank_0(run, resolved, ranks.world_size)
     with contextlib.ExitStack() as stack:
         from_rank_0(lambda: _lock(run, stack))
         check_shared(run.output_dir)
@@ -164,6 +165,15 @@ def train(
         if status == "finished" and ranks.rank == 0:
             print_rank0(finished_text(run, trainer.state.step))
         return status
+
+
+def _with_engine_of_rank_0(run: RunConfig, resolved: ResolvedRun, world_size: int) -> ResolvedRun:
+    """Return the run with the DeepSpeed config of rank 0, which `deepspeed: auto` may choose differently for devices of
+    different memory. Collective."""
+    chosen = from_rank_0(lambda: resolved.run.deepspeed)
+    if chosen == resolved.run.deepspeed:
+        return together(lambda: resolved)
+    return together(lambda: resolve_run(run.model_copy(update={"deepspeed": chosen}), world_size), names_rank=True)
 
 
 def start_trainer(

@@ -113,7 +113,7 @@ def prepare(
     computed = [*first, *sources, *_length(run, followed.optim, data, epochs, overrides)]
     run, _ = load_run_and_recipe(protocol, [*computed, *overrides])  # the task is the same
     _check_image_count(run, data)
-    resolve_finetuning(run, data, here=here)
+    run = run.model_copy(update={"deepspeed": resolve_finetuning(run, data, here=here).run.deepspeed})
     export_task = _export_task(run, task, data.classes)
     return FineTuning(task, protocol, followed, run, data, export_task, subset, start if random_weights else None)
 

@@ -11,6 +11,7 @@ from m3i_scale.backbones.build import backbone_config
 from m3i_scale.backbones.internimage import InternImageConfig
 from m3i_scale.config import OptimConfig, RunConfig
 from m3i_scale.engine.deepspeed.resolve import load_ds_config
+from m3i_scale.engine.deepspeed.schema import AUTO
 from m3i_scale.engine.device import compute_dtype
 from m3i_scale.engine.peak import device_name, named_peak
 from m3i_scale.evaluation.commands import evaluate
@@ -120,7 +121,7 @@ class FineTuning:
             differences.append(f"epochs was {of_epochs}" if protocol.epochs else f"steps was {of_steps}")
         thresholds = [repeat_threshold(run) for run in (followed, self.run)]
         differences += format_differences(f"data.datasets.{TRAIN}.repeat_threshold", *thresholds)
-        if followed.deepspeed != self.run.deepspeed:
+        if followed.deepspeed not in (AUTO, self.run.deepspeed):
             differences.append(f"deepspeed was {followed.deepspeed}, is {self.run.deepspeed}")
         return differences
 

@@ -74,8 +74,8 @@ def test_a_document_has_its_keys_and_adds_up():
     assert document["assumed"] == ["1000 classes"]
     assert document["days"] * 86400 == pytest.approx(10 * document["step_time_s"])
     assert document["suggestion"]["peak_gib_per_rank"] <= 4.0
-    assert [each["stage"] for each in document["compared"]] == [3, 1, 2, 3]  # the run's own first
-    assert document["suggestion"] in document["compared"]
+    assert [each["stage"] for each in document["compared"]] == [1, 2, 3, 3]  # the run's own first
+    assert document["suggestion"] in [*document["compared"], document["planned"]]
     shown = text_of(plan_table(document))
     assert all(f"fastest with {each['deepspeed']} (" in shown for each in document["compared"])
     json.dumps(document)
@@ -131,6 +131,20 @@ def test_the_share_that_is_reached_is_what_the_page_cites(name):
     assert f"an MFU of {hardware('a100').mfu} and {hardware('h100').mfu}" in page
     found = machine_of(name, nodes=1, ranks_per_node=1, memory_gib=1.0)
     assert found.mfu == hardware(name).mfu
+
+
+def test_the_default_config_is_the_suggested_one():
+    """With `deepspeed: auto`, `m3i` needs no change for its speed on 8 GPUs."""
+    arguments = ["plan", "m3i", "--ranks-per-node", "8", "--memory-gib", "80", "--json"]
+    document, by_name, stage_3 = (
+        json.loads(CliRunner().invoke(app, [*arguments, *more]).stdout)
+        for more in ([], ["deepspeed=zero1_bf16"], ["deepspeed=zero3_bf16"])
+    )
+    assert document["suggestion"] == document["planned"] == by_name["planned"]
+    assert document["step_time_s"] == document["suggestion"]["step_time_s"]
+    assert document["step_time_s"] <= plan_search.EQUAL * min(each["step_time_s"] for each in document["compared"])
+    assert stage_3["suggestion"]["deepspeed"] != stage_3["planned"]["deepspeed"]
+    assert stage_3["step_time_s"] > 2 * document["step_time_s"]
 
 
 def test_a_suggestion_can_be_taken():

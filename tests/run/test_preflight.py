@@ -34,7 +34,8 @@ runpy.run_module("m3i_scale", run_name="__main__", alter_sys=True)
 
 @pytest.mark.parametrize("recipe", ["m3i", "mae"])
 def test_the_size_of_a_checkpoint_is_that_of_the_modules(recipe: str):
-    run = load_run(recipe, [*tiny_overrides(recipe), "optim.batch_size=16", "optim.micro_batch_size=4"])
+    sizes = ["optim.batch_size=16", "optim.micro_batch_size=4"]
+    run = load_run(recipe, [*tiny_overrides(recipe), *sizes, "deepspeed=zero3_bf16"])
     labels = {"shapes": ["a", "b"]}
     needs = needs_of(run, labels, 64, world_size=2, ranks_here=1)
     objective = build_objective(run, labels, 64)
