@@ -79,6 +79,8 @@ class DeathWatch:
             self._check_worker(None)
             yield
         except (RuntimeError, OSError, EOFError) as error:  # a worker's death causes various errors in the parent
+            if not isinstance(error, RuntimeError):
+                self._await_exit()
             self._check_worker(str(error))
             raise
         finally:
@@ -93,6 +95,12 @@ class DeathWatch:
         if isinstance(iterator, dataloader._MultiProcessingDataLoaderIter):
             # A worker that was killed may hold the lock of this event, and torch would wait for the lock without limit.
             iterator._workers_done_event = multiprocessing.Event()
+
+    def _await_exit(self) -> None:
+        """Wait until a worker has an exit code, at most `POLL_S`: the kernel closes its connections before it exits."""
+        end = time.monotonic() + POLL_S
+        while self.workers and not any(worker.exitcode for worker in self.workers) and time.monotonic() < end:
+            time.sleep(0.01)
 
     def _check_worker(self, torch_error: str | None) -> None:
         dead = [worker.exitcode for worker in self.workers if worker.exitcode]

@@ -105,12 +105,11 @@ def prepare(
     first_weights = _exported(start, run.output_dir)
     if random_weights:
         first_weights = str(random_start(first_weights, run.output_dir / "start", run.seed))
-    first = _start(first_weights)
     sources = _sources(data, repeat_threshold(run))
     # `start` may be a run, which has no model config.
     run = run.model_copy(update={"backbone": run.backbone.model_copy(update={"from_pretrained": first_weights})})
     followed = load_run(protocol)
-    computed = [*first, *sources, *_length(run, followed.optim, data, epochs, overrides)]
+    computed = [*_start(first_weights), *sources, *_length(run, followed.optim, data, epochs, overrides)]
     run, _ = load_run_and_recipe(protocol, [*computed, *overrides])  # the task is the same
     _check_image_count(run, data)
     run = run.model_copy(update={"deepspeed": resolve_finetuning(run, data, here=here).run.deepspeed})

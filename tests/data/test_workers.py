@@ -14,7 +14,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from m3i_scale.data.workers import START_METHOD, leave_signals_to_parent, signals_held
+from m3i_scale.data.workers import START_METHOD, DeathWatch, leave_signals_to_parent, signals_held
+from m3i_scale.errors import LostWorkerError
 from m3i_scale.shards.process_pool import map_in_processes
 
 WAIT_S = 300
@@ -191,3 +192,25 @@ def test_a_worker_that_its_parent_ends_removes_its_temporary_folder(tmp_path):
 def test_it_is_refused_outside_a_worker():
     with pytest.raises(RuntimeError):
         leave_signals_to_parent()
+
+
+def die_later() -> None:
+    time.sleep(0.3)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_connection_that_closes_before_its_worker_has_exited_is_a_lost_worker():
+    watch = DeathWatch()
+    with watch.starting():
+        process = multiprocessing.get_context(START_METHOD).Process(target=die_later)
+        process.start()
+    with pytest.raises(LostWorkerError, match="SIGKILL"), watch.waiting():
+        raise ConnectionResetError
+    process.join(WAIT_S)
+
+
+def test_an_error_of_a_file_is_not_a_lost_worker(worker):
+    watch = DeathWatch()
+    watch.workers = [worker]
+    with pytest.raises(FileNotFoundError), watch.waiting():
+        raise FileNotFoundError
