@@ -3,7 +3,8 @@
 All sides read the same folder of JPEG files, crop them to 224 pixels and compute the features of a ViT of the same
 shape with random weights, in fp32. The `transformers` loop is that of its documentation: open the images of a batch,
 call the image processor, call the model. The timm side is the loop of its `inference.py`: `create_dataset`,
-`create_loader` with worker processes, forward pass of every batch.
+`create_loader` with worker processes, forward pass of every batch. Every side is measured with every batch
+size, and its best one counts.
 
     python benchmarks/evaluate.py --json
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +41,7 @@ def main(
     as_json: bool = typer.Option(False, "--json", help="Print one JSON document (always does)."),
     model: str = typer.Option("tiny", help="tiny, small or base: a ViT with patches of 16 pixels."),
     images: int = typer.Option(512, min=64, help="JPEG files of 500 × 375 pixels."),
-    batch: int = typer.Option(64, min=1, help="Images per forward pass."),
+    batches: list[int] = typer.Option([16, 64], "--batch", min=1, help="Images per forward pass; the best counts."),
     threads: list[int] = typer.Option([1, 2], help="CPU threads, and worker processes."),
     repeats: int = typer.Option(3, min=1, help="Turns of every side."),
 ) -> None:
@@ -53,16 +55,19 @@ def main(
         ViTImageProcessor(size={"height": 224, "width": 224}).save_pretrained(weights)
         for count in threads:
             torch.set_num_threads(count)
-            sides: dict[str, Callable[[], object]] = {
-                "ours": lambda count=count: _ours(weights, data, batch, count),
-                "transformers": lambda: _transformers(weights, data, batch),
-                "timm": lambda count=count: _timm(model, data, batch, count),
-            }
+            sides: dict[str, Callable[[], object]] = {}
+            for batch in batches:
+                sides[f"ours {batch}"] = partial(_ours, weights, data, batch, count)
+                sides[f"transformers {batch}"] = partial(_transformers, weights, data, batch)
+                sides[f"timm {batch}"] = partial(_timm, model, data, batch, count)
             speed = {side: images / value for side, value in in_turn(sides, repeats=repeats).items()}
-            ratio = speed["ours"] / max(speed["transformers"], speed["timm"])
-            document[f"threads_{count}"] = {**speed, "ratio": ratio}
+            best = {
+                name: max(speed[f"{name} {batch}"] for batch in batches) for name in ("ours", "transformers", "timm")
+            }
+            ratio = best["ours"] / max(best["transformers"], best["timm"])
+            document[f"threads_{count}"] = {**best, "ratio": ratio, "by_batch": speed}
             say(f"{count} threads: {', '.join(f'{side} {value:.1f}' for side, value in speed.items())} images/s")
-    settings = {"model": model, "images": images, "batch": batch}
+    settings = {"model": model, "images": images, "batches": batches}
     emit({**document, "settings": settings, "machine": machine(), "timm": timm.__version__})
 
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +17,13 @@ from safetensors.torch import load_file, save_file
 from m3i_scale import build_objective
 from m3i_scale.config import RunConfig
 from m3i_scale.errors import UserError
+from m3i_scale.evaluation.commands import evaluate as evaluate_model
+from m3i_scale.evaluation.compare import compare
+from m3i_scale.files import write_json
+from m3i_scale.output import quiet_loading
 
 COMMAND = [sys.executable, "-m", "m3i_scale"]
-ASKED = tuple(word for name in ("retrieval", "dense", "few_shot", "linear") for word in ("--measure", name))
+ASKED = ("retrieval", "dense", "few_shot", "linear")
 PICTURES, DENSE_PCA = "evaluation_pictures", "dense_pca.jpg"
 MODEL_PREFIXES = {".": "student.model.", "text": "text.model."}
 """Names of the training module begin with these, by folder of an export."""
@@ -50,16 +53,13 @@ MEASURES = (
 )
 
 
-def tool(*arguments: str, processes: int = 1) -> dict[str, Any]:
-    """Run `m3i-scale … --json` in a new process with its share of the CPU cores, and return its document.
+def tool(*arguments: str) -> dict[str, Any]:
+    """Run `m3i-scale … --json` in a new process, and return its document.
 
     Raises:
         UserError: the command failed; its output is printed.
     """
-    threads = max((os.cpu_count() or 1) // processes, 1)
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-    command = [*COMMAND, *arguments, "--json"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run([*COMMAND, *arguments, "--json"], capture_output=True, text=True, check=False)
     if done.returncode:
         sys.stderr.write(done.stderr)
         raise UserError(
@@ -96,18 +96,17 @@ def evaluate(run: RunConfig, model: Path, shards: Path) -> list[str]:
     data.mkdir()
     for split, source in {"train": "train", "val": "style"}.items():
         (data / split).symlink_to((shards / source).resolve(), target_is_directory=True)
-    evaluation = ("evaluate", str(model), "--data", str(data / "val"), "--train-data", str(data / "train"), *ASKED)
-    evaluation += ("--baseline", "pixels", "--pictures", str(pictures))
-    comparison = ("compare", str(random), str(model), "--data", str(data), *ASKED)
-    with ThreadPoolExecutor() as pool:  # one process per CPU core is faster than two threads in each
-        documents = [pool.submit(tool, *command, processes=2) for command in (evaluation, comparison)]
-        for name, document in zip(("evaluation.json", "comparison.json"), documents, strict=True):
-            (folder / name).write_text(json.dumps(document.result(), indent=1), encoding="utf-8")
+    val, train = str(data / "val"), str(data / "train")
+    with tempfile.TemporaryDirectory() as cache, quiet_loading(model):  # the export's features are computed once
+        options: dict[str, Any] = {"measures": ASKED, "cache_dir": Path(cache)}
+        evaluation = evaluate_model(model, val, train_data=train, baseline="pixels", pictures=pictures, **options)
+        comparison, _ = compare(random, model, str(data), **options)
+    write_json(folder / "evaluation.json", evaluation)
+    write_json(folder / "comparison.json", comparison)
     rows = results(folder)
     clear = [row for row in rows if row.is_clear]
-    images = documents[0].result()["data"]["samples"]
     return [
-        f"{images:,} images in the art style that training has not seen (Noto)",
+        f"{evaluation['data']['samples']:,} images in the art style that training has not seen (Noto)",
         f"clear gain over random weights and raw pixels: {len(clear)} of {len(rows)} metrics",
         f"picture of the patch features: {pictures / DENSE_PCA}",
     ]

@@ -15,6 +15,7 @@ from m3i_scale.evaluation import NotMeasuredError
 from m3i_scale.evaluation.classifier import trained_heads
 from m3i_scale.evaluation.commands import check_options
 from m3i_scale.evaluation.encoding import Compute, Dtype, compute_of
+from m3i_scale.evaluation.feature_cache import FeatureCache
 from m3i_scale.evaluation.features import Pool, load_vision
 from m3i_scale.evaluation.intervals import Statistic, clusters_of
 from m3i_scale.evaluation.job import PROBES, WITH_TEXT, Encoders, Job, Progress, measure_all, read_side
@@ -36,6 +37,7 @@ class _Model:
     replicas: list[Encoders]
     """One per device."""
     towers: Towers | None
+    cache: FeatureCache | None = None
 
 
 @dataclass
@@ -60,12 +62,14 @@ def compare(
     num_workers: int | None = None,
     dtype: Dtype = "auto",
     device: str = "auto",
+    cache_dir: Path | None = None,
     draw: bool = False,
     progress: Progress | None = None,
 ) -> tuple[dict[str, Any], dict[str, Picture]]:
     """Evaluate the frozen features of two models on the same samples, and their differences with paired intervals.
 
-    Each model gets images at its input size. Deterministic; writes nothing to disk.
+    Each model gets images at its input size. Deterministic; writes nothing to disk except the
+    features in `cache_dir`.
 
     Args:
         before: a folder from `m3i-scale export`, a folder of a vision model of `transformers`, or a Hub id.
@@ -74,10 +78,11 @@ def compare(
         general: another such folder, to measure catastrophic forgetting.
         measures: a subset of `COMPARED`; default: all.
         pool: image features of the probes: mean of the patch tokens, class token, or both.
-        batch_size: images per forward pass (default: `BATCH_SIZE`).
+        batch_size: images per forward pass; default: 64, on CPUs 16.
         num_workers: processes that read and decode images; default: one per usable core.
         dtype: of the features. auto: bfloat16 autocast on GPUs that support it, otherwise float32.
         device: auto (all visible GPUs, or the CPU), cpu, cuda, cuda:1, …
+        cache_dir: folder that keeps features, and reuses them for the same weights, data and preprocessing.
         draw: also draw the patch features of both models side by side.
         progress: callback for the number of samples read and the current metric.
 
@@ -95,6 +100,9 @@ def compare(
     no_text = {role: reason for role, folder in folders.items() if (reason := why_no_towers(folder)) is not None}
     wants_text = not no_text and bool(set(WITH_TEXT) & set(asked))
     models = {role: _load(role, folder, pool, compute, wants_text=wants_text) for role, folder in folders.items()}
+    if cache_dir is not None:
+        for model in models.values():
+            model.cache = FeatureCache(cache_dir, model.folder)
     document: dict[str, Any] = {}
     pictures: dict[str, Picture] = {}
     for one in sets:
@@ -178,7 +186,7 @@ def _with_role(progress: Progress | None, role: str) -> Progress | None:
 
 
 def _read(model: _Model, one: _Set, asked: tuple[str, ...], compute: Compute, progress: Progress | None) -> Job:
-    read = partial(read_side, compute=compute, dense="dense" in asked, progress=progress)
+    read = partial(read_side, compute=compute, dense="dense" in asked, progress=progress, cache=model.cache)
     train, test = (Table(table.shards, table.classes) for table in (one.train, one.test))
     tested = read(test, model.replicas, split="data")
     if not len(test):

@@ -15,7 +15,7 @@ from m3i_scale.backbones.sources import pretrained_folder
 from m3i_scale.data.remote.access import is_remote
 from m3i_scale.errors import ConfigError, DataError, did_you_mean
 from m3i_scale.evaluation.decoding import DecodedSample, Decoder
-from m3i_scale.evaluation.encoding import BATCH_SIZE, Dtype, compute_of, encoded
+from m3i_scale.evaluation.encoding import Dtype, compute_of, encoded
 from m3i_scale.evaluation.feature_files import WRITERS, FeatureBlock, check_features_file, joined
 from m3i_scale.evaluation.features import Pool, VisionModel, load_vision
 from m3i_scale.evaluation.loading import DecodedBatch, ImageFiles, ShardSamples, loaded_batches
@@ -47,7 +47,7 @@ def embed(
     output: Path | None = None,
     *,
     pool: Pool = "mean",
-    batch_size: int = BATCH_SIZE,
+    batch_size: int | None = None,
     num_workers: int | None = None,
     dtype: Dtype = "auto",
     devices: Sequence[torch.device] | None = None,
@@ -60,7 +60,7 @@ def embed(
         data: a folder of images, which is searched recursively, or shards: a folder, a brace pattern or one .tar.
         output: file to write, .parquet or .npz, replaced if it exists; None: return the arrays of `joined` as `arrays`.
         pool: mean of the patch tokens, class token, or both concatenated.
-        batch_size: images per forward pass.
+        batch_size: images per forward pass; default: 64, on CPUs 16.
         num_workers: processes that read and decode images; default: one per usable core.
         dtype: auto: bfloat16 autocast on GPUs that support it, otherwise float32.
         devices: one replica of the model for each; default: all visible GPUs, or the CPU. Features do not depend on

@@ -9,7 +9,7 @@ import typer
 from rich.console import Group
 from rich.text import Text
 
-from m3i_scale.evaluation.command_line import Dtype, Workers
+from m3i_scale.evaluation.command_line import BatchSize, Dtype, Workers
 from m3i_scale.options import AsJson, choices, reading_bar, writes_to
 from m3i_scale.output import leave_out_accelerator_warning, print_result
 
@@ -26,7 +26,7 @@ def embed(
     pool: Annotated[
         str, typer.Option(**choices("mean", "cls", "both"), help="Patch tokens, class token, or both.")
     ] = "mean",
-    batch_size: Annotated[int, typer.Option(min=1, help="Images in one forward pass.")] = 64,
+    batch_size: BatchSize = None,
     num_workers: Workers = None,
     dtype: Dtype = "auto",
     as_json: AsJson = False,

@@ -17,8 +17,8 @@ from m3i_scale.evaluation.decoding import mapped_ahead
 from m3i_scale.rank_variables import usable_cores
 
 Dtype = Literal["auto", "float32", "bfloat16"]
-BATCH_SIZE = 64
-"""Default number of images per forward pass."""
+BATCH_SIZE, BATCH_SIZE_ON_CPU = 64, 16
+"""Default number of images per forward pass. On a CPU, activations of few images stay in its caches."""
 _AT_ONCE_ON_GPU = 2
 """Batches in progress on a GPU: while one computes, the host copies and launches the next."""
 _AT_ONCE_ON_CPU = 4
@@ -60,11 +60,10 @@ def compute_of(
     Args:
         devices: devices, or the name of one; `auto`: all visible GPUs, or the CPU.
         dtype: auto: bfloat16 on GPUs that support it, otherwise float32.
-        batch_size: None: `BATCH_SIZE`.
+        batch_size: None: `BATCH_SIZE`, or `BATCH_SIZE_ON_CPU`.
         num_workers: None: one per usable core, at most `_MAX_WORKERS` per device.
     """
-    batch_size = BATCH_SIZE if batch_size is None else batch_size
-    if batch_size < 1:
+    if batch_size is not None and batch_size < 1:
         raise ConfigError(f"the batch size must be ≥ 1, got {batch_size}", where="--batch-size", fix="--batch-size 64")
     if num_workers is not None and num_workers < 0:
         raise ConfigError(
@@ -72,6 +71,8 @@ def compute_of(
         )
     if isinstance(devices, str):
         devices = visible_devices() if devices == "auto" else [device_of(devices)]
+    if batch_size is None:
+        batch_size = BATCH_SIZE_ON_CPU if devices[0].type == "cpu" else BATCH_SIZE
     if num_workers is None:
         num_workers = min(usable_cores(), _MAX_WORKERS * len(devices))
     return Compute(tuple(devices), _dtype_of(dtype, devices[0]), batch_size, num_workers)

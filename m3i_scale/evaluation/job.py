@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from m3i_scale.evaluation.classifier import Classifier, measure_classifier
 from m3i_scale.evaluation.decoding import Decoder
 from m3i_scale.evaluation.dense import FIT_PATCHES, PatchCollector, SampledPatches, sample_patches
 from m3i_scale.evaluation.encoding import Compute, encoded
+from m3i_scale.evaluation.feature_cache import PATCHES, FeatureCache
 from m3i_scale.evaluation.features import Encoder, VisionModel
 from m3i_scale.evaluation.intervals import LEVEL, RESAMPLES, SEED, Clusters
 from m3i_scale.evaluation.loading import DecodedBatch, ShardSamples, loaded_batches
@@ -59,6 +61,7 @@ def read_side(
     dense: bool = False,
     exclude_groups: tuple[str, ...] = (),
     progress: Progress | None = None,
+    cache: FeatureCache | None = None,
 ) -> Side:
     """Read all samples once, encode their center crops on all devices, and fill the table.
 
@@ -68,7 +71,29 @@ def read_side(
         replicas: one per device of `compute`.
         split: `data`, or `train data` for the training data of the probes.
         dense: whether to also encode patches of the samples with a mask.
+        cache: reuse the features of an earlier call, or save them.
     """
+    if cache is not None:
+        read = partial(
+            read_side,
+            *(table, replicas, compute, split),
+            dense=dense,
+            exclude_groups=exclude_groups,
+            progress=progress,
+        )
+        vision = replicas[0].vision
+        settings = {
+            "pool": vision.pool,
+            "image_size": vision.size,
+            "dtype": compute.dtype_name,
+            "device": compute.devices[0].type,
+            "split": split,
+            "exclude_groups": sorted(exclude_groups),
+        }
+        needed = {"model", *replicas[0].others} | ({PATCHES} if dense else set())
+        side = cache.get(table, needed, settings, read)
+        side.device = compute.devices[0]
+        return side
     # the probe is fitted on a sample of the training patches and evaluated on all test patches
     collector = PatchCollector(FIT_PATCHES if split == "train data" else None)
     parts: dict[str, list[NDArray[np.float32]]] = {name: [] for name in ("model", *replicas[0].others)}

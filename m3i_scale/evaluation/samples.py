@@ -87,6 +87,12 @@ def open_table(shards: str, where: str, access: Access | None = None) -> Table:
     return Table(paths, next(iter(sets.values()), []), access=access or Access())
 
 
+def table_indices(table: Table) -> list[ShardIndex]:
+    """Return the indices of a table's shards, and build those that are missing."""
+    with tempfile.TemporaryDirectory() as cache:
+        return table.indices or load_index(table.shards, Path(cache), access=table.access)
+
+
 def read_samples(
     table: Table,
     image_size: int | None,
@@ -120,8 +126,7 @@ class SampleReader:
     files, so they are opened by the first read."""
 
     def __init__(self, table: Table) -> None:
-        with tempfile.TemporaryDirectory() as cache:
-            self._indices = table.indices or load_index(table.shards, Path(cache), access=table.access)
+        self._indices = table_indices(table)
         self._ends = np.cumsum([len(index) for index in self._indices])
         self._access = table.access
         self._reader: ShardReader | None = None
