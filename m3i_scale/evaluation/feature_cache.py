@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from torch import Tensor
 
 from m3i_scale import __version__
@@ -19,6 +20,7 @@ from m3i_scale.evaluation.samples import Table, table_indices
 from m3i_scale.files import replacing, sha256_of, sha256_of_json
 
 PATCHES = "patches"
+_VERSIONS = [__version__, torch.__version__, transformers.__version__]
 _NOT_WEIGHTS = ("README.md", "export.json")
 """Files of an export that may change while its features do not."""
 _OF_SAMPLES = ("keys", "places", "captions", "labels", "meta", "groups", "left_out", "bad_masks")
@@ -45,7 +47,8 @@ class FeatureCache:
             needed: names of the encoders, and `PATCHES` if patches are requested. A file may have more.
             settings: what the features depend on besides model and data.
         """
-        path = self._folder / f"{sha256_of_json([__version__, self._model, _contents(table), settings])}.pt"
+        key = sha256_of_json([_VERSIONS, self._model, _contents(table), settings])
+        path = self._folder / f"{key}.pt"
         saved = _load(path) if path.is_file() else None
         if saved is None or not needed <= set(saved["contents"]):
             side = read()
