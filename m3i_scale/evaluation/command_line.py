@@ -50,6 +50,16 @@ CacheDir = Annotated[
 _COLUMNS = ("metric", "before", "after", "difference", "interval", "change")
 
 
+def _check_cache(cache_dir: Path | None, imports: list[str] | None) -> None:
+    if cache_dir is not None and imports:
+        raise ConfigError(
+            "--cache-dir cannot be combined with --import",
+            where=f"--cache-dir {cache_dir}",
+            why="a change of the imported code would not be noticed",
+            fix="leave out --cache-dir",
+        )
+
+
 def evaluate(
     model_dir: Annotated[Path, typer.Argument(help="Exported folder, or a Hugging Face folder of a vision model.")],
     data: Annotated[str, typer.Option(help="Shards to evaluate on.")],
@@ -111,6 +121,7 @@ def evaluate(
     from m3i_scale.evaluation.commands import evaluate as run_evaluation
     from m3i_scale.evaluation.towers import TEMPLATES
 
+    _check_cache(cache_dir, imports)
     import_given(imports)
     if output is not None and (output.is_dir() or not output.parent.is_dir()):
         raise ConfigError(
@@ -171,6 +182,7 @@ def compare(
     from m3i_scale.evaluation.compare import compare as run_comparison
     from m3i_scale.report.html_file import check_page
 
+    _check_cache(cache_dir, imports)
     import_given(imports)
     if output is not None:
         check_page(output)

@@ -114,6 +114,7 @@ def evaluate(
     wants_text = no_towers is None and (pictures is not None or bool(set(WITH_TEXT) & set(measures)))
     pixels: dict[str, Encoder] = {"pixels": pixel_features} if baseline == "pixels" else {}
     wants_classifier = "classifier" in measures
+    cache = None if cache_dir is None else FeatureCache(cache_dir, folder)  # hashes the weights before they are loaded
     loaded = [
         (
             vision,
@@ -131,7 +132,7 @@ def evaluate(
         dense="dense" in measures and train_table is not None,
         exclude_groups=exclude_groups,
         progress=progress,
-        cache=None if cache_dir is None else FeatureCache(cache_dir, folder),
+        cache=cache,
     )
     test = read(test_table, replicas, split="data")
     if not len(test.table):

@@ -37,7 +37,7 @@ class _Model:
     replicas: list[Encoders]
     """One per device."""
     towers: Towers | None
-    cache: FeatureCache | None = None
+    cache: FeatureCache | None
 
 
 @dataclass
@@ -99,10 +99,9 @@ def compare(
     # if only one model has a text tower, there is nothing to compare, so it is not used
     no_text = {role: reason for role, folder in folders.items() if (reason := why_no_towers(folder)) is not None}
     wants_text = not no_text and bool(set(WITH_TEXT) & set(asked))
-    models = {role: _load(role, folder, pool, compute, wants_text=wants_text) for role, folder in folders.items()}
-    if cache_dir is not None:
-        for model in models.values():
-            model.cache = FeatureCache(cache_dir, model.folder)
+    models = {
+        role: _load(role, folder, pool, compute, cache_dir, wants_text=wants_text) for role, folder in folders.items()
+    }
     document: dict[str, Any] = {}
     pictures: dict[str, Picture] = {}
     for one in sets:
@@ -170,15 +169,16 @@ def _check_other(data: _Set, general: _Set) -> None:
         )
 
 
-def _load(role: str, folder: Path, pool: Pool, compute: Compute, *, wants_text: bool) -> _Model:
+def _load(role: str, folder: Path, pool: Pool, compute: Compute, cache_dir: Path | None, *, wants_text: bool) -> _Model:
     replicas, towers = [], []
     with error_prefix(role.upper()):
+        cache = None if cache_dir is None else FeatureCache(cache_dir, folder)
         for device in compute.devices:
             vision = load_vision(folder, pool, device)
             _, _, of_device = trained_heads(folder, vision, [], wants_text=wants_text, wants_classifier=False)
             replicas.append(Encoders(vision, {} if of_device is None else {"joint": of_device.images}))
             towers.append(of_device)
-    return _Model(folder, replicas, towers[0])
+    return _Model(folder, replicas, towers[0], cache)
 
 
 def _with_role(progress: Progress | None, role: str) -> Progress | None:

@@ -40,7 +40,7 @@ class RunPlan:
     stages: tuple[RunPlan, ...] = ()
     """Plan of each stage. The numbers of the run then come from the stage with the highest peak memory."""
     automatic: bool = False
-    """Whether the run has `deepspeed: auto`."""
+    """Whether `deepspeed: auto` chose the DeepSpeed config of `run`."""
 
     @property
     def fits(self) -> bool:

@@ -219,8 +219,8 @@ class Checks:
             built = self.errors.collect(build_on_meta, of_all_stages, facts.label_sets, vocab_size, image_counts=images)
         if built is not None:
             run, choice = choose_engine(run, built, self.ranks)
-        elif run.deepspeed == AUTO:  # the run has errors; any config serves to find those of `optim`
-            run = run.model_copy(update={"deepspeed": BUILT_IN[device_here().kind][0]})
+        elif run.deepspeed == AUTO:  # the run has errors; the first config shows those of `optim`
+            run = run.model_copy(update={"deepspeed": BUILT_IN[device_here(1).kind][0]})
         deepspeed = self._resolve_engine(run, _ANY_WIDTH if model is None else model.hidden_size)
         if recipe is None or model is None or built is None or deepspeed is None:
             return None

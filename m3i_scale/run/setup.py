@@ -124,7 +124,7 @@ def choose_engine(
     if run.deepspeed != AUTO:
         return run, None
     name, reason = (device is None and saved_choice(run)) or choose_ds_config(
-        objective, world_size or 1, device or device_here(), lambda raw: _supports(run, raw)
+        objective, world_size or 1, device or device_here(world_size or 1), lambda raw: _supports(run, raw)
     )
     return run.model_copy(update={"deepspeed": name}), f"auto: {name}, {reason}"
 

@@ -171,9 +171,13 @@ def _with_engine_of_rank_0(run: RunConfig, resolved: ResolvedRun, world_size: in
     """Return the run with the DeepSpeed config of rank 0, which `deepspeed: auto` may choose differently for devices of
     different memory. Collective."""
     chosen = from_rank_0(lambda: resolved.run.deepspeed)
-    if chosen == resolved.run.deepspeed:
-        return together(lambda: resolved)
-    return together(lambda: resolve_run(run.model_copy(update={"deepspeed": chosen}), world_size), names_rank=True)
+
+    def follow() -> ResolvedRun:
+        if chosen == resolved.run.deepspeed:
+            return resolved
+        return resolve_run(run.model_copy(update={"deepspeed": chosen}), world_size)
+
+    return together(follow, names_rank=True)
 
 
 def start_trainer(

@@ -7,8 +7,11 @@ import shutil
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from m3i_scale.cli import app
 from m3i_scale.errors import ConfigError
+from m3i_scale.evaluation import feature_cache
 from m3i_scale.evaluation.commands import evaluate
 from m3i_scale.evaluation.compare import compare
 from m3i_scale.evaluation.features import VisionModel
@@ -121,16 +124,72 @@ def test_the_model_card_is_no_part_of_the_weights(model, data, images, tmp_path)
     assert not images
 
 
-def test_a_damaged_file_is_an_error(model, data, tmp_path) -> None:
+def shortened(content: bytes) -> bytes:
+    return content[:1000]
+
+
+def changed(content: bytes) -> bytes:
+    """With other values in the middle, which are features."""
+    middle = len(content) // 2
+    return content[:middle] + bytes(byte ^ 255 for byte in content[middle : middle + 64]) + content[middle + 64 :]
+
+
+@pytest.mark.parametrize("damage", [shortened, changed])
+def test_a_damaged_file_is_an_error(model, data, tmp_path, damage) -> None:
     measured(model, data, tmp_path / "cache")
     for path in (tmp_path / "cache").iterdir():
-        path.write_bytes(path.read_bytes()[:1000])
+        path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(ConfigError) as caught:
         measured(model, data, tmp_path / "cache")
     assert Path(caught.value.where).parent == tmp_path / "cache"
 
 
-def test_a_folder_that_cannot_be_written_is_an_error(vit_folder, shards, tmp_path) -> None:
+def test_a_linked_folder_of_the_model_is_a_part_of_it(model, data, images, tmp_path) -> None:
+    heads = tmp_path / "heads"
+    heads.mkdir()
+    (heads / "weights").write_text("first")
+    (model / "heads").symlink_to(heads)
+    measured(model, data, tmp_path / "cache")
+    (heads / "weights").write_text("second")
+    images.clear()
+    measured(model, data, tmp_path / "cache")
+    assert images
+
+
+@pytest.mark.parametrize("library", ["PIL", "timm", "torch", "transformers"])
+def test_features_of_another_version_are_computed(model, data, images, tmp_path, monkeypatch, library) -> None:
+    few = {"measures": ("knn",), "baseline": "none"}
+    measured(model, data, tmp_path / "cache", **few)
+    monkeypatch.setattr(f"{library}.__version__", "0.0.1")
+    images.clear()
+    measured(model, data, tmp_path / "cache", **few)
+    assert images
+
+
+def test_features_of_other_code_are_computed(model, data, images, tmp_path, monkeypatch) -> None:
+    few = {"measures": ("knn",), "baseline": "none"}
+    package = tmp_path / "package"
+    package.mkdir()
+    (package / "__init__.py").write_text("first = 1")
+    monkeypatch.setattr(feature_cache, "PACKAGE", package)
+    measured(model, data, tmp_path / "cache", **few)
+    (package / "__init__.py").write_text("first = 2")
+    images.clear()
+    measured(model, data, tmp_path / "cache", **few)
+    assert images
+
+
+def test_a_folder_that_cannot_be_used_is_an_error_before_the_first_image(model, data, images, tmp_path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match="cannot be saved"):
-        measured(vit_folder, shards, tmp_path / "file" / "cache")
+    for folder in (tmp_path / "file" / "cache", model / "cache"):
+        with pytest.raises(ConfigError) as caught:
+            measured(model, data, folder)
+        assert str(folder) in caught.value.where
+    assert not images
+
+
+def test_imported_code_has_no_saved_features(tmp_path) -> None:
+    words = ["evaluate", str(tmp_path), "--data", str(tmp_path), "--import", "json", "--cache-dir", str(tmp_path / "c")]
+    error = CliRunner().invoke(app, words).exception
+    assert isinstance(error, ConfigError)
+    assert "--cache-dir" in error.where

@@ -9,7 +9,7 @@ import pytest
 from tiny import LABEL_SETS, VOCABULARY, tiny_overrides
 
 from m3i_scale.config import RunConfig, load_run
-from m3i_scale.engine.deepspeed.choice import BUILT_IN, Device, choose_ds_config, rank_state_bytes
+from m3i_scale.engine.deepspeed.choice import BUILT_IN, Device, choose_ds_config, device_here, rank_state_bytes
 from m3i_scale.engine.deepspeed.resolve import load_ds_config
 from m3i_scale.objective.build import build_on_meta
 from m3i_scale.objective.information import Objective, role_of
@@ -139,3 +139,14 @@ def test_states_are_those_of_the_plan(file: str, ranks: int) -> None:
     if settings.stage < 3 and not settings.bf16_optimizer:  # made in the backward pass
         gradients += numel["trained"] * settings.accumulation_bytes / (ranks if settings.stage == 2 else 1)
     assert rank_state_bytes(numel, config, ranks) == pytest.approx(planned.total() + moments + gradients, rel=0.25)
+
+
+def test_ema_weights_take_a_copy_and_a_partitioned_remainder() -> None:
+    config = load_ds_config("zero1_bf16")
+    sizes = [rank_state_bytes(Counter(trained=8_000, ema=ema), config, 8) for ema in (0, 8_000)]
+    assert sizes[1] - sizes[0] == 2 * 8_000 + 2 * 8_000 // 8
+
+
+def test_ranks_before_a_start_share_the_memory_of_this_machine(monkeypatch) -> None:
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert device_here(8).memory_bytes == device_here(1).memory_bytes // 8

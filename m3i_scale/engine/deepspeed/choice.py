@@ -2,7 +2,7 @@
 memory for activations.
 
 Low stages have the least CPU overhead (docs/benchmarks/gpu.md). The choice depends only on the model, the number of
-ranks and the device, and changes neither the global batch nor the micro-batch, which decides what losses compare.
+ranks and the device. It does not change the global batch or the micro-batch.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ class Device:
     """On a CPU, the share of one process."""
 
 
-def device_here() -> Device:
-    """Return the device of a rank on this machine."""
+def device_here(ranks: int) -> Device:
+    """Return the device of a rank on this machine. Before a start, all `ranks` count as ranks of this machine."""
     if get_accelerator().device_name() == "cpu":
-        return Device("cpu", read_machine().memory_total // (ranks_on_host(os.environ) or 1))
+        return Device("cpu", read_machine().memory_total // (ranks_on_host(os.environ) or ranks))
     return Device("bf16" if has_fast_bf16() else "fp16", int(get_accelerator().total_memory()))
 
 
