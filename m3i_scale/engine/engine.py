@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from m3i_scale.backbones.load_plan import LoadPlan
 from m3i_scale.engine.activations import stacks
 from m3i_scale.engine.agree import from_rank_0, raise_together
-from m3i_scale.engine.deepspeed.rules import optimizer_class
+from m3i_scale.engine.deepspeed.rules import optimizer_class, reduces_in_backward
 from m3i_scale.engine.engine_state import count_micro_batches, scale_by_trust_ratio
 from m3i_scale.engine.extensions import awaited_build
 from m3i_scale.engine.gradients import ForeachBF16Optimizer, clipping_on_device
@@ -115,6 +115,8 @@ def build_engine(
     with gradients_by_parameter(), free_memory_of_torch(), quiet, foreach:
         engine, _, _, _ = deepspeed.initialize(model=module, model_parameters=groups, config=ds_config)
     keep_gradients_until_reduced(engine.optimizer)
+    if reduces_in_backward(ds_config):
+        engine.optimizer.reduce_in_backward(int(engine.zero_reduce_bucket_size()))
     if trust_coefficient is not None:
         scale_by_trust_ratio(engine, trust_coefficient)
     return engine

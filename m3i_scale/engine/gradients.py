@@ -1,4 +1,5 @@
-"""Gradients of a step: add them up in fp32, compute their norm, and clip them, with few kernels and no host wait.
+"""Gradients of a step: add them up in fp32, reduce them, compute their norm, and clip them, with few kernels and no host
+wait.
 
 DeepSpeed launches kernels per parameter for each of these, and its helpers for clipping (`deepspeed/runtime/utils.py`)
 synchronize in every step: one copies a constant from pageable memory, the other reads back whether the norm is above
@@ -8,19 +9,36 @@ the bound. The replacements below compute the same values on the device.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
 
 import torch
+from deepspeed import comm as dist
 from deepspeed.runtime import bf16_optimizer, utils
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.zero import stage3, stage_1_and_2
 from torch import Tensor
 
 
+@dataclass
+class _Bucket:
+    """Consecutive parameters of a group, whose gradients are reduced together."""
+
+    group: int
+    numbers: range
+    """Indices in the group."""
+    missing: set[int] = field(default_factory=set)
+    """Indices without a gradient in the current backward pass."""
+    sums: Tensor | None = None
+    """The part of the group's flat fp32 sums; set while the reduction is in progress."""
+
+
 class ForeachBF16Optimizer(BF16_Optimizer):  # type: ignore[misc]  # DeepSpeed has no types
-    """DeepSpeed's optimizer of ZeRO-1 in bf16, with one call for the gradients of all parameters instead of one each.
+    """DeepSpeed's optimizer of ZeRO-1 in bf16, with one call for the gradients of all parameters instead of one each,
+    and optionally with reductions during the backward pass.
 
     The fp32 sums of a step are those of DeepSpeed, except for the sign of zeros. They are not cleared after a step: the
     next one overwrites them.
@@ -30,6 +48,85 @@ class ForeachBF16Optimizer(BF16_Optimizer):  # type: ignore[misc]  # DeepSpeed h
         super().__init__(*arguments, **options)
         pairs = zip(self.bf16_groups, self.fp32_groups_gradients, strict=True)
         self._sums = [[flat.view_as(p) for p, flat in zip(*pair, strict=True)] for pair in pairs]
+        self._is_first = True
+        self.reduce_bucket_size: int | None = None
+        self._buckets: list[_Bucket] = []
+        self._launched = 0
+        self._works: list[Any] = []
+
+    def reduce_in_backward(self, bucket_size: int) -> None:
+        """Reduce gradients during the last backward pass of a step instead of after it. Call it once, on every rank.
+
+        A bucket has up to `bucket_size` elements, or one larger parameter. Its gradients are added to the sums and
+        reduced in place as soon as all have been computed; DeepSpeed copies all sums first. All ranks reduce the
+        buckets in the same order, about that of the backward pass, whichever gradients a rank computes: a bucket waits
+        for those before it, and what is left at the end of the pass is reduced then. The process group is a new one,
+        because other collectives of the backward pass may be launched between different buckets on different ranks.
+        """
+        self.reduce_bucket_size = bucket_size
+        if dist.get_world_size(self.dp_process_group) == 1:
+            return
+        self._reduction_group = torch.distributed.new_group()
+        places = {id(p): place for place, p in enumerate(self.param_names)}  # in the order of the module's forward pass
+        for group, parameters in enumerate(self.bf16_groups):
+            stop, numel = len(parameters), 0
+            for number in reversed(range(len(parameters))):
+                if numel and numel + parameters[number].numel() > bucket_size:
+                    self._buckets.append(_Bucket(group, range(number + 1, stop)))
+                    stop, numel = number + 1, 0
+                numel += parameters[number].numel()
+            self._buckets.append(_Bucket(group, range(stop)))
+        self._buckets.sort(key=lambda bucket: -places[id(self.bf16_groups[bucket.group][bucket.numbers[0]])])
+        for bucket in self._buckets:
+            bucket.missing.update(bucket.numbers)
+            for number in bucket.numbers:
+                hook = functools.partial(self._arrived, bucket, number)
+                parameter = self.bf16_groups[bucket.group][number]
+                self._grad_acc_hooks.append(parameter.register_post_accumulate_grad_hook(hook))
+
+    def _arrived(self, bucket: _Bucket, number: int, parameter: Tensor) -> None:
+        """Launch the buckets whose turn it is, if `parameter` was the last one without a gradient."""
+        if not self.is_gradient_accumulation_boundary():
+            return
+        if bucket.sums is not None:
+            raise RuntimeError("a parameter has a second gradient in one backward pass, after the first was reduced")
+        bucket.missing.discard(number)
+        while self._launched < len(self._buckets) and not self._buckets[self._launched].missing:
+            self._launch(self._buckets[self._launched])
+
+    @torch.no_grad()
+    def _launch(self, bucket: _Bucket) -> None:
+        """Add the gradients of a bucket to the sums, and start the reduction of the sums."""
+        self._add([(bucket.group, bucket.numbers)])
+        sums, numbers = self.fp32_groups_gradients[bucket.group], bucket.numbers
+        start = sums[numbers[0]].storage_offset()
+        numel = sums[numbers[-1]].storage_offset() + sums[numbers[-1]].numel() - start
+        bucket.sums = self.fp32_groups_gradients_flat[bucket.group].narrow(0, start, numel)
+        self._works.append(dist.all_reduce(bucket.sums, group=self._reduction_group, async_op=True))
+        self._launched += 1
+
+    @torch.no_grad()
+    def get_grads_for_reduction(self) -> Any:
+        """Return the gradients that DeepSpeed has to reduce. Wait for those that are being reduced, and average them:
+        on GPUs the stream waits, not the host."""
+        if self.reduce_bucket_size is None:
+            return super().get_grads_for_reduction()
+        for work in self._works:
+            work.wait()
+        if self._works:
+            world = dist.get_world_size(self.dp_process_group)
+            torch._foreach_mul_([bucket.sums for bucket in self._buckets], 1.0 / world)
+        for bucket in self._buckets:
+            bucket.sums = None
+            bucket.missing.update(bucket.numbers)
+        self._launched, self._works = 0, []
+        return [], {}
+
+    def destroy(self) -> None:
+        """Remove the hooks, and leave the process group."""
+        super().destroy()
+        if self._buckets:
+            torch.distributed.destroy_process_group(self._reduction_group)
 
     def backward_prologue(self) -> None:
         """Free gradients that an interrupted backward pass left."""
@@ -37,31 +134,43 @@ class ForeachBF16Optimizer(BF16_Optimizer):  # type: ignore[misc]  # DeepSpeed h
 
     @torch.no_grad()
     def update_hp_grads(self, clear_lp_grads: bool = False) -> None:
-        """Add the bf16 gradients of a micro-batch to the fp32 sums, and free them.
+        """Add the bf16 gradients of a micro-batch to the fp32 sums, and free them. In the last one of a step, start the
+        reductions that its backward pass has not started."""
+        if self._buckets and self.is_gradient_accumulation_boundary():
+            for bucket in self._buckets[self._launched :]:
+                self._launch(bucket)
+        else:
+            self._add([(group, range(len(parameters))) for group, parameters in enumerate(self.bf16_groups)])
+        self._is_first = False
+
+    def _add(self, spans: Iterable[tuple[int, range]]) -> None:
+        """Add the bf16 gradients of parameters, given as groups and indices in the group, to the fp32 sums.
 
         The first micro-batch of a step copies them and zeroes the other sums. On GPUs a copy between dtypes launches
         few kernels for all tensors; an addition launches one per tensor (`can_use_fast_route` in torch).
         """
-        first = not any(map(any, self.fp32_groups_has_gradients))
         sums: list[Tensor] = []
         gradients: list[Tensor] = []
         unused: list[Tensor] = []
-        for group, totals, has in zip(self.bf16_groups, self._sums, self.fp32_groups_has_gradients, strict=True):
-            for number, (parameter, total) in enumerate(zip(group, totals, strict=True)):
+        for group, numbers in spans:
+            parameters, totals, has = self.bf16_groups[group], self._sums[group], self.fp32_groups_has_gradients[group]
+            for number in numbers:
+                parameter = parameters[number]
                 if parameter.grad is None:
-                    unused.append(total)
+                    unused.append(totals[number])
                     continue
-                sums.append(total)
+                sums.append(totals[number])
                 gradients.append(parameter.grad)
                 parameter.grad, has[number] = None, True
-        if first and unused:
+        if self._is_first and unused:
             torch._foreach_zero_(unused)
         if gradients:
-            (torch._foreach_copy_ if first else torch._foreach_add_)(sums, gradients)
+            (torch._foreach_copy_ if self._is_first else torch._foreach_add_)(sums, gradients)
 
     def clear_hp_grads(self) -> None:
         """Let the next micro-batch overwrite the sums. DeepSpeed calls this after a step."""
         self.fp32_groups_has_gradients = [[False] * len(group) for group in self.bf16_groups]
+        self._is_first = True
 
     def get_grads_for_norm(self, for_clipping: bool = False) -> Any:
         """Return the flat sums of all groups to clip; for the norm, the sums of parameters that have a gradient."""

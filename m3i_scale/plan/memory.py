@@ -215,8 +215,10 @@ def _unpartitioned(parameters: tuple[Parameter, ...], trace: Trace, settings: Se
     """Return the parts that are added to the states at each moment of a step under stages 1 and 2."""
     most = Parts({ACTIVATIONS: max(trace.live)})
     if settings.bf16_optimizer:
-        copies = [_copies_of_sent(groups, settings) for groups in sent_together(parameters, settings)]
-        moments = {"forward": most, "reduce": Parts({BUCKETS: max(copies)})}
+        moments = {"forward": most}
+        if not settings.reduces_in_backward:
+            copies = [_copies_of_sent(groups, settings) for groups in sent_together(parameters, settings)]
+            moments["reduce"] = Parts({BUCKETS: max(copies)})
         made = 0
         for place, moment in trace.gradients:  # freed after the backward pass
             made += parameters[place].numel * settings.parameter_bytes

@@ -315,7 +315,13 @@ class Estimate:
     @cached_property
     def step_s(self) -> float:
         """Return the time of a step in seconds."""
-        return step_time(self.traffic, compute_s=self.compute_s, host_s=self.host_s, overlap=self.settings.overlap)
+        return step_time(
+            self.traffic,
+            compute_s=self.compute_s,
+            host_s=self.host_s,
+            overlap=self.settings.overlap,
+            micro_batches=self.settings.accumulation_steps,
+        )
 
     @property
     def host_bytes(self) -> int:

@@ -14,6 +14,7 @@ from m3i_scale.engine.deepspeed.rules import (
     communication,
     offloads_optimizer,
     precision,
+    reduces_in_backward,
     state_bytes,
     takes_bf16_optimizer,
 )
@@ -81,6 +82,8 @@ class Settings:
     communication_bytes: int
     bf16_optimizer: bool
     """DeepSpeed's BF16 optimizer is used for stage 1 (see `takes_bf16_optimizer`)."""
+    reduces_in_backward: bool
+    """It reduces gradients during the last backward pass (see `ForeachBF16Optimizer.reduce_in_backward`)."""
     reduce_bucket: int
     overlap: bool
     sub_group: int
@@ -185,6 +188,7 @@ def settings_of(config: dict[str, Any], *, world: int, on_host: bool) -> Setting
         accumulation_bytes=BYTES[accumulation(config)],
         communication_bytes=BYTES[communication(config)],
         bf16_optimizer=takes_bf16_optimizer(config),
+        reduces_in_backward=reduces_in_backward(config),
         reduce_bucket=int(parsed.reduce_bucket_size),
         overlap=bool(parsed.overlap_comm),
         sub_group=int(parsed.sub_group_size),

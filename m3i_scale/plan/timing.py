@@ -21,9 +21,9 @@ from dataclasses import dataclass
 
 from m3i_scale.engine.peak import TFLOPS
 from m3i_scale.errors import ConfigError, did_you_mean
-from m3i_scale.plan.traffic import AFTER_BACKWARD, AVERAGED, FETCH, IN_GROUP, Traffic
+from m3i_scale.plan.traffic import AFTER_BACKWARD, AVERAGED, FETCH, IN_GROUP, LAST_BACKWARD, Traffic
 
-_PASSES = {"all-reduce": 2, "all-reduce of the step": 2, FETCH: 2}
+_PASSES = {"all-reduce": 2, "all-reduce of the step": 2, LAST_BACKWARD: 2, FETCH: 2}
 """Passes of the data over a ring: an all-reduce is a reduce-scatter and an all-gather."""
 OPERATION_US = {1: 22.0, 2: 31.0, 3: 75.0}
 """By stage, per operation of the forward or backward pass that creates a tensor: its CPU time and its share of
@@ -145,6 +145,8 @@ class StepTraffic:
     """Part of `time_s` for traffic after the forward and backward passes."""
     averaged_s: float
     """Part of `time_s` for gathers of the EMA target, which overlap the student's forward pass."""
+    last_s: float = 0.0
+    """Part of `time_s` for reductions that overlap the backward pass of the last micro-batch."""
 
 
 def step_traffic(traffic: Traffic, links: Links, *, group: int = 1) -> StepTraffic:
@@ -156,7 +158,7 @@ def step_traffic(traffic: Traffic, links: Links, *, group: int = 1) -> StepTraff
     uses the fastest protocol for its size, as NCCL's tuner chooses.
     """
     rank_bytes: dict[str, float] = {}
-    intra = inter = time_s = once_s = averaged_s = 0.0
+    intra = inter = time_s = once_s = averaged_s = last_s = 0.0
     for kind, calls in traffic.sizes.items():
         ranks = group if kind == IN_GROUP else links.world
         passes = 2 if links.gloo and kind == "reduce-scatter" else _PASSES.get(kind, 1)
@@ -171,7 +173,8 @@ def step_traffic(traffic: Traffic, links: Links, *, group: int = 1) -> StepTraff
         time_s += seconds
         once_s += seconds if kind in AFTER_BACKWARD else 0.0
         averaged_s += seconds if kind == AVERAGED else 0.0
-    return StepTraffic(rank_bytes, intra, inter, time_s, once_s, averaged_s)
+        last_s += seconds if kind == LAST_BACKWARD else 0.0
+    return StepTraffic(rank_bytes, intra, inter, time_s, once_s, averaged_s, last_s)
 
 
 def _call_s(links: Links, size: float, ranks: int, nodes: int, passes: int) -> float:
@@ -211,8 +214,12 @@ def host_time(*, stage: int, operations: int, parameters: int, pieces: int) -> f
     return 1e-6 * (OPERATION_US[stage] * operations + UPDATE_US[stage] * parameters + PIECE_US * pieces)
 
 
-def step_time(traffic: StepTraffic, *, compute_s: float, host_s: float, overlap: bool) -> float:
+def step_time(
+    traffic: StepTraffic, *, compute_s: float, host_s: float, overlap: bool, micro_batches: int = 1
+) -> float:
     """Return the step time in seconds: the longer of arithmetic and overlapping communication, plus the rest, and at
-    least the CPU time. Without `overlap` only gathers of the EMA target overlap."""
-    hidden_s = traffic.time_s - traffic.once_s if overlap else traffic.averaged_s
+    least the CPU time. Without `overlap`, gathers of the EMA target overlap, and reductions in the last backward pass,
+    which is two thirds of the arithmetic of one micro-batch."""
+    last_s = min(traffic.last_s, compute_s / micro_batches * 2 / 3)
+    hidden_s = traffic.time_s - traffic.once_s if overlap else traffic.averaged_s + last_s
     return max(host_s, max(compute_s, hidden_s) + traffic.time_s - hidden_s)

@@ -21,6 +21,8 @@ from m3i_scale.plan.trace import Trace
 
 AVERAGED = "gather for the EMA teacher"
 """Gather of a group of EMA weights in the compute dtype, under stages 1 and 2."""
+LAST_BACKWARD = "all-reduce in the last backward pass"
+"""Gradients of ZeRO-1 in bf16."""
 AFTER_BACKWARD = ("update", "all-reduce of the step")
 """Traffic that waits for the end of the backward pass."""
 IN_GROUP = "gather in the group"
@@ -66,7 +68,11 @@ def collectives_of(parameters: tuple[Parameter, ...], trace: Trace, settings: Se
 def _unpartitioned(traffic: Traffic, parameters: tuple[Parameter, ...], trace: Trace, settings: Settings) -> None:
     """Count all-reduces of gradients, and gathers of updated parameters and EMA weights, group by group."""
     sent, size = settings.communication_bytes, settings.parameter_bytes
-    if settings.bf16_optimizer:
+    if settings.reduces_in_backward:
+        for group, _ in flat_groups(parameters, settings.world):
+            for bucket in buckets(parameters, reversed(group), settings.reduce_bucket):
+                traffic.add(LAST_BACKWARD, sent * sum(parameters[place].numel for place in bucket))
+    elif settings.bf16_optimizer:
         for groups in sent_together(parameters, settings):
             traffic.add("all-reduce of the step", sum(groups) * sent)
     else:

@@ -1,4 +1,4 @@
-"""Ranks that add up and clip gradients under ZeRO-1 in bf16: `python clipping_engine.py FOLDER`.
+"""Ranks that add up, reduce and clip gradients under ZeRO-1 in bf16: `python clipping_engine.py FOLDER`.
 
 The same steps of several micro-batches are taken twice, by DeepSpeed alone and by an engine of ours; every rank writes
 what came of them.
@@ -26,9 +26,12 @@ from m3i_scale.engine.parameter_groups import parameter_groups
 
 BOUNDS = (1e-3, 1e3, 0.0)
 """All of the steps are clipped, none is, or clipping is off."""
-STEPS, NOT_FINITE, MICRO_BATCHES = 5, 2, 3
+SENT = ("bf16", "fp32")
+"""In the dtype of the sums, gradients are reduced during the backward pass."""
+STEPS, NOT_FINITE, MICRO_BATCHES = 6, 2, 3
 USED = {0: {1}, 1: {0, 2}, NOT_FINITE: {0, 1, 2}, 4: {2}}
-"""Micro-batches by step in which a part of the model has gradients. It has none in the step after the bad one."""
+"""Micro-batches by step in which a part of the model has gradients. It has none in the step after the bad one. In the
+last step every rank uses it in another micro-batch."""
 
 
 class Parts(Small):
@@ -51,19 +54,26 @@ def fill(module: nn.Module) -> None:
             parameter.copy_(torch.randn(parameter.shape, generator=generator))
 
 
-class Reads(TorchDispatchMode):
-    """Counts values that the host reads."""
+class Seen(TorchDispatchMode):
+    """Counts values that the host reads, and lists the elements of all-reduces and what else is told to it."""
 
-    count = 0
+    def __init__(self) -> None:
+        super().__init__()
+        self.reads = 0
+        self.events: list[int | str] = []
 
     def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += operator._schema.name == "aten::_local_scalar_dense"
+        self.reads += operator._schema.name == "aten::_local_scalar_dense"
+        if operator._schema.name == "c10d::allreduce_":
+            self.events.append(sum(tensor.numel() for tensor in args[0]))
         return operator(*args, **(kwargs or {}))
 
 
-def start(ours: bool, bound: float) -> Any:
+def start(ours: bool, bound: float, sent: str) -> Any:
     config = config_of(1, bf16={"enabled": True}, data_types={"grad_accum_dtype": "fp32"}, gradient_clipping=bound)
     config["train_batch_size"] *= MICRO_BATCHES
+    config["communication_data_type"] = sent
+    config["zero_optimization"]["reduce_bucket_size"] = 250
     if ours:
         return build_engine(Parts, fill, config, weight_decay=0.1)
     module = Parts()
@@ -72,29 +82,35 @@ def start(ours: bool, bound: float) -> Any:
     return engine
 
 
-def train(ours: bool, bound: float) -> dict[str, Any]:
-    engine = start(ours, bound)
+def train(ours: bool, bound: float, sent: str) -> dict[str, Any]:
+    engine = start(ours, bound, sent)
     share = GLOBAL_BATCH // dist.get_world_size()
     named = dict(engine.module.named_parameters())
     frozen = named["frozen.weight"].clone()
-    told: dict[str, Any] = {"norms": [], "applied": [], "reads": [], "gradients": [], "freed": []}
+    told: dict[str, Any] = {"norms": [], "applied": [], "reads": [], "gradients": [], "freed": [], "reduced": []}
+    seen = Seen()
+    named["embed.weight"].register_post_accumulate_grad_hook(lambda _: seen.events.append("first layer"))
     for number in range(STEPS):
         for part in range(MICRO_BATCHES):
             generator = torch.Generator().manual_seed(MICRO_BATCHES * number + part)
             batch = torch.randn(GLOBAL_BATCH, 7, generator=generator).bfloat16()
-            loss = engine(batch[dist.get_rank() * share :][:share], part in USED.get(number, ()))
-            engine.backward(loss * (torch.nan if (number, part) == (NOT_FINITE, 1) else 1.0))
+            used = USED.get(number, {2 - dist.get_rank()} if number == STEPS - 1 else set())
+            loss = engine(batch[dist.get_rank() * share :][:share], part in used)
+            seen.events = []
+            with seen:
+                engine.backward(loss * (torch.nan if (number, part) == (NOT_FINITE, 1) else 1.0))
+            told["reduced"].append(seen.events)
             told["freed"].append(all(parameter.grad is None for parameter in named.values()))
             if part + 1 < MICRO_BATCHES:
                 engine.step()
         if number != NOT_FINITE:
             gradients = {name: safe_get_full_grad(p) for name, p in named.items() if p.requires_grad}
             told["gradients"].append({name: gradient.tolist() for name, gradient in gradients.items()})
-        with Reads() as counted:
+        with Seen() as counted:
             take_step(engine) if ours else engine.step()
         told["norms"].append(float(engine.get_global_grad_norm()))
         told["applied"].append(engine.was_step_applied())
-        told["reads"].append(counted.count)
+        told["reads"].append(counted.reads)
     for kind in ("weight", "exp_avg", "exp_avg_sq"):
         told[kind] = {piece.name: piece.tensors[kind].tolist() for piece in pieces(engine)}
     return told | {"frozen_moved": not torch.equal(named["frozen.weight"], frozen)}
@@ -103,8 +119,9 @@ def train(ours: bool, bound: float) -> dict[str, Any]:
 def main() -> None:
     deepspeed.init_distributed("gloo")
     told = {
-        str(bound): {"deepspeed": train(ours=False, bound=bound), "ours": train(ours=True, bound=bound)}
+        f"{bound} {sent}": {side: train(side == "ours", bound, sent) for side in ("deepspeed", "ours")}
         for bound in BOUNDS
+        for sent in SENT
     }
     (Path(sys.argv[1]) / f"{dist.get_world_size()}-{dist.get_rank()}.json").write_text(json.dumps(told))
     dist.barrier()

@@ -77,7 +77,7 @@ MISTAKES: list[tuple[str, dict[str, Any], list[str]]] = [
     ("zero3_bf16", {Z + "allgather_bucket_size": 10}, ["only stages 1 and 2"]),
     ("zero3_bf16", {Z + "round_robin_gradients": True}, ["only stages 1 and 2"]),
     ("zero2_bf16", {Z + "allgather_bucket_size": 11}, [Z + "allgather_bucket_size"]),
-    ("zero1_bf16", {Z + "reduce_bucket_size": 10}, ["BF16 optimizer"]),
+    ("zero1_bf16", {"communication_data_type": "bf16"}, [Z + "reduce_bucket_size", "BF16 optimizer"]),
     ("zero3_bf16", {Z + "stage": 4}, ["zero_optimization.stage"]),
     ("zero3_bf16", {Z + "stage": 0}, ["must be 1, 2 or 3"]),
     ("zero3_bf16", {Z + "stage": True}, ["must be 1, 2 or 3"]),

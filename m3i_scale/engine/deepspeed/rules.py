@@ -77,6 +77,11 @@ def takes_bf16_optimizer(config: dict[str, Any]) -> bool:
     return mixed and config["zero_optimization"].get("stage") == 1 and not offloads_optimizer(config)
 
 
+def reduces_in_backward(config: dict[str, Any]) -> bool:
+    """Return whether the BF16 optimizer reduces gradients during the backward pass: in place, so in their own dtype."""
+    return takes_bf16_optimizer(config) and communication(config) == accumulation(config)
+
+
 def optimizer_class(config: dict[str, Any]) -> Literal["AdamW", "DeepSpeedCPUAdam", "FusedAdam"]:
     """Return the optimizer class that DeepSpeed uses: torch's, or one of its compiled ones."""
     if config["optimizer"]["params"].get("torch_adam"):
@@ -134,7 +139,8 @@ def _check_precision(config: dict[str, Any], where: str) -> None:
 
 def _check_zero(config: dict[str, Any], world_size: int | None, where: str) -> None:
     zero = config["zero_optimization"]
-    idle = _first(zero.keys() - _BF16_OPTIMIZER_KEYS)
+    read = _BF16_OPTIMIZER_KEYS | ({"reduce_bucket_size"} if reduces_in_backward(config) else set())
+    idle = _first(zero.keys() - read)
     if idle and takes_bf16_optimizer(config):
         why = "stage 1 with bf16 and fp32 accumulation is served by DeepSpeed's BF16 optimizer, which ignores it"
         raise no_effect(f"zero_optimization.{idle}", why, where)
