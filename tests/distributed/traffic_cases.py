@@ -101,8 +101,8 @@ class TrafficCases(RankParts):
         planned = collectives_of(model.parameters, trace, settings)
         told: dict[str, Counter[str]] = {"calls": Counter(), "bytes": Counter()}
         for kind, calls in planned.calls.items():
-            name = "gather" if kind == "update" or "gather" in kind else kind.removesuffix(" of the step")
-            name = name.removeprefix("fetch by ")
+            name = "gather" if kind == "update" or "gather" in kind else kind.removeprefix("fetch by ")
+            name = "all-reduce" if name.startswith("all-reduce") else name
             told["calls"][name] += calls
             told["bytes"][name] += planned.bytes[kind]
         return {

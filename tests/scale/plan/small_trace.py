@@ -15,6 +15,7 @@ GPU = Settings(
     accumulation_bytes=4,
     communication_bytes=2,
     bf16_optimizer=False,
+    reduces_in_backward=False,
     reduce_bucket=2_000,
     overlap=False,
     sub_group=5_000,

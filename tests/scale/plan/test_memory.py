@@ -35,6 +35,8 @@ def test_gradients_of_zero1_are_copied_where_they_are_sent_together(sent: int, c
     given = replace(GPU, stage=1, bf16_optimizer=True, communication_bytes=sent)
     found = memory_of(parameters, trace_of(parameters, 0), given)
     assert found.moments["reduce"][BUCKETS] == (copied * (numel + 160) if together else (copied - 4) * numel)
+    in_place = memory_of(parameters, trace_of(parameters, 0), replace(given, reduces_in_backward=True))
+    assert not any(parts[BUCKETS] for parts in in_place.moments.values())
 
 
 def test_the_peak_is_the_largest_moment():

@@ -99,6 +99,14 @@ def test_the_gather_of_averages_runs_beside_the_arithmetic_with_and_without_over
     assert seconds(0.5, overlap=False, averaged_s=1.0) == 2.0  # and takes no less than itself
 
 
+@pytest.mark.parametrize(("micro_batches", "expected"), [(1, 3.5), (4, 4.5)])
+def test_the_backward_pass_of_the_last_micro_batch_hides_as_much_as_it_takes(micro_batches: int, expected: float):
+    """3 s of arithmetic, 1.5 s of reductions in the last backward pass, and 0.5 s of gathers after it."""
+    traffic = StepTraffic({}, 0.0, 0.0, time_s=2.0, once_s=0.5, averaged_s=0.0, last_s=1.5)
+    step_s = step_time(traffic, compute_s=3.0, host_s=0.1, overlap=False, micro_batches=micro_batches)
+    assert step_s == pytest.approx(expected)
+
+
 BATCH = 1024
 
 

@@ -9,7 +9,7 @@ from small_trace import GPU, trace_of
 
 from m3i_scale.plan.settings import Parameter, Settings
 from m3i_scale.plan.timing import Links, StepTraffic, step_traffic
-from m3i_scale.plan.traffic import AVERAGED, IN_GROUP, Traffic, collectives_of
+from m3i_scale.plan.traffic import AVERAGED, IN_GROUP, LAST_BACKWARD, Traffic, collectives_of
 
 
 def counted(parameters: tuple[Parameter, ...], engine: Settings) -> Traffic:
@@ -23,6 +23,15 @@ def test_gradients_of_zero1_are_sent_in_the_type_of_the_file(sent: int, numel: i
     found = counted(parameters, replace(GPU, stage=1, bf16_optimizer=True, communication_bytes=sent))
     kind = "all-reduce of the step"
     assert (found.bytes[kind], found.calls[kind]) == (sent * (numel + 160), calls)
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_gradients_that_zero1_reduces_in_the_backward_pass_are_sent_once_in_buckets_of_a_group(steps: int) -> None:
+    matrices = (Parameter(3_000, "trained"), Parameter(900, "trained"), Parameter(1_100, "trained"))
+    parameters = (*matrices, Parameter(150, "trained", matrix=False))
+    engine = replace(GPU, stage=1, bf16_optimizer=True, reduces_in_backward=True, communication_bytes=4)
+    found = counted(parameters, replace(engine, accumulation_steps=steps))
+    assert found.sizes[LAST_BACKWARD] == {4 * 2_000: 1, 4 * 3_000: 1, 4 * 150: 1}
 
 
 @pytest.mark.parametrize(("reuse", "gathers"), [(1_000, 2), (1_001, 1)])
