@@ -1,5 +1,5 @@
-"""Gradients of a step: add them up in fp32, reduce them, compute their norm, and clip them, with few kernels and no host
-wait.
+"""Gradients of a step: add them up in fp32, reduce them, compute their norm, and clip them, with few kernels and
+without a wait of the host.
 
 DeepSpeed launches kernels per parameter for each of these, and its helpers for clipping (`deepspeed/runtime/utils.py`)
 synchronize in every step: one copies a constant from pageable memory, the other reads back whether the norm is above
@@ -115,7 +115,8 @@ class ForeachBF16Optimizer(BF16_Optimizer):  # type: ignore[misc]  # DeepSpeed h
             work.wait()
         if self._works:
             world = dist.get_world_size(self.dp_process_group)
-            torch._foreach_mul_([bucket.sums for bucket in self._buckets], 1.0 / world)
+            sums = [bucket.sums for bucket in self._buckets if bucket.sums is not None]
+            torch._foreach_mul_(sums, 1.0 / world)
         for bucket in self._buckets:
             bucket.sums = None
             bucket.missing.update(bucket.numbers)

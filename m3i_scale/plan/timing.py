@@ -214,9 +214,7 @@ def host_time(*, stage: int, operations: int, parameters: int, pieces: int) -> f
     return 1e-6 * (OPERATION_US[stage] * operations + UPDATE_US[stage] * parameters + PIECE_US * pieces)
 
 
-def step_time(
-    traffic: StepTraffic, *, compute_s: float, host_s: float, overlap: bool, micro_batches: int = 1
-) -> float:
+def step_time(traffic: StepTraffic, *, compute_s: float, host_s: float, overlap: bool, micro_batches: int = 1) -> float:
     """Return the step time in seconds: the longer of arithmetic and overlapping communication, plus the rest, and at
     least the CPU time. Without `overlap`, gathers of the EMA target overlap, and reductions in the last backward pass,
     which is two thirds of the arithmetic of one micro-batch."""
