@@ -14,7 +14,7 @@ import torch
 from preloaded import run_preloaded
 
 FILES = {
-    "zero1_bf16": (2, 8, 338),
+    "zero1_bf16": (2, 23, 338),
     "zero2_bf16": (6, 39, 771),
     "zero3_bf16": (7, 89, 717),
     "zero3_bf16_all_reduce": (6, 63, 782),
@@ -24,18 +24,18 @@ FILES = {
 }
 """Waits of the host, collectives and kernels of a step of `moco` that is not logged, in small buckets."""
 SHORT = {
-    "m3i": (2, 23, 1332),
+    "m3i": (2, 63, 1332),
     "m3i in parts": (9, 238, 2194),
     "clip": (6, 69, 1268),
     "siglip": (9, 181, 979),
     "dinov2": (6, 108, 3241),
     "mae": (79, 100, 856),
     "supervised": (7, 72, 553),
-    "classification": (2, 6, 324),
+    "classification": (2, 34, 324),
     "segmentation": (21, 169, 1864),
     "detection": (69, 74, 2604),
     "stages": (10, 262, 2215),
-    "activations on the host": (2, 40, 1022),
+    "activations on the host": (2, 55, 1022),
     "a host far ahead": (107, 91, 738),
 }
 """The same of the last step, which is logged; without what the record waits for."""

@@ -10,6 +10,7 @@ import json
 import subprocess
 import sys
 from typing import Any
+from unittest import mock
 
 import pytest
 from ds_files import RUN, changed
@@ -17,7 +18,8 @@ from launch import environment, free_port
 
 from m3i_scale.engine.deepspeed.effective import check_effective
 from m3i_scale.engine.deepspeed.resolve import ResolvedConfig, known_ds_configs, load_ds_config, resolve
-from m3i_scale.engine.deepspeed.rules import accumulation, communication, precision
+from m3i_scale.engine.deepspeed.rules import accumulation, communication, precision, reduces_in_backward
+from m3i_scale.engine.gradients import ForeachBF16Optimizer
 from m3i_scale.errors import ConfigError
 
 pytestmark = pytest.mark.slow
@@ -96,9 +98,12 @@ def _train(resolved: ResolvedConfig, steps: int) -> tuple[list[float], dict[str,
     import deepspeed
 
     model = _model()
-    engine, *_ = deepspeed.initialize(
-        model=model, model_parameters=model.parameters(), config=copy.deepcopy(resolved.config)
-    )
+    with mock.patch.object(deepspeed.runtime.engine, "BF16_Optimizer", ForeachBF16Optimizer):
+        engine, *_ = deepspeed.initialize(
+            model=model, model_parameters=model.parameters(), config=copy.deepcopy(resolved.config)
+        )
+    if reduces_in_backward(resolved.config):
+        engine.optimizer.reduce_in_backward(engine.zero_reduce_bucket_size())
     check_effective(engine, resolved)
     lies = _lies(resolved.config)
     found = {path: [word, _difference(engine, resolved, path, value)] for path, (value, word) in lies.items()}
