@@ -42,7 +42,7 @@ from m3i_scale.objective.recipe import parse_recipe
 
 
 def _batch(run: RunConfig, sizes: dict[str, int], tokens: torch.Tensor | None = None) -> Batch:
-    """Random images; captions without the columns that are padding in all rows."""
+    """Return random images with captions, without the columns that are padding in all rows."""
     views = parse_recipe(run.recipe).drawn_views
     batch = synthetic_batch(
         sizes["batch"], views, image=sizes["image"], tokens=1, classes=CLASSES, vocabulary=VOCABULARY
@@ -81,7 +81,6 @@ def _our_step(run: RunConfig, deepspeed: str, batch: Batch, *, vocabulary: int |
     trained = [parameter for parameter in engine.module.parameters() if parameter.requires_grad]
 
     def step() -> None:
-        """As a step of `Trainer`."""
         with undone_if_skipped(engine, engine.module):
             loss, _ = engine(on_device)
             engine.backward(spread_nonfinite(loss))

@@ -1,21 +1,32 @@
 """One training step of ours against its published peer: same sizes, batch, dtype and threads, measured in turn.
 
-Pairs and peers: `clip` and `siglip`, open_clip's own models and losses; `mae`, `transformers` ViTMAEForPreTraining;
-`supervised`, timm's ViT, loss and optimizer; `dinov2`, the step of lightly's example. Our side is the whole engine step
-(DeepSpeed, gradient clipping off as in the peers) and the EMA update of a teacher, on one rank. Each peer has the
-optimizer of its own training code: fused AdamW, which ours is too, in transformers, and torch's plain AdamW in the
-others (`clip_fused_peer` is `clip` with the fused one for open_clip). Both sides run in one process, so both profit
-from freed memory that is kept. The numbers of trainable parameters may differ by 1 %.
+Pairs and peers (`_step_peers.py`):
 
-In `clip` and `siglip`, all captions fill the context. In `clip_short_captions` both sides get the same real captions:
-open_clip's step fills them up to 77, ours to the longest of the batch. A single rank has nothing to share, so pairs run
-under ZeRO-1; `clip_zero3` and `mae_zero3` show what the partition costs such a rank.
+- `clip`, `siglip`: models and losses of open_clip.
+- `mae`: ViTMAEForPreTraining of `transformers`.
+- `supervised`: ViT, loss and optimizer of timm's train.py.
+- `dinov2`: the step of lightly's example `examples/pytorch/dinov2.py`.
 
-Differences that remain: our step normalizes uint8 pixels, the peers get normalized ones. The text encoder of `clip` is
-BERT in ours and a causal Transformer in open_clip. `supervised` reads the class token, as timm does, and has no dropout
-or mixing. `dinov2` has separate heads, centering on both sides and no stochastic depth. Lightly masks exactly half of
-the global crops; ours masks each with probability 0.5, and the batch is one of which the number of masked patches is
-near the mean. Prototypes of ours are unit vectors; those of lightly have a learned norm.
+Our side (`_step_ours.py`) is the complete engine step on one rank, with the EMA update of a teacher. Gradient clipping
+is off, as in the peers. Each peer has the optimizer of its training code: fused AdamW in `transformers`, plain AdamW of
+torch in the others. Ours is fused; `clip_fused_peer` is `clip` with fused AdamW for open_clip. Both sides run in one
+process, so both profit from freed memory that is kept. A pair with more than 1 % difference in trainable parameters is
+an error.
+
+In `clip` and `siglip`, all captions fill the context. In `clip_short_captions`, both sides get the same real captions:
+open_clip pads them to 77 tokens, ours to the longest of the batch. One rank has nothing to partition, so pairs run
+under ZeRO-1. `clip_zero3` and `mae_zero3` show the cost of partitioning.
+
+Differences between the sides:
+
+- Ours normalizes uint8 images within the step; the peers get normalized images from their data loaders.
+- `clip`: our text encoder is BERT and computes only the first token in its last layer; that of open_clip is causal.
+- `siglip`: none. The peer is the map-head model of open_clip's SigLIP configurations with a ViT-S/32.
+- `supervised`: none. Our recipe reads the class token here, as timm does, instead of the mean of the patches.
+- `dinov2`: both sides use separate heads, centering instead of our recipe's Sinkhorn, and no stochastic depth. Lightly
+  masks exactly half of the global crops, with a new mask in each step. Ours masks each crop with probability 0.5, and
+  repeats one batch with about the mean number of masked patches. Our prototypes are unit vectors; those of lightly have
+  a learned norm. Lightly keeps the unused classifier of timm's ViT.
 
     python benchmarks/step.py --json
     python benchmarks/step.py --json --only dinov2 --only siglip --repeats 3
@@ -80,9 +91,9 @@ def main(
     threads: int = 0,
     deepspeed: str = "zero1_cpu_fp32",
     partitioned: str = "zero3_cpu_fp32",
-    only: list[str] = typer.Option([], help="Measure this pair; repeat the option for several. Default: all."),
+    only: list[str] = typer.Option([], help="Pair to measure; repeatable. Default: all."),
 ) -> None:
-    """Print {PAIR: {ours, peer, ratio, sizes}, …}; images/s."""
+    """Measure pairs of steps, and print {PAIR: {ours, peer, ratio, sizes}, …} in images/s."""
     if threads:
         torch.set_num_threads(threads)
     torch.manual_seed(0)
