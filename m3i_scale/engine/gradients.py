@@ -1,5 +1,5 @@
 """Gradients of a step: add them up in fp32, reduce them, compute their norm, and clip them, with few kernels and
-without a wait of the host.
+without host synchronization.
 
 DeepSpeed launches kernels per parameter for each of these, and its helpers for clipping (`deepspeed/runtime/utils.py`)
 synchronize in every step: one copies a constant from pageable memory, the other reads back whether the norm is above
@@ -57,17 +57,17 @@ class ForeachBF16Optimizer(BF16_Optimizer):  # type: ignore[misc]  # DeepSpeed h
     def reduce_in_backward(self, bucket_size: int) -> None:
         """Reduce gradients during the last backward pass of a step instead of after it. Call it once, on every rank.
 
-        A bucket has up to `bucket_size` elements, or one larger parameter. Its gradients are added to the sums and
-        reduced in place as soon as all have been computed; DeepSpeed copies all sums first. All ranks reduce the
-        buckets in the same order, about that of the backward pass, whichever gradients a rank computes: a bucket waits
-        for those before it, and what is left at the end of the pass is reduced then. The process group is a new one,
-        because other collectives of the backward pass may be launched between different buckets on different ranks.
+        A bucket has up to `bucket_size` elements, or one larger parameter. When all its gradients are computed, they
+        are added to the sums and reduced in place; DeepSpeed copies all sums first. All ranks reduce the buckets in the
+        same order, that of the last parameters first. Each bucket waits for the previous ones, so a parameter without
+        a gradient delays those after it. Remaining buckets are reduced after the backward pass. The process group is a
+        new one: on another rank, other collectives of the backward pass may come between other buckets.
         """
         self.reduce_bucket_size = bucket_size
         if dist.get_world_size(self.dp_process_group) == 1:
             return
         self._reduction_group = torch.distributed.new_group()
-        places = {id(p): place for place, p in enumerate(self.param_names)}  # in the order of the module's forward pass
+        places = {id(p): place for place, p in enumerate(self.param_names)}  # usually as in the forward pass
         for group, parameters in enumerate(self.bf16_groups):
             stop, numel = len(parameters), 0
             for number in reversed(range(len(parameters))):
@@ -89,7 +89,8 @@ class ForeachBF16Optimizer(BF16_Optimizer):  # type: ignore[misc]  # DeepSpeed h
         if not self.is_gradient_accumulation_boundary():
             return
         if bucket.sums is not None:
-            raise RuntimeError("a parameter has a second gradient in one backward pass, after the first was reduced")
+            name = self.param_names[parameter]
+            raise RuntimeError(f"'{name}' must get one gradient per backward pass, got another after its reduction")
         bucket.missing.discard(number)
         while self._launched < len(self._buckets) and not self._buckets[self._launched].missing:
             self._launch(self._buckets[self._launched])
@@ -122,12 +123,6 @@ class ForeachBF16Optimizer(BF16_Optimizer):  # type: ignore[misc]  # DeepSpeed h
             bucket.missing.update(bucket.numbers)
         self._launched, self._works = 0, []
         return [], {}
-
-    def destroy(self) -> None:
-        """Remove the hooks, and leave the process group."""
-        super().destroy()
-        if self._buckets:
-            torch.distributed.destroy_process_group(self._reduction_group)
 
     def backward_prologue(self) -> None:
         """Free gradients that an interrupted backward pass left."""

@@ -83,7 +83,7 @@ class Settings:
     bf16_optimizer: bool
     """DeepSpeed's BF16 optimizer is used for stage 1 (see `takes_bf16_optimizer`)."""
     reduces_in_backward: bool
-    """It reduces gradients during the last backward pass (see `ForeachBF16Optimizer.reduce_in_backward`)."""
+    """Gradients are reduced during the last backward pass (see `ForeachBF16Optimizer.reduce_in_backward`)."""
     reduce_bucket: int
     overlap: bool
     sub_group: int

@@ -142,8 +142,11 @@ def _check_zero(config: dict[str, Any], world_size: int | None, where: str) -> N
     read = _BF16_OPTIMIZER_KEYS | ({"reduce_bucket_size"} if reduces_in_backward(config) else set())
     idle = _first(zero.keys() - read)
     if idle and takes_bf16_optimizer(config):
-        why = "stage 1 with bf16 and fp32 accumulation is served by DeepSpeed's BF16 optimizer, which ignores it"
-        raise no_effect(f"zero_optimization.{idle}", why, where)
+        why, fix = "stage 1 with bf16 and fp32 accumulation uses DeepSpeed's BF16 optimizer, which ignores it", None
+        if idle == "reduce_bucket_size":
+            why = "gradients are reduced in buckets only if communication_data_type is the dtype of accumulation, fp32"
+            fix = f"set communication_data_type to fp32, or remove zero_optimization.{idle}"
+        raise no_effect(f"zero_optimization.{idle}", why, where, fix)
     for name in ("offload_optimizer", "offload_param"):
         block, path = zero.get(name, {"device": "cpu"}), f"zero_optimization.{name}"
         idle = _first(block.keys() - {"device"})

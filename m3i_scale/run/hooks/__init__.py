@@ -45,6 +45,7 @@ class Timeouts:
     def __init__(self, timeouts: TimeoutsConfig, step_times: StepTimes, heartbeat: Heartbeat) -> None:
         self._timeouts, self._step_times, self._heartbeat = timeouts, step_times, heartbeat
         self._steps = 0
+        set_timeout(timeouts.startup_s)  # for groups that the engine created: their default is 10 minutes for NCCL
 
     def end_step(self) -> None:
         self._steps += 1
