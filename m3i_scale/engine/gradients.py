@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
@@ -25,15 +25,17 @@ from torch import Tensor
 
 @dataclass
 class _Bucket:
-    """Consecutive parameters of a group, whose gradients are reduced together."""
+    """Consecutive parameters of an optimizer group. Their gradients are reduced in one all-reduce."""
 
     group: int
-    numbers: range
-    """Indices in the group."""
-    missing: set[int] = field(default_factory=set)
-    """Indices without a gradient in the current backward pass."""
-    sums: Tensor | None = None
-    """The part of the group's flat fp32 sums; set while the reduction is in progress."""
+    indices: range
+    """Positions of the parameters in the group."""
+    sums: Tensor
+    """Their part of the group's flat fp32 sums."""
+    missing: set[int]
+    """Positions without a gradient in the current backward pass."""
+    work: Any = None
+    """The reduction in progress."""
 
 
 class ForeachBF16Optimizer(BF16_Optimizer):  # type: ignore[misc]  # DeepSpeed has no types
@@ -52,7 +54,6 @@ class ForeachBF16Optimizer(BF16_Optimizer):  # type: ignore[misc]  # DeepSpeed h
         self.reduce_bucket_size: int | None = None
         self._buckets: list[_Bucket] = []
         self._launched = 0
-        self._works: list[Any] = []
 
     def reduce_in_backward(self, bucket_size: int) -> None:
         """Reduce gradients during the last backward pass of a step instead of after it. Call it once, on every rank.
@@ -67,43 +68,45 @@ class ForeachBF16Optimizer(BF16_Optimizer):  # type: ignore[misc]  # DeepSpeed h
         if dist.get_world_size(self.dp_process_group) == 1:
             return
         self._reduction_group = torch.distributed.new_group()
+        # NCCL connects in the first collective: now, and not while the backward pass holds its activations.
+        dist.all_reduce(self.fp32_groups_gradients_flat[0].new_zeros(1), group=self._reduction_group)
         places = {id(p): place for place, p in enumerate(self.param_names)}  # usually as in the forward pass
         for group, parameters in enumerate(self.bf16_groups):
             stop, numel = len(parameters), 0
-            for number in reversed(range(len(parameters))):
-                if numel and numel + parameters[number].numel() > bucket_size:
-                    self._buckets.append(_Bucket(group, range(number + 1, stop)))
-                    stop, numel = number + 1, 0
-                numel += parameters[number].numel()
-            self._buckets.append(_Bucket(group, range(stop)))
-        self._buckets.sort(key=lambda bucket: -places[id(self.bf16_groups[bucket.group][bucket.numbers[0]])])
-        for bucket in self._buckets:
-            bucket.missing.update(bucket.numbers)
-            for number in bucket.numbers:
-                hook = functools.partial(self._arrived, bucket, number)
-                parameter = self.bf16_groups[bucket.group][number]
-                self._grad_acc_hooks.append(parameter.register_post_accumulate_grad_hook(hook))
+            for index in reversed(range(len(parameters))):
+                if numel and numel + parameters[index].numel() > bucket_size:
+                    self._buckets.append(self._bucket(group, range(index + 1, stop)))
+                    stop, numel = index + 1, 0
+                numel += parameters[index].numel()
+            self._buckets.append(self._bucket(group, range(stop)))
+        self._buckets.sort(key=lambda bucket: -places[id(self.bf16_groups[bucket.group][bucket.indices[0]])])
 
-    def _arrived(self, bucket: _Bucket, number: int, parameter: Tensor) -> None:
-        """Launch the buckets whose turn it is, if `parameter` was the last one without a gradient."""
+    def _bucket(self, group: int, indices: range) -> _Bucket:
+        first, last = (self.fp32_groups_gradients[group][index] for index in (indices[0], indices[-1]))
+        start, stop = first.storage_offset(), last.storage_offset() + last.numel()
+        bucket = _Bucket(group, indices, self.fp32_groups_gradients_flat[group][start:stop], set(indices))
+        for index in indices:
+            hook = functools.partial(self._on_gradient, bucket, index)
+            self._grad_acc_hooks.append(self.bf16_groups[group][index].register_post_accumulate_grad_hook(hook))
+        return bucket
+
+    def _on_gradient(self, bucket: _Bucket, index: int, parameter: Tensor) -> None:
+        """In the last backward pass of a step, reduce the next buckets if their gradients are complete."""
         if not self.is_gradient_accumulation_boundary():
             return
-        if bucket.sums is not None:
+        if bucket.work is not None:
             name = self.param_names[parameter]
             raise RuntimeError(f"'{name}' must get one gradient per backward pass, got another after its reduction")
-        bucket.missing.discard(number)
+        bucket.missing.discard(index)
         while self._launched < len(self._buckets) and not self._buckets[self._launched].missing:
-            self._launch(self._buckets[self._launched])
+            self._reduce_next()
 
     @torch.no_grad()
-    def _launch(self, bucket: _Bucket) -> None:
-        """Add the gradients of a bucket to the sums, and start the reduction of the sums."""
-        self._add([(bucket.group, bucket.numbers)])
-        sums, numbers = self.fp32_groups_gradients[bucket.group], bucket.numbers
-        start = sums[numbers[0]].storage_offset()
-        numel = sums[numbers[-1]].storage_offset() + sums[numbers[-1]].numel() - start
-        bucket.sums = self.fp32_groups_gradients_flat[bucket.group].narrow(0, start, numel)
-        self._works.append(dist.all_reduce(bucket.sums, group=self._reduction_group, async_op=True))
+    def _reduce_next(self) -> None:
+        """Add the gradients of the next bucket to its sums, and start the reduction of the sums."""
+        bucket = self._buckets[self._launched]
+        self._add([(bucket.group, bucket.indices)])
+        bucket.work = dist.all_reduce(bucket.sums, group=self._reduction_group, async_op=True)
         self._launched += 1
 
     @torch.no_grad()
@@ -112,16 +115,14 @@ class ForeachBF16Optimizer(BF16_Optimizer):  # type: ignore[misc]  # DeepSpeed h
         on GPUs the stream waits, not the host."""
         if self.reduce_bucket_size is None:
             return super().get_grads_for_reduction()
-        for work in self._works:
-            work.wait()
-        if self._works:
-            world = dist.get_world_size(self.dp_process_group)
-            sums = [bucket.sums for bucket in self._buckets if bucket.sums is not None]
-            torch._foreach_mul_(sums, 1.0 / world)
         for bucket in self._buckets:
-            bucket.sums = None
-            bucket.missing.update(bucket.numbers)
-        self._launched, self._works = 0, []
+            bucket.work.wait()
+            bucket.work = None
+            bucket.missing.update(bucket.indices)
+        if self._buckets:
+            sums = [bucket.sums for bucket in self._buckets]
+            torch._foreach_mul_(sums, 1.0 / dist.get_world_size(self.dp_process_group))
+        self._launched = 0
         return [], {}
 
     def backward_prologue(self) -> None:
@@ -133,8 +134,8 @@ class ForeachBF16Optimizer(BF16_Optimizer):  # type: ignore[misc]  # DeepSpeed h
         """Add the bf16 gradients of a micro-batch to the fp32 sums, and free them. In the last one of a step, start the
         reductions that its backward pass has not started."""
         if self._buckets and self.is_gradient_accumulation_boundary():
-            for bucket in self._buckets[self._launched :]:
-                self._launch(bucket)
+            while self._launched < len(self._buckets):
+                self._reduce_next()
         else:
             self._add([(group, range(len(parameters))) for group, parameters in enumerate(self.bf16_groups)])
         self._is_first = False
@@ -148,16 +149,15 @@ class ForeachBF16Optimizer(BF16_Optimizer):  # type: ignore[misc]  # DeepSpeed h
         sums: list[Tensor] = []
         gradients: list[Tensor] = []
         unused: list[Tensor] = []
-        for group, numbers in spans:
+        for group, indices in spans:
             parameters, totals, has = self.bf16_groups[group], self._sums[group], self.fp32_groups_has_gradients[group]
-            for number in numbers:
-                parameter = parameters[number]
-                if parameter.grad is None:
-                    unused.append(totals[number])
+            for index in indices:
+                if parameters[index].grad is None:
+                    unused.append(totals[index])
                     continue
-                sums.append(totals[number])
-                gradients.append(parameter.grad)
-                parameter.grad, has[number] = None, True
+                sums.append(totals[index])
+                gradients.append(parameters[index].grad)
+                parameters[index].grad, has[index] = None, True
         if self._is_first and unused:
             torch._foreach_zero_(unused)
         if gradients:
@@ -169,9 +169,16 @@ class ForeachBF16Optimizer(BF16_Optimizer):  # type: ignore[misc]  # DeepSpeed h
         self._is_first = True
 
     def get_grads_for_norm(self, for_clipping: bool = False) -> Any:
-        """Return the flat sums of all groups to clip; for the norm, the sums of parameters that have a gradient."""
+        """Return the flat sums of all groups to clip; for the norm, the sums of parameters that have a gradient.
+
+        After a reduction in buckets, return all sums for the norm, because a parameter may have a gradient on another
+        rank only. DeepSpeed leaves it out; then ranks clip by different norms, and may differ in skipping a step. The
+        zeros of a parameter without any gradient may change the last bit of the norm.
+        """
         if for_clipping:
             return self.fp32_groups_gradients_flat
+        if self._buckets:
+            return [total for sums in self.fp32_groups_gradients for total in sums], {}
         pairs = zip(self.fp32_groups_gradients, self.fp32_groups_has_gradients, strict=True)
         return [total for sums, has in pairs for total, is_used in zip(sums, has, strict=True) if is_used], {}
 

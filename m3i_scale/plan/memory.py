@@ -220,7 +220,7 @@ def _unpartitioned(parameters: tuple[Parameter, ...], trace: Trace, settings: Se
             copies = [_copies_of_sent(groups, settings) for groups in sent_together(parameters, settings)]
             moments["reduce"] = Parts({BUCKETS: max(copies)})
         made = 0
-        for place, moment in trace.gradients:  # freed after the backward pass
+        for place, moment in trace.gradients:  # an upper bound: reduced buckets are freed during the pass
             made += parameters[place].numel * settings.parameter_bytes
             parts = Parts({ACTIVATIONS: trace.live[moment], GRADIENTS: made})
             moments["backward"] = max(moments.get("backward", parts), parts, key=Parts.total)

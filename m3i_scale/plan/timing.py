@@ -21,9 +21,9 @@ from dataclasses import dataclass
 
 from m3i_scale.engine.peak import TFLOPS
 from m3i_scale.errors import ConfigError, did_you_mean
-from m3i_scale.plan.traffic import AFTER_BACKWARD, AVERAGED, FETCH, IN_GROUP, LAST_BACKWARD, Traffic
+from m3i_scale.plan.traffic import AFTER_BACKWARD, AVERAGED, FETCH, IN_GROUP, LAST_BACKWARD, STEP_REDUCTION, Traffic
 
-_PASSES = {"all-reduce": 2, "all-reduce of the step": 2, LAST_BACKWARD: 2, FETCH: 2}
+_PASSES = {"all-reduce": 2, STEP_REDUCTION: 2, LAST_BACKWARD: 2, FETCH: 2}
 """Passes of the data over a ring: an all-reduce is a reduce-scatter and an all-gather."""
 OPERATION_US = {1: 22.0, 2: 31.0, 3: 75.0}
 """By stage, per operation of the forward or backward pass that creates a tensor: its CPU time and its share of

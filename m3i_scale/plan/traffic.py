@@ -21,9 +21,10 @@ from m3i_scale.plan.trace import Trace
 
 AVERAGED = "gather for the EMA teacher"
 """Gather of a group of EMA weights in the compute dtype, under stages 1 and 2."""
+STEP_REDUCTION = "all-reduce of the step"
 LAST_BACKWARD = "all-reduce in the last backward pass"
 """Gradients of ZeRO-1 in bf16."""
-AFTER_BACKWARD = ("update", "all-reduce of the step")
+AFTER_BACKWARD = ("update", STEP_REDUCTION)
 """Traffic that waits for the end of the backward pass."""
 IN_GROUP = "gather in the group"
 """Gathers from second copies of the shards (`zero_hpz_partition_size`)."""
@@ -71,16 +72,18 @@ def _unpartitioned(traffic: Traffic, parameters: tuple[Parameter, ...], trace: T
     if settings.reduces_in_backward:
         for group, _ in flat_groups(parameters, settings.world):
             for bucket in buckets(parameters, reversed(group), settings.reduce_bucket):
-                traffic.add(LAST_BACKWARD, sent * sum(parameters[place].numel for place in bucket))
+                # The first parameters of a group get their gradients at the end of the pass.
+                kind = STEP_REDUCTION if group[0] in bucket else LAST_BACKWARD
+                traffic.add(kind, sent * sum(parameters[place].numel for place in bucket))
     elif settings.bf16_optimizer:
         for groups in sent_together(parameters, settings):
-            traffic.add("all-reduce of the step", sum(groups) * sent)
+            traffic.add(STEP_REDUCTION, sum(groups) * sent)
     else:
         early = settings.stage == 2 or settings.overlap
         order = made = [place for place, _ in trace.gradients]
         if not early:
             order = [place for group, _ in flat_groups(parameters, settings.world) for place in group if place in made]
-        kind, repeats = ("all-reduce", settings.accumulation_steps) if early else ("all-reduce of the step", 1)
+        kind, repeats = ("all-reduce", settings.accumulation_steps) if early else (STEP_REDUCTION, 1)
         for bucket in buckets(parameters, order, settings.reduce_bucket):
             traffic.add(kind, repeats * sent * sum(parameters[place].numel for place in bucket), repeats)
     computed = set().union(*trace.forward)

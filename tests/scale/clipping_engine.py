@@ -30,8 +30,8 @@ SENT = ("bf16", "fp32")
 """In the dtype of the sums, gradients are reduced during the backward pass."""
 STEPS, NOT_FINITE, MICRO_BATCHES = 6, 2, 3
 USED = {0: {1}, 1: {0, 2}, NOT_FINITE: {0, 1, 2}, 4: {2}}
-"""Micro-batches by step in which a part of the model has gradients. It has none in the step after the bad one. In the
-last step every rank uses it in another micro-batch."""
+"""Micro-batches of each step in which the layer `rare` has gradients. In the step after NOT_FINITE it has none. In the
+last step, each rank uses it in a different micro-batch."""
 
 
 class Parts(Small):
@@ -54,8 +54,8 @@ def fill(module: nn.Module) -> None:
             parameter.copy_(torch.randn(parameter.shape, generator=generator))
 
 
-class Seen(TorchDispatchMode):
-    """Counts values that the host reads, and lists the elements of all-reduces and what else is told to it."""
+class EventRecorder(TorchDispatchMode):
+    """Counts values that the host reads, and lists the sizes of all-reduces in elements."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -82,31 +82,33 @@ def start(ours: bool, bound: float, sent: str) -> Any:
     return engine
 
 
-def train(ours: bool, bound: float, sent: str) -> dict[str, Any]:
+def train(ours: bool, bound: float, sent: str, only_rank_0: bool = False) -> dict[str, Any]:
+    """Take the steps. With `only_rank_0`, the other ranks never use the layer `rare`."""
     engine = start(ours, bound, sent)
     share = GLOBAL_BATCH // dist.get_world_size()
     named = dict(engine.module.named_parameters())
     frozen = named["frozen.weight"].clone()
     told: dict[str, Any] = {"norms": [], "applied": [], "reads": [], "gradients": [], "freed": [], "reduced": []}
-    seen = Seen()
-    named["embed.weight"].register_post_accumulate_grad_hook(lambda _: seen.events.append("first layer"))
+    recorder = EventRecorder()
+    named["embed.weight"].register_hook(lambda _: recorder.events.append("first layer"))  # before it is accumulated
     for number in range(STEPS):
         for part in range(MICRO_BATCHES):
             generator = torch.Generator().manual_seed(MICRO_BATCHES * number + part)
             batch = torch.randn(GLOBAL_BATCH, 7, generator=generator).bfloat16()
             used = USED.get(number, {2 - dist.get_rank()} if number == STEPS - 1 else set())
+            used = set() if only_rank_0 and dist.get_rank() else used
             loss = engine(batch[dist.get_rank() * share :][:share], part in used)
-            seen.events = []
-            with seen:
+            recorder.events = []
+            with recorder:
                 engine.backward(loss * (torch.nan if (number, part) == (NOT_FINITE, 1) else 1.0))
-            told["reduced"].append(seen.events)
+            told["reduced"].append(recorder.events)
             told["freed"].append(all(parameter.grad is None for parameter in named.values()))
             if part + 1 < MICRO_BATCHES:
                 engine.step()
         if number != NOT_FINITE:
             gradients = {name: safe_get_full_grad(p) for name, p in named.items() if p.requires_grad}
             told["gradients"].append({name: gradient.tolist() for name, gradient in gradients.items()})
-        with Seen() as counted:
+        with EventRecorder() as counted:
             take_step(engine) if ours else engine.step()
         told["norms"].append(float(engine.get_global_grad_norm()))
         told["applied"].append(engine.was_step_applied())
@@ -123,6 +125,7 @@ def main() -> None:
         for bound in BOUNDS
         for sent in SENT
     }
+    told["rank 0 only"] = {"ours": train(True, BOUNDS[0], "fp32", only_rank_0=True)}
     (Path(sys.argv[1]) / f"{dist.get_world_size()}-{dist.get_rank()}.json").write_text(json.dumps(told))
     dist.barrier()
     os._exit(0)  # DeepSpeed's hooks keep engines alive, and an interpreter that goes down under their threads may abort

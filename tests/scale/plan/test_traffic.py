@@ -31,7 +31,10 @@ def test_gradients_that_zero1_reduces_in_the_backward_pass_are_sent_once_in_buck
     parameters = (*matrices, Parameter(150, "trained", matrix=False))
     engine = replace(GPU, stage=1, bf16_optimizer=True, reduces_in_backward=True, communication_bytes=4)
     found = counted(parameters, replace(engine, accumulation_steps=steps))
-    assert found.sizes[LAST_BACKWARD] == {4 * 2_000: 1, 4 * 3_000: 1, 4 * 150: 1}
+    assert found.sizes[LAST_BACKWARD] == {4 * 2_000: 1}
+    assert found.sizes["all-reduce of the step"] == {4 * 3_000: 1, 4 * 150: 1}  # with the first parameter of a group
+    one_bucket = counted(parameters, replace(engine, reduce_bucket=10_000))
+    assert LAST_BACKWARD not in one_bucket.sizes
 
 
 @pytest.mark.parametrize(("reuse", "gathers"), [(1_000, 2), (1_001, 1)])
