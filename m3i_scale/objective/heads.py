@@ -135,6 +135,8 @@ class ImageHead(nn.Module):
         if online and spec.predictor_depth:
             self.predictor = _mlp(spec.width, spec.predictor_hidden, spec.width, spec.predictor_depth, spec, ranks)
         self.prototypes = PrototypeLayer(spec.width, spec.prototypes) if prototypes else None
+        self.compares_rows = any(isinstance(module, BatchNorm) for module in self.modules())
+        """Whether an output depends on the other vectors of the call."""
 
     def forward(self, decoded_BD: Tensor, *, predict: bool) -> Tensor:
         """Return ẑ_y (with the predictor) or z_y (without) of decoded vectors: (…, D) → (…, E)."""

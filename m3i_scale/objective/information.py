@@ -158,9 +158,8 @@ class Objective(nn.Module):
             target = settled(described, self.progress)
             context = joint if target.is_image_level else of_batch
             given = self.target_modules(target, grid)
-            by_input = [
-                target.loss(given, context, part.tapped(given.squared_norms)) for part in target.sources(context)
-            ]
+            parts = [part.tapped(given.squared_norms) for part in target.sources(context)]
+            by_input = target.losses(given, context, parts)
             for loss in by_input:
                 watched[target.name] = loss.watched
                 if loss.top_1 is not None:
@@ -236,12 +235,12 @@ class Objective(nn.Module):
 
     def inputs_of(self, batch: Batch) -> list[EncodedInput]:
         """Return the visible patches of each view that the student encodes for a batch."""
-        seeds_B = batch.seeds_B.to(batch.images_VBCHW.device, non_blocking=True)
         sides = [side // self.student.patch_size for side in batch.small_VBCHW.shape[-2:]]
         own, every = len(batch.images_VBCHW), len(batch.crops_VB4)
         small = dict.fromkeys(range(own + 1, every + 1), (sides[0], sides[1]))
         grid = self.student.grid_of(batch.images_VBCHW)
-        return build_inputs(self.recipe.inputs, self.recipe.mix, seeds_B, grid, self.student.cell, small)
+        specs, cell, device = self.recipe.inputs, self.student.cell, batch.images_VBCHW.device
+        return build_inputs(specs, self.recipe.mix, batch.seeds_B, grid, cell, small, device)
 
     def views_of(self, batch: Batch) -> dict[int, Tensor]:
         """Return the views that inputs and targets use, normalized, by view from 1."""

@@ -65,6 +65,11 @@ class MaskSpec(Section):
         return self
 
     @property
+    def ratios(self) -> tuple[float, float]:
+        """Return the smallest and the largest mask ratio of masked samples."""
+        return self.ratio if isinstance(self.ratio, tuple) else (self.ratio, self.ratio)
+
+    @property
     def varies(self) -> bool:
         """Return whether the number of masked patches differs between samples."""
         return isinstance(self.ratio, tuple) or self.share < 1
@@ -133,6 +138,8 @@ class EncodedInput:
     """int64 (B): the inverse of `image_of_row_B`."""
     masked_BM: Tensor | None = None
     """bool (B, M): masked patches among `hidden_BM`, for mask tokens with a varying mask ratio. None: all."""
+    masked_N: Tensor | None = None
+    """int64 (N): places of the masked patches in the flattened `masked_BM`, ascending."""
     shown_BN: Tensor | None = None
     """bool (B, N), for mask tokens: patches without mask token. `visible_BL` then contains all patches."""
     blocks_BKT: Tensor | None = None
@@ -159,23 +166,26 @@ def build_inputs(
     grid: tuple[int, int],
     cell: int = 1,
     small: Mapping[int, tuple[int, int]] = MappingProxyType({}),
+    device: torch.device | None = None,
 ) -> list[EncodedInput]:
     """Return the inputs of a recipe for one micro-batch, each indexed by image (not by row of the mix).
 
     Parts of one input are consecutive: by view, and by mask of the view. `cell` is the size, in patches, of the squares
     that are masked together; it must divide rows and columns of the grid. `small` are the grids of local crops, by view
-    from 1.
+    from 1. Masks are drawn on `device`; `seeds_B` on the CPU give their sizes without waiting for it.
     """
     if cell > 1:
         coarse = grid[0] // cell, grid[1] // cell
-        return [_refine(spec, coarse, cell) for spec in build_inputs(specs, mix, seeds_B, coarse)]
+        return [_refine(spec, coarse, cell) for spec in build_inputs(specs, mix, seeds_B, coarse, device=device)]
+    host_seeds_B, seeds_B = seeds_B, seeds_B.to(device or seeds_B.device, non_blocking=True)
     patches = grid[0] * grid[1]
     if mix is None:
         parts = [
             (spec, view) for spec in specs for view in spec.seen for _ in range(spec.mask.count if spec.mask else 1)
         ]
         return [
-            _single(spec, view - 1, seeds_B, small.get(view, grid), number) for number, (spec, view) in enumerate(parts)
+            _single(spec, view - 1, seeds_B, host_seeds_B, small.get(view, grid), number)
+            for number, (spec, view) in enumerate(parts)
         ]
     places = len(mix.inputs)
     if len(seeds_B) < places:
@@ -193,29 +203,38 @@ def build_inputs(
     return inputs
 
 
-def _single(spec: InputSpec, view: int, seeds_B: Tensor, grid: tuple[int, int], number: int) -> EncodedInput:
+def _single(
+    spec: InputSpec, view: int, seeds_B: Tensor, host_seeds_B: Tensor, grid: tuple[int, int], number: int
+) -> EncodedInput:
     patches = grid[0] * grid[1]
     itself_B = torch.arange(len(seeds_B), device=seeds_B.device)
     every_BN = torch.arange(patches, device=seeds_B.device).expand(len(seeds_B), -1)
     if spec.mask is None:
         return EncodedInput(spec.name, view, every_BN, every_BN[:, :0], itself_B, itself_B)
-    ratio = spec.mask.ratio
-    low, high = ratio if isinstance(ratio, tuple) else (ratio, ratio)
-    visible = min(max(patches - round(high * patches), 1), patches - 1)
+    visible = min(max(patches - round(spec.mask.ratios[1] * patches), 1), patches - 1)
     order_BN = spec.mask.form.order_for(patches - visible, seeds_B, grid, 16 * number)
     if spec.mask.masked == "drop":
         seen = _split(spec.name, view, order_BN, visible, itself_B, itself_B)
         return replace(seen, blocks_BKT=spec.mask.form.target_blocks(seeds_B, grid, 16 * number))
     hidden_BM, first_BM = order_BN[:, visible:].flip(1).sort(dim=1)
-    masked_BM = None
+    masked_BM = masked_N = None
     if spec.mask.varies:
-        # Uses a stream of random numbers that no mask uses. Samples with fewer masked patches mask the first in order.
-        share_B, size_B = hash_uniform(seeds_B, 2, -1 - number).unbind(1)
-        count_B = ((low + (high - low) * size_B) * patches).round() * (share_B < spec.mask.share)
-        masked_BM = first_BM < count_B[:, None]
+        # Samples with fewer masked patches mask the first in order.
+        masked_BM = first_BM < _masked_patches(spec.mask, seeds_B, patches, number)[:, None]
+        counts_B = _masked_patches(spec.mask, host_seeds_B, patches, number)
+        # Memory is planned on `meta`, for the largest masks.
+        count = masked_BM.numel() if counts_B.is_meta else int(counts_B.sum())
+        masked_N = (~masked_BM).flatten().byte().argsort(stable=True)[:count]
     hides_BM = torch.ones_like(hidden_BM, dtype=torch.bool) if masked_BM is None else masked_BM
     shown_BN = torch.ones_like(every_BN, dtype=torch.bool).scatter(1, hidden_BM, ~hides_BM)
-    return EncodedInput(spec.name, view, every_BN, hidden_BM, itself_B, itself_B, masked_BM, shown_BN)
+    return EncodedInput(spec.name, view, every_BN, hidden_BM, itself_B, itself_B, masked_BM, masked_N, shown_BN)
+
+
+def _masked_patches(mask: MaskSpec, seeds_B: Tensor, patches: int, number: int) -> Tensor:
+    """Draw the number of masked patches of every sample: fp32 (B). It is the same on every device."""
+    low, high = mask.ratios
+    share_B, size_B = hash_uniform(seeds_B, 2, -1 - number).unbind(1)  # no mask uses this stream
+    return ((low + (high - low) * size_B) * patches).round() * (share_B < mask.share)
 
 
 def _split(

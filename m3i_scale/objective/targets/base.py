@@ -20,7 +20,7 @@ from m3i_scale.data.batch import Batch
 from m3i_scale.data.remote.access import Access
 from m3i_scale.errors import did_you_mean
 from m3i_scale.objective.decoders import DecoderSpec, PointwiseSpec, pool
-from m3i_scale.objective.distributions import Assigned, Loss
+from m3i_scale.objective.distributions import Loss
 from m3i_scale.objective.encoders import TeacherSpec
 from m3i_scale.objective.heads import HeadSpec
 from m3i_scale.objective.inputs import EncodedInput, InputSpec, MixSpec
@@ -118,8 +118,6 @@ class Context:
     """Outputs of the last layers by (`encoder_key`, view), if targets average them: (B, D, H, W), final layer last."""
     dense: dict[tuple[str, int, int], Tensor] = field(default_factory=dict)
     """Standardized dense targets, by (`encoder_key`, view, layers)."""
-    assigned: dict[str, tuple[Assigned, Tensor | None]] = field(default_factory=dict)
-    """By target: distributions of full views over prototypes, and the values for the head's memory."""
     statistics: dict[tuple[str, str, int, int], Tensor | None] = field(default_factory=dict)
     """Statistics of dense targets, by (regularizer as JSON, `encoder_key`, view, layers), and numbers of caption
     tokens."""
@@ -260,6 +258,10 @@ class Target(Kind):
     @abstractmethod
     def loss(self, given: TargetModules, context: Context, encoded: Encoded) -> Loss:
         """Return this rank's share of −log P̂ of the target from one input. Schedules are numbers by now."""
+
+    def losses(self, given: TargetModules, context: Context, parts: list[Encoded]) -> list[Loss]:
+        """Return `loss` of every part of the inputs. Targets may override it to compute them together."""
+        return [self.loss(given, context, part) for part in parts]
 
     @property
     def covers_steps(self) -> bool:

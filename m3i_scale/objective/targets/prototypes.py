@@ -43,10 +43,18 @@ class Prototypes(HeadTarget):
         return self.regularizer.averages_prototypes
 
     def loss(self, given: TargetModules, context: Context, encoded: Encoded) -> Loss:
-        if self.name not in context.assigned:
-            context.assigned[self.name] = self._assign(given, pooled_target(self, given, context))
-        prediction_BE = given.head(encoded.pooled(given.decoder), predict=True)
-        return self._loss(given, prediction_BE, *context.assigned[self.name])
+        return self.losses(given, context, [encoded])[0]
+
+    def losses(self, given: TargetModules, context: Context, parts: list[Encoded]) -> list[Loss]:
+        """Return `loss` of every part. One call of the head for all of them uses its many prototypes once."""
+        target, remember = self._assign(given, pooled_target(self, given, context))
+        pooled = [part.pooled(given.decoder) for part in parts]
+        if given.head.compares_rows:
+            prediction_NE = torch.cat([given.head(pooled_BD, predict=True) for pooled_BD in pooled])
+        else:
+            prediction_NE = given.head(torch.cat(pooled), predict=True)
+        logits_NK = self._logits(given, prediction_NE)
+        return [self._loss(given, logits_BK, target, remember) for logits_BK in logits_NK.split(len(pooled[0]))]
 
     def _assign(
         self, given: TargetModules, target_NE: Tensor, share_N: Tensor | None = None
@@ -58,8 +66,11 @@ class Prototypes(HeadTarget):
             remember = self.regularizer.remembered(target_NK, given.memory, given.ranks, share_N)
             return assigned(probabilities_NK, given.ranks, share_N), remember
 
-    def _loss(self, given: TargetModules, prediction_NE: Tensor, target: Assigned, remember: Tensor | None) -> Loss:
-        logits_NK = given.head.prototypes(prediction_NE) / number(self.distribution.temperature)
+    def _logits(self, given: TargetModules, prediction_NE: Tensor) -> Tensor:
+        logits_NK: Tensor = given.head.prototypes(prediction_NE) / number(self.distribution.temperature)
+        return logits_NK
+
+    def _loss(self, given: TargetModules, logits_NK: Tensor, target: Assigned, remember: Tensor | None) -> Loss:
         loss = self.regularizer.loss(self.distribution, logits_NK, target, given.ranks)
         loss.remember = remember
         return loss
@@ -91,19 +102,26 @@ class DensePrototypes(PatchTarget, Prototypes):
     def memory_name(self) -> str:
         return f"{self.head}/patches"
 
+    def losses(self, given: TargetModules, context: Context, parts: list[Encoded]) -> list[Loss]:
+        return [self.loss(given, context, part) for part in parts]
+
     def loss(self, given: TargetModules, context: Context, encoded: Encoded) -> Loss:
         """Return this rank's share of −log P̂ of the patches: mean over patches of an image, then over images. Images
         without masked patches add 0 (as in the code of iBOT and DINOv2)."""
         query_BQ, decoded_BQD = self.decode(given, context, encoded)
-        share_N = None
-        if self.tokens == "masked" and encoded.where.masked_BM is not None:
-            share_N = share_of_hidden(encoded.where.masked_BM).flatten()
         tokens_BND = context.encoded_views[self.encoder_key, self.view][1]
+        decoded_ND, target_ND = decoded_BQD.flatten(0, 1), gather_tokens(tokens_BND, query_BQ).flatten(0, 1)
+        share_N, where = None, encoded.where
+        if self.tokens == "masked" and where.masked_BM is not None and where.masked_N is not None:
+            share_N = share_of_hidden(where.masked_BM).flatten()
+            if not given.head.compares_rows:  # batch norm needs as many rows on every rank
+                share_N, decoded_ND, target_ND = (
+                    x.index_select(0, where.masked_N) for x in (share_N, decoded_ND, target_ND)
+                )
         with torch.no_grad():
-            wanted_BQE = given.momentum.heads[self.head](gather_tokens(tokens_BND, query_BQ), predict=False)
-        target, remember = self._assign(given, wanted_BQE.flatten(0, 1), share_N)
-        prediction_BQE = given.head(decoded_BQD, predict=True)
-        return self._loss(given, prediction_BQE.flatten(0, 1), target, remember)
+            wanted_NE = given.momentum.heads[self.head](target_ND, predict=False)
+        target, remember = self._assign(given, wanted_NE, share_N)
+        return self._loss(given, self._logits(given, given.head(decoded_ND, predict=True)), target, remember)
 
 
 class Clusters(PatchTarget):
