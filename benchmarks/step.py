@@ -20,7 +20,7 @@ under ZeRO-1. `clip_zero3` and `mae_zero3` show the cost of partitioning.
 Differences between the sides:
 
 - Ours normalizes uint8 images within the step; the peers get normalized images from their data loaders.
-- `clip`: our text encoder is BERT, which computes only the first token in its last layer; open_clip's is causal.
+- `clip`: our text encoder is BERT, which computes only the first token in its last layer; that of open_clip is causal.
 - `siglip`: none. The peer is the map-head model of open_clip's SigLIP configurations with a ViT-S/32.
 - `supervised`: none. Our recipe reads the class token here, as timm does, instead of the mean of the patches.
 - `dinov2`: both sides use separate heads, centering instead of our recipe's Sinkhorn, and no stochastic depth. Lightly

@@ -68,8 +68,6 @@ class ForeachBF16Optimizer(BF16_Optimizer):  # type: ignore[misc]  # DeepSpeed h
         if dist.get_world_size(self.dp_process_group) == 1:
             return
         self._reduction_group = torch.distributed.new_group()
-        # NCCL connects in the first collective: now, and not while the backward pass holds its activations.
-        dist.all_reduce(self.fp32_groups_gradients_flat[0].new_zeros(1), group=self._reduction_group)
         places = {id(p): place for place, p in enumerate(self.param_names)}  # usually as in the forward pass
         for group, parameters in enumerate(self.bf16_groups):
             stop, numel = len(parameters), 0
@@ -80,6 +78,9 @@ class ForeachBF16Optimizer(BF16_Optimizer):  # type: ignore[misc]  # DeepSpeed h
                 numel += parameters[index].numel()
             self._buckets.append(self._bucket(group, range(stop)))
         self._buckets.sort(key=lambda bucket: -places[id(self.bf16_groups[bucket.group][bucket.indices[0]])])
+        # NCCL connects in the first collective of a size: now, not while the backward pass holds its activations.
+        largest = max((bucket.sums for bucket in self._buckets), key=torch.numel)
+        dist.all_reduce(largest, group=self._reduction_group)  # the first micro-batch overwrites it
 
     def _bucket(self, group: int, indices: range) -> _Bucket:
         first, last = (self.fp32_groups_gradients[group][index] for index in (indices[0], indices[-1]))
@@ -171,13 +172,13 @@ class ForeachBF16Optimizer(BF16_Optimizer):  # type: ignore[misc]  # DeepSpeed h
     def get_grads_for_norm(self, for_clipping: bool = False) -> Any:
         """Return the flat sums of all groups to clip; for the norm, the sums of parameters that have a gradient.
 
-        After a reduction in buckets, return all sums for the norm, because a parameter may have a gradient on another
-        rank only. DeepSpeed leaves it out; then ranks clip by different norms, and may differ in skipping a step. The
-        zeros of a parameter without any gradient may change the last bit of the norm.
+        On several ranks, return all sums for the norm, because a parameter may have a gradient on another rank only.
+        DeepSpeed leaves it out; then ranks clip by different norms, and may differ in skipping a step. The zeros of a
+        parameter without any gradient may change the last bit of the norm.
         """
         if for_clipping:
             return self.fp32_groups_gradients_flat
-        if self._buckets:
+        if dist.get_world_size(self.dp_process_group) > 1:
             return [total for sums in self.fp32_groups_gradients for total in sums], {}
         pairs = zip(self.fp32_groups_gradients, self.fp32_groups_has_gradients, strict=True)
         return [total for sums, has in pairs for total, is_used in zip(sums, has, strict=True) if is_used], {}

@@ -119,8 +119,9 @@ class PrototypeLayer(nn.Module):
 
     def forward(self, z_BE: Tensor) -> Tensor:
         """Return cosines with all prototypes in fp32: (B, E) → (B, K)."""
-        # As `weight_norm` of torch: two kernels instead of a dozen over (K, E) in the forward and backward pass.
-        length_K1 = torch.ones_like(self.weight[:, :1], dtype=torch.float32)
+        # `F.normalize` launches a dozen kernels over (K, E), `weight_norm` two: half the time of a forward and backward
+        # pass of 72 vectors with K = 65,536, E = 256 on a CPU.
+        length_K1 = self.weight.new_ones(len(self.weight), 1, dtype=torch.float32)
         return F.normalize(z_BE.float(), dim=-1) @ torch._weight_norm(self.weight.float(), length_K1).T
 
 
@@ -138,7 +139,7 @@ class ImageHead(nn.Module):
             self.predictor = _mlp(spec.width, spec.predictor_hidden, spec.width, spec.predictor_depth, spec, ranks)
         self.prototypes = PrototypeLayer(spec.width, spec.prototypes) if prototypes else None
         self.compares_rows = any(isinstance(module, BatchNorm) for module in self.modules())
-        """Whether an output depends on the other vectors of the call."""
+        """Whether an output depends on the other rows of the batch."""
 
     def forward(self, decoded_BD: Tensor, *, predict: bool) -> Tensor:
         """Return ẑ_y (with the predictor) or z_y (without) of decoded vectors: (…, D) → (…, E)."""

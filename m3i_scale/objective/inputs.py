@@ -139,7 +139,7 @@ class EncodedInput:
     masked_BM: Tensor | None = None
     """bool (B, M): masked patches among `hidden_BM`, for mask tokens with a varying mask ratio. None: all."""
     masked_N: Tensor | None = None
-    """int64 (N): places of the masked patches in the flattened `masked_BM`, ascending."""
+    """int64 (N): indices of the masked patches in the flattened `masked_BM`, ascending. None without `masked_BM`."""
     shown_BN: Tensor | None = None
     """bool (B, N), for mask tokens: patches without mask token. `visible_BL` then contains all patches."""
     blocks_BKT: Tensor | None = None
@@ -172,7 +172,8 @@ def build_inputs(
 
     Parts of one input are consecutive: by view, and by mask of the view. `cell` is the size, in patches, of the squares
     that are masked together; it must divide rows and columns of the grid. `small` are the grids of local crops, by view
-    from 1. Masks are drawn on `device`; `seeds_B` on the CPU give their sizes without waiting for it.
+    from 1. Masks are drawn on `device`. Pass `seeds_B` on the CPU, so that mask sizes are known without a device
+    synchronization.
     """
     if cell > 1:
         coarse = grid[0] // cell, grid[1] // cell
@@ -221,8 +222,8 @@ def _single(
     if spec.mask.varies:
         # Samples with fewer masked patches mask the first in order.
         masked_BM = first_BM < _masked_patches(spec.mask, seeds_B, patches, number)[:, None]
-        counts_B = _masked_patches(spec.mask, host_seeds_B, patches, number)
-        # Memory is planned on `meta`, for the largest masks.
+        counts_B = _masked_patches(spec.mask, host_seeds_B, patches, number).clamp(max=patches - visible)
+        # `plan` estimates memory on `meta`, for the largest masks.
         count = masked_BM.numel() if counts_B.is_meta else int(counts_B.sum())
         masked_N = (~masked_BM).flatten().byte().argsort(stable=True)[:count]
     hides_BM = torch.ones_like(hidden_BM, dtype=torch.bool) if masked_BM is None else masked_BM
@@ -233,7 +234,7 @@ def _single(
 def _masked_patches(mask: MaskSpec, seeds_B: Tensor, patches: int, number: int) -> Tensor:
     """Draw the number of masked patches of every sample: fp32 (B). It is the same on every device."""
     low, high = mask.ratios
-    share_B, size_B = hash_uniform(seeds_B, 2, -1 - number).unbind(1)  # no mask uses this stream
+    share_B, size_B = hash_uniform(seeds_B, 2, -1 - number).unbind(1)  # a random stream that no mask uses
     return ((low + (high - low) * size_B) * patches).round() * (share_B < mask.share)
 
 

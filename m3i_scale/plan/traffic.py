@@ -14,6 +14,7 @@ from m3i_scale.plan.settings import (
     Settings,
     buckets,
     flat_groups,
+    places_of,
     share,
     shares_ema,
 )
@@ -70,10 +71,11 @@ def _unpartitioned(traffic: Traffic, parameters: tuple[Parameter, ...], trace: T
     """Count all-reduces of gradients, and gathers of updated parameters and EMA weights, group by group."""
     sent, size = settings.communication_bytes, settings.parameter_bytes
     if settings.reduces_in_backward:
+        # The first matrix and the first vector get their gradients at the end of the pass.
+        last = {parameters[place].matrix: place for place in reversed(places_of(parameters, "trained"))}.values()
         for group, _ in flat_groups(parameters, settings.world):
             for bucket in buckets(parameters, reversed(group), settings.reduce_bucket):
-                # The first parameters of a group get their gradients at the end of the pass.
-                kind = STEP_REDUCTION if group[0] in bucket else LAST_BACKWARD
+                kind = LAST_BACKWARD if set(last).isdisjoint(bucket) else STEP_REDUCTION
                 traffic.add(kind, sent * sum(parameters[place].numel for place in bucket))
     elif settings.bf16_optimizer:
         for groups in sent_together(parameters, settings):

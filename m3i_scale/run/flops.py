@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -44,8 +44,9 @@ def step_flop(run: RunConfig, label_sets: dict[str, list[str]], vocab_size: int 
     """Return the FLOPs of one optimizer step over the global batch and all ranks. A multiply-add counts as two.
 
     Counts matrix products, convolutions and attention, on a batch in which every sample has every target and every
-    caption has `text.max_tokens` tokens. Similarities with samples of other ranks are not included: they are only
-    counted within a micro-batch. If the run has several stages (`RunConfig.in_stage`), the first one counts.
+    caption has `text.max_tokens` tokens. Masks of varying size are those of seeds 0, 1, …. Similarities with samples of
+    other ranks are not included: they are only counted within a micro-batch. If the run has several stages
+    (`RunConfig.in_stage`), the first one counts.
 
     Args:
         vocab_size: vocabulary size of the tokenizer; None without a text target.
@@ -68,7 +69,7 @@ def step_flop(run: RunConfig, label_sets: dict[str, list[str]], vocab_size: int 
             vocabulary=vocab_size or 100,
             reads=objective.recipe.reads,
         )
-        parts = _count_parts(objective, batch)
+        parts = _count_parts(objective, replace(batch, seeds_B=torch.arange(micro, device="cpu")))
     parts["model"] = sum(parts[name] for name in ("forward", "teacher", "heads", "backward"))
     return {name: value * scale for name, value in parts.items()}
 

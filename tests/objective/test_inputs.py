@@ -305,9 +305,18 @@ def test_samples_hide_shares_of_their_own_and_what_is_hidden_first(seeds: torch.
         hidden = part.hidden_BM[row][part.masked_BM[row]]
         assert torch.equal((~part.shown_BN[row]).nonzero()[:, 0], hidden)
         assert torch.equal(hidden, one_masked(count / 64, form, seeds, (8, 8)).hidden_BM[row])
+    assert part.masked_N is not None
+    assert torch.equal(part.masked_N, part.masked_BM.flatten().nonzero()[:, 0])
     alone = covered(seeds[-1:], form=form, ratio=(0.25, 0.75))
     assert alone.masked_BM is not None
     assert torch.equal(alone.masked_BM[0], part.masked_BM[-1])  # whatever the batch
+
+
+def test_one_patch_of_a_sample_stays_visible() -> None:
+    part = covered(torch.arange(9), ratio=(0.99, 0.999))
+    assert part.masked_BM is not None
+    assert part.masked_N is not None
+    assert part.masked_BM.sum() == len(part.masked_N) == 9 * 63
 
 
 def test_a_share_of_the_samples_hides_anything() -> None:

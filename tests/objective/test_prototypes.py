@@ -253,7 +253,11 @@ def test_a_head_remembers_patches_apart_from_whole_views() -> None:
     torch.testing.assert_close(objective.states["prototypes/patches"].center_K, 0.1 * torch.stack(means).mean(dim=0))
 
 
-def test_targets_of_a_view_are_assigned_once(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("norm", ["none", "batch"])
+def test_targets_of_a_view_are_assigned_once_for_masked_patches_only(
+    norm: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Batch norm needs the same number of rows on every rank, so it also gets patches that are not masked."""
     calls: list[int] = []
     plain = Sinkhorn.assign
 
@@ -262,9 +266,22 @@ def test_targets_of_a_view_are_assigned_once(monkeypatch: pytest.MonkeyPatch) ->
         return plain(self, p, target, *rest)
 
     monkeypatch.setattr(Sinkhorn, "assign", assign)
-    tiny_objective("dinov2")(random_batch(4))
-    assert calls[:2] == [4, 4]  # images; then masked patches
-    assert len(calls) == 4
+    objective, batch = tiny_objective("dinov2", f"recipe.heads.patches.norm={norm}"), random_batch(4)
+    objective(batch)
+    masks = [part.where.masked_BM for part in online_parts(objective, batch)[0]]
+    assert 0 < int(masks[0].sum()) < masks[0].numel()
+    assert calls == [4, 4, *(mask.numel() if norm == "batch" else int(mask.sum()) for mask in masks)]
+
+
+def test_a_batch_without_masked_patches_gives_heads_zero_gradients() -> None:
+    """Another rank may have masked patches: all ranks must reduce the same gradients."""
+    objective, batch = tiny_objective("dinov2", "recipe.inputs.0.mask.share=1e-9"), random_batch(4)
+    loss, figures = objective(batch)
+    loss.backward()
+    assert loss.isfinite()
+    assert figures["patches1/loss"] == 0
+    gradients = [parameter.grad for parameter in objective.image_heads["patches"].parameters()]
+    assert all(gradient is not None and not gradient.any() for gradient in gradients)
 
 
 def test_small_views_cost_no_further_collectives() -> None:

@@ -46,7 +46,7 @@ class Prototypes(HeadTarget):
         return self.losses(given, context, [encoded])[0]
 
     def losses(self, given: TargetModules, context: Context, parts: list[Encoded]) -> list[Loss]:
-        """Return `loss` of every part. One call of the head for all of them uses its many prototypes once."""
+        """Return `loss` of every part. The head runs once on all parts, so it reads its prototypes once."""
         target, remember = self._assign(given, pooled_target(self, given, context))
         pooled = [part.pooled(given.decoder) for part in parts]
         if given.head.compares_rows:
@@ -114,7 +114,7 @@ class DensePrototypes(PatchTarget, Prototypes):
         share_N, where = None, encoded.where
         if self.tokens == "masked" and where.masked_BM is not None and where.masked_N is not None:
             share_N = share_of_hidden(where.masked_BM).flatten()
-            if not given.head.compares_rows:  # batch norm needs as many rows on every rank
+            if not given.head.compares_rows:  # batch norm needs the same number of rows on every rank
                 share_N, decoded_ND, target_ND = (
                     x.index_select(0, where.masked_N) for x in (share_N, decoded_ND, target_ND)
                 )

@@ -35,6 +35,10 @@ def test_gradients_that_zero1_reduces_in_the_backward_pass_are_sent_once_in_buck
     assert found.sizes["all-reduce of the step"] == {4 * 3_000: 1, 4 * 150: 1}  # with the first parameter of a group
     one_bucket = counted(parameters, replace(engine, reduce_bucket=10_000))
     assert LAST_BACKWARD not in one_bucket.sizes
+    by_layer = tuple(replace(p, lr_scale=0.5 + 0.1 * place) for place, p in enumerate(parameters))
+    layers = counted(by_layer, engine)
+    assert layers.sizes["all-reduce of the step"] == {4 * 3_000: 1, 4 * 150: 1}
+    assert layers.sizes[LAST_BACKWARD] == {4 * 900: 1, 4 * 1_100: 1}
 
 
 @pytest.mark.parametrize(("reuse", "gathers"), [(1_000, 2), (1_001, 1)])
