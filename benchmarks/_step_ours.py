@@ -32,11 +32,13 @@ from deepspeed.accelerator import get_accelerator
 from m3i_scale.config import RunConfig, load_run
 from m3i_scale.data.batch import Batch, synthetic_batch
 from m3i_scale.engine.averages import ShardedEma
+from m3i_scale.engine.compilation import compile_layers
 from m3i_scale.engine.deepspeed.effective import check_effective
 from m3i_scale.engine.deepspeed.resolve import load_ds_config, resolve
 from m3i_scale.engine.engine import build_engine, spread_nonfinite, take_step, undone_if_skipped
 from m3i_scale.engine.partition import full_shape, initialize_sharded
 from m3i_scale.objective.build import build_objective, ema_pairs, initialize_module
+from m3i_scale.objective.information import Objective
 from m3i_scale.objective.inputs import build_inputs
 from m3i_scale.objective.recipe import parse_recipe
 
@@ -68,8 +70,15 @@ def _our_step(run: RunConfig, deepspeed: str, batch: Batch, *, vocabulary: int |
         where=deepspeed,
     )
     label_sets = {"classes": [str(number) for number in range(classes)]} if classes else {}
+
+    def build() -> Objective:
+        objective = build_objective(run, label_sets, vocabulary)
+        if run.backbone.compiles:
+            compile_layers(objective)
+        return objective
+
     engine = build_engine(
-        lambda: build_objective(run, label_sets, vocabulary),
+        build,
         lambda module: initialize_sharded(module, initialize_module, seed=0),
         resolved.config,
         weight_decay=WEIGHT_DECAY,
@@ -107,15 +116,15 @@ def _text(sizes: dict[str, int], fields: str) -> str:
     )
 
 
-def our_clip_step(deepspeed: str, tokens: torch.Tensor) -> Side:
+def our_clip_step(deepspeed: str, tokens: torch.Tensor, *options: str) -> Side:
     text = _text(CLIP, "hidden_dropout_prob: 0.0, attention_probs_dropout_prob: 0.0")
     overrides = [_backbone(CLIP), text, f"text.max_tokens={CONTEXT}", f"recipe.targets.0.width={CLIP['width']}"]
-    run = load_run("clip", overrides)
+    run = load_run("clip", [*overrides, *options])
     return _our_step(run, deepspeed, _batch(run, CLIP, tokens), vocabulary=VOCABULARY)
 
 
-def our_mae_step(deepspeed: str) -> Side:
-    run = load_run("mae", [_backbone(MAE)])
+def our_mae_step(deepspeed: str, *options: str) -> Side:
+    run = load_run("mae", [_backbone(MAE), *options])
     return _our_step(run, deepspeed, _batch(run, MAE))
 
 
@@ -132,7 +141,7 @@ def our_supervised_step(deepspeed: str, labels: torch.Tensor) -> Side:
     return _our_step(run, deepspeed, batch, classes=CLASSES)
 
 
-def our_dinov2_step(deepspeed: str) -> Side:
+def our_dinov2_step(deepspeed: str, *options: str) -> Side:
     head = f"{{depth: 3, hidden: {HEAD['hidden']}, width: {HEAD['bottleneck']}, norm: none, "
     head += f"prototypes: {HEAD['prototypes']}}}"
     centering = f"{{kind: centering, target_temperature: {TEACHER_TEMPERATURE}}}"
@@ -141,7 +150,7 @@ def our_dinov2_step(deepspeed: str) -> Side:
     overrides += [f"recipe.inputs.1.views={DINOV2['local_crops']}"]
     overrides += [f"recipe.heads.{name}={head}" for name in ("global", "patches")]
     overrides += [f"recipe.targets.{number}.regularizer={centering}" for number in range(4)]
-    run = load_run("dinov2", overrides)
+    run = load_run("dinov2", [*overrides, *options])
     return _our_step(run, deepspeed, _usual_masks(run, _batch(run, DINOV2)))
 
 

@@ -15,7 +15,8 @@ an error.
 
 In `clip` and `siglip`, all captions fill the context. In `clip_short_captions`, both sides get the same real captions:
 open_clip pads them to 77 tokens, ours to the longest of the batch. One rank has nothing to partition, so pairs run
-under ZeRO-1. `clip_zero3` and `mae_zero3` show the cost of partitioning.
+under ZeRO-1. `clip_zero3` and `mae_zero3` show the cost of partitioning. In the pairs `NAME_compiled`, the peer is our
+own step without `backbone.compile`.
 
 Differences between the sides:
 
@@ -138,6 +139,9 @@ def _pairs(deepspeed: str, partitioned: str) -> dict[str, Pair]:
     def mae(config: str) -> Pair:
         return Pair(MAE, "transformers", lambda: our_mae_step(config), vit_mae_step)
 
+    def compiled(sizes: dict[str, int], step: Callable[..., Side]) -> Pair:
+        return Pair(sizes, "m3i_scale", lambda: step("backbone.compile=true"), step)
+
     return {
         "clip": clip(deepspeed),
         "mae": mae(deepspeed),
@@ -152,6 +156,9 @@ def _pairs(deepspeed: str, partitioned: str) -> dict[str, Pair]:
         "clip_short_captions": clip(deepspeed, _short_captions),
         "clip_zero3": clip(partitioned),
         "mae_zero3": mae(partitioned),
+        "clip_compiled": compiled(CLIP, lambda *options: our_clip_step(deepspeed, full, *options)),
+        "mae_compiled": compiled(MAE, lambda *options: our_mae_step(deepspeed, *options)),
+        "dinov2_compiled": compiled(DINOV2, lambda *options: our_dinov2_step(deepspeed, *options)),
     }
 
 
