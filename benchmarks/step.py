@@ -21,7 +21,7 @@ own step without `backbone.compile`.
 Differences between the sides:
 
 - Ours normalizes uint8 images within the step; the peers get normalized images from their data loaders.
-- `clip`: our text encoder is BERT, which computes only the first token in its last layer; that of open_clip is causal.
+- `clip`: our text encoder is BERT, and its last layer computes only the first token. open_clip has a causal encoder.
 - `siglip`: none. The peer is the map-head model of open_clip's SigLIP configurations with a ViT-S/32.
 - `supervised`: none. Our recipe reads the class token here, as timm does, instead of the mean of the patches.
 - `dinov2`: both sides use separate heads, centering instead of our recipe's Sinkhorn, and no stochastic depth. Lightly

@@ -78,11 +78,12 @@ class ForeachBF16Optimizer(BF16_Optimizer):  # type: ignore[misc]  # DeepSpeed h
                 numel += parameters[index].numel()
             self._buckets.append(self._bucket(group, range(stop)))
         self._buckets.sort(key=lambda bucket: -places[id(self.bf16_groups[bucket.group][bucket.indices[0]])])
-        # NCCL connects in the first collective of a size: now, not while the backward pass holds its activations.
+        # NCCL allocates its buffers in the first collective: now, not while the backward pass holds its activations.
         largest = max((bucket.sums for bucket in self._buckets), key=torch.numel)
         dist.all_reduce(largest, group=self._reduction_group)  # the first micro-batch overwrites it
 
     def _bucket(self, group: int, indices: range) -> _Bucket:
+        """Return a bucket, and let the gradients of its parameters start its reduction."""
         first, last = (self.fp32_groups_gradients[group][index] for index in (indices[0], indices[-1]))
         start, stop = first.storage_offset(), last.storage_offset() + last.numel()
         bucket = _Bucket(group, indices, self.fp32_groups_gradients_flat[group][start:stop], set(indices))

@@ -139,7 +139,7 @@ class ImageHead(nn.Module):
             self.predictor = _mlp(spec.width, spec.predictor_hidden, spec.width, spec.predictor_depth, spec, ranks)
         self.prototypes = PrototypeLayer(spec.width, spec.prototypes) if prototypes else None
         self.compares_rows = any(isinstance(module, BatchNorm) for module in self.modules())
-        """Whether an output depends on the other rows of the batch."""
+        """Whether the head has batch norm. Each output then depends on all rows of the call, on all ranks."""
 
     def forward(self, decoded_BD: Tensor, *, predict: bool) -> Tensor:
         """Return ẑ_y (with the predictor) or z_y (without) of decoded vectors: (…, D) → (…, E)."""

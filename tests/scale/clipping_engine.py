@@ -30,8 +30,8 @@ SENT = ("bf16", "fp32")
 """In the dtype of the sums, gradients are reduced during the backward pass."""
 STEPS, NOT_FINITE, MICRO_BATCHES = 6, 2, 3
 USED = {0: {1}, 1: {0, 2}, NOT_FINITE: {0, 1, 2}, 4: {2}}
-"""Micro-batches of each step in which the layer `rare` has gradients. In the step after NOT_FINITE it has none. In the
-last step, each rank uses it in a different micro-batch."""
+"""Micro-batches that use the layer `rare`, by step. The step after NOT_FINITE does not use it. In the last step, each
+rank uses it in a different micro-batch."""
 
 
 class Parts(Small):
