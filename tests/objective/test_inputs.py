@@ -313,10 +313,11 @@ def test_samples_hide_shares_of_their_own_and_what_is_hidden_first(seeds: torch.
 
 
 def test_one_patch_of_a_sample_stays_visible() -> None:
-    part = covered(torch.arange(9), ratio=(0.99, 0.999))
+    part = covered(torch.arange(9), ratio=(0.99, 0.999), share=0.5)
     assert part.masked_BM is not None
     assert part.masked_N is not None
-    assert part.masked_BM.sum() == len(part.masked_N) == 9 * 63
+    assert set(part.masked_BM.sum(dim=1).tolist()) == {0, 63}
+    assert torch.equal(part.masked_N, part.masked_BM.flatten().nonzero()[:, 0])
 
 
 def test_a_share_of_the_samples_hides_anything() -> None:
