@@ -7,8 +7,6 @@ import re
 import struct
 import threading
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -56,7 +54,10 @@ _EXIF_KEYS = frozenset({"exif", "Raw profile type exif", "xmp", "XML:com.adobe.x
 """Metadata keys in which Pillow finds an orientation. Most images have none, so one lookup is enough."""
 _DAMAGED = (SyntaxError, OSError, EOFError, ValueError, KeyError, TypeError, IndexError, struct.error)
 """Errors that Pillow raises on damaged EXIF data."""
-_PILLOW_GLOBALS = threading.Lock()
+_PILLOW_LIMIT = threading.Lock()
+# Damaged EXIF data, for example, does not affect the pixels. Changing the filters for every image instead would make
+# Python repeat all warnings of the process that it shows only once.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 _ADDRESS = re.compile(r" ?<[\w.]+ object at 0x[0-9a-fA-F]+>")
 
 
@@ -68,20 +69,12 @@ def error_text(error: Exception) -> str:
 def open_any_size(data: bytes, formats: tuple[str, ...] = READ_FORMATS) -> Image.Image:
     """Open an encoded image of any size; read its header but no pixels. Raise one of `DECODE_ERRORS` if it is not an
     image."""
-    with _quiet_pillow():  # e.g. about damaged EXIF data, which does not affect the pixels
+    with _PILLOW_LIMIT:
         limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # global; callers check their own limits
         try:
             return Image.open(io.BytesIO(data), formats=formats)
         finally:
             Image.MAX_IMAGE_PIXELS = limit
-
-
-@contextmanager
-def _quiet_pillow() -> Iterator[None]:
-    """Hide Pillow's warnings, in one thread at a time: warning filters and Pillow's limit are global."""
-    with _PILLOW_GLOBALS, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 def mask_error(data: bytes) -> str | None:
@@ -102,8 +95,7 @@ def orientation(image: Image.Image) -> int:
     if _EXIF_KEYS.isdisjoint(image.info):
         return 1
     try:
-        with _quiet_pillow():
-            value = image.getexif().get(ExifTags.Base.Orientation, 1)
+        value = image.getexif().get(ExifTags.Base.Orientation, 1)
     except _DAMAGED:
         return 1
     return value if isinstance(value, int) and value in _TURNS else 1

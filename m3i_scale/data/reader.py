@@ -6,6 +6,7 @@ import io
 import os
 import re
 import tarfile
+import zlib
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -76,9 +77,7 @@ class ShardReader:
         else:
             data = self.remote.read(index, start, end)
         self._activity.end()
-        if head_of(data) != index.heads_N[number]:
-            raise BadSampleError(NOT_A_MEMBER, "not what was indexed")
-        return parse_members(data, str(index.path))
+        return parse_members(data, str(index.path), int(index.heads_N[number]))
 
     def close(self) -> None:
         """Close all shards."""
@@ -119,17 +118,20 @@ class ShardReader:
         return self._open[path]
 
 
-def parse_members(data: bytes, url: str) -> dict[str, bytes]:
+def parse_members(data: bytes, url: str, head: int) -> dict[str, bytes]:
     """Return the single sample in a part of a tar, grouped as in webdataset; anything else is a `BadSampleError`.
 
-    `data` are complete tar members whose headers match the index; `url` is the address of the shard.
+    `data` are complete tar members; `url` is the address of the shard, and `head` the sample's entry in the `heads_N`
+    of the index.
     """
+    plain = plain_members(data)
+    if (head_of(data) if plain is None else plain[1]) != head:
+        raise BadSampleError(NOT_A_MEMBER, "not what was indexed")
     if _COMPRESSED.match(data):
         raise BadSampleError(NOT_A_MEMBER, "compressed")
     try:
-        plain = plain_members(data)
         padding = bytes(-len(data) % _BLOCK)
-        files = plain if plain is not None else tar_file_iterator(io.BytesIO(data + padding + _END_OF_TAR))
+        files = plain[0] if plain is not None else tar_file_iterator(io.BytesIO(data + padding + _END_OF_TAR))
         samples = list(group_by_keys({**file, "__url__": url} for file in files))
     except (tarfile.TarError, ValueError, EOFError, OSError) as error:
         raise BadSampleError(NOT_A_MEMBER, str(error)) from None
@@ -144,29 +146,33 @@ def parse_members(data: bytes, url: str) -> dict[str, bytes]:
     return sample
 
 
-def plain_members(data: bytes) -> list[dict[str, Any]] | None:
-    """Parse tar members in order, like webdataset's `tar_file_iterator`; return None if a member is not plain.
+def plain_members(data: bytes) -> tuple[list[dict[str, Any]], int] | None:
+    """Parse tar members in order. Return them as webdataset's `tar_file_iterator` does, and their `head_of`; None if a
+    member is not plain.
 
     Nearly all shards have only plain members. Parsing them without `tarfile` saves about the time of decoding a small
     image. Plain members are regular files, optionally with a pax header of timestamps only, as written by webdataset.
     Others (long names, other pax headers, links, sparse files, binary sizes) need `tarfile`.
 
-    `data` may lack the last padding and the end of the archive. Header checksums are not verified again: the headers
-    match the index, which was built from verified ones.
+    `data` may lack the last padding and the end of the archive. Header checksums are not verified again: the caller
+    compares `head_of` with that of verified ones.
     """
     files: list[dict[str, Any]] = []
-    offset, times_before = 0, False
+    offset, head, times_before = 0, 0, False
     while offset < len(data):
         header = data[offset : offset + _BLOCK]
         if not header[0]:
-            return None if times_before or data[offset:].rstrip(b"\0") else files
+            return None if times_before or data[offset:].rstrip(b"\0") else (files, head)
         size = _size_of_plain(header)
         start = offset + _BLOCK
         if size is None or start + size > len(data):
             return None
+        offset = start + size + -size % _BLOCK
+        head = zlib.crc32(header, head)
         if header[_TYPE] == _PAX:
             if times_before or not _tells_times(data[start : start + size]):
                 return None
+            head = zlib.crc32(data[start:offset], head)
             times_before = True
         else:
             name = _name_of_plain(header)
@@ -174,8 +180,7 @@ def plain_members(data: bytes) -> list[dict[str, Any]] | None:
                 return None
             files.append({"fname": name, "data": data[start : start + size]})
             times_before = False
-        offset = start + size + -size % _BLOCK
-    return None if times_before else files
+    return None if times_before else (files, head)
 
 
 def _tells_times(records: bytes) -> bool:

@@ -54,7 +54,11 @@ class FeatureCache:
             folder.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=folder).close()
         except OSError as error:
-            raise _unwritable(folder, error) from None
+            raise ConfigError(
+                f"the features cannot be saved: {error.strerror}",
+                where=f"--cache-dir {folder}",
+                fix="free some space, or use another folder",
+            ) from None
         self._versions = [library.__version__ for library in _LIBRARIES] + _hashes(PACKAGE, only=".py")
         self._model = _hashes(model)
         self._folder = folder
@@ -72,7 +76,7 @@ class FeatureCache:
         if saved is None or not needed <= set(saved["contents"]):
             del saved  # frees its memory
             side = read()
-            _save(path, side, needed)
+            side.not_saved = _save(path, side, needed)
             return side
         features = {name: saved["features"][name] for name in needed - {PATCHES}}
         for name in _OF_SAMPLES:
@@ -106,7 +110,8 @@ def _contents(table: Table) -> list[Any]:
     return [table.classes, shards]
 
 
-def _save(path: Path, side: Side, contents: set[str]) -> None:
+def _save(path: Path, side: Side, contents: set[str]) -> str | None:
+    """Save features. Return why they are not saved: the evaluation goes on, because computing them may take hours."""
     saved = {
         "contents": sorted(contents),
         "table": {name: getattr(side.table, name) for name in _OF_SAMPLES},
@@ -117,16 +122,12 @@ def _save(path: Path, side: Side, contents: set[str]) -> None:
     try:
         with replacing(path) as file:
             torch.save(_converted(saved, np.ndarray, torch.from_numpy), file)
-    except OSError as error:
-        raise _unwritable(path.parent, error) from None
-
-
-def _unwritable(folder: Path, error: OSError) -> ConfigError:
-    return ConfigError(
-        f"the features cannot be saved: {error.strerror}",
-        where=f"--cache-dir {folder}",
-        fix="free some space, or use another folder",
-    )
+    except (OSError, RuntimeError) as error:
+        cause = error.__context__ if isinstance(error, RuntimeError) else error  # torch fails again when it closes
+        if not isinstance(cause, OSError):
+            raise
+        return f"--cache-dir {path.parent}: the features are not saved: {cause.strerror}"
+    return None
 
 
 def _load(path: Path) -> dict[str, Any]:

@@ -181,7 +181,10 @@ class Job:
         for block in measures:
             warnings += [note for figures in block.values() for note in figures.pop("notes", [])]
         for side, split in ((self.test, "test"), (self.train, "training")):
-            for reason, count in side.table.bad_masks.items() if side is not None else ():
+            if side is None:
+                continue
+            warnings += [side.not_saved] if side.not_saved else []
+            for reason, count in side.table.bad_masks.items():
                 warnings.append(f"{count} masks of the {split} data cannot be used: {reason}")
         if self.train is not None:
             for name in ("family", "concept"):

@@ -46,6 +46,8 @@ class Side:
     """Reason why there are no patches."""
     device: torch.device = CPU
     """Device that computes kNN and probes."""
+    not_saved: str | None = None
+    """Warning if the features could not be saved in the cache folder."""
 
     def labelled(self, split: str = "test") -> NDArray[np.int64]:
         """Return the indices of the samples with a class. Raise NotMeasuredError if there are none."""

@@ -2,6 +2,8 @@
 
 import io
 import random
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -314,6 +316,23 @@ def test_damaged_exif_data_say_nothing_and_stop_nothing(data):
     image = gradient(4, 6)
     image.info["exif"] = bytes(whole)
     assert orientation(image) in range(1, 9)
+
+
+def test_warnings_of_pillow_are_hidden_and_others_are_shown_once():
+    opened = """
+import io, warnings
+from PIL import Image
+from m3i_scale.data.images import open_any_size, orientation
+
+exif, buffer = Image.Exif(), io.BytesIO()
+exif[274], exif[270] = 6, "a description"
+Image.new("RGB", (4, 4)).save(buffer, "JPEG", exif=exif.tobytes()[:-8])
+for _ in range(3):
+    warnings.warn("of the run")
+    orientation(open_any_size(buffer.getvalue()))
+"""
+    done = subprocess.run([sys.executable, "-c", opened], capture_output=True, text=True, check=True)
+    assert done.stderr.count("Warning: ") == done.stderr.count("Warning: of the run") == 1
 
 
 def test_a_crop_of_the_views_size_is_cut_out_as_it_is():

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from disks import small_disk
 from typer.testing import CliRunner
 
 from m3i_scale.cli import app
@@ -193,3 +194,16 @@ def test_imported_code_has_no_saved_features(tmp_path) -> None:
     error = CliRunner().invoke(app, words).exception
     assert isinstance(error, ConfigError)
     assert "--cache-dir" in error.where
+
+
+def test_a_full_disk_is_a_warning_with_the_same_metrics(model, data, tmp_path) -> None:
+    expected = measured(model, data, None)
+    with small_disk(tmp_path / "disk", 1) as disk:
+        (disk / "other").write_bytes(bytes(2**20 - 2**13))
+        found = measured(model, data, disk)
+        assert [path.name for path in disk.iterdir()] == ["other"]
+    new = [text for text in found.pop("warnings") if text not in expected["warnings"]]
+    assert all(str(disk) in text and "No space left" in text for text in new)
+    assert new
+    del expected["warnings"]
+    assert found == expected
