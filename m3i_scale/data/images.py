@@ -57,7 +57,7 @@ _DAMAGED = (SyntaxError, OSError, EOFError, ValueError, KeyError, TypeError, Ind
 _PILLOW_LIMIT = threading.Lock()
 # Damaged EXIF data, for example, does not affect the pixels. Changing the filters for every image instead would make
 # Python repeat all warnings of the process that it shows only once.
-warnings.filterwarnings("ignore", module=r"PIL\.")
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 _ADDRESS = re.compile(r" ?<[\w.]+ object at 0x[0-9a-fA-F]+>")
 
 

@@ -17,6 +17,7 @@ from m3i_scale.data.remote.access import Access
 from m3i_scale.data.remote.prefetch import RemoteShards
 from m3i_scale.data.remote.read_errors import ReadError, bad_shard, retried
 from m3i_scale.data.scan import ShardIndex, head_of
+from m3i_scale.data.tar import MAX_HEADER_BYTES
 from m3i_scale.data.workers import Activity
 
 OPEN_SHARDS = 32
@@ -154,15 +155,13 @@ def plain_members(data: bytes) -> tuple[list[dict[str, Any]], int] | None:
     image. Plain members are regular files, optionally with a pax header of timestamps only, as written by webdataset.
     Others (long names, other pax headers, links, sparse files, binary sizes) need `tarfile`.
 
-    `data` may lack the last padding and the end of the archive. Header checksums are not verified again: the caller
-    compares `head_of` with that of verified ones.
+    `data` may lack the last padding. Header checksums are not verified again: the caller compares `head_of` with that
+    of verified headers.
     """
     files: list[dict[str, Any]] = []
     offset, head, times_before = 0, 0, False
     while offset < len(data):
         header = data[offset : offset + _BLOCK]
-        if not header[0]:
-            return None if times_before or data[offset:].rstrip(b"\0") else (files, head)
         size = _size_of_plain(header)
         start = offset + _BLOCK
         if size is None or start + size > len(data):
@@ -170,7 +169,7 @@ def plain_members(data: bytes) -> tuple[list[dict[str, Any]], int] | None:
         offset = start + size + -size % _BLOCK
         head = zlib.crc32(header, head)
         if header[_TYPE] == _PAX:
-            if times_before or not _tells_times(data[start : start + size]):
+            if times_before or size > MAX_HEADER_BYTES or not _tells_times(data[start : start + size]):
                 return None
             head = zlib.crc32(data[start:offset], head)
             times_before = True

@@ -111,7 +111,8 @@ def _contents(table: Table) -> list[Any]:
 
 
 def _save(path: Path, side: Side, contents: set[str]) -> str | None:
-    """Save features. Return why they are not saved: the evaluation goes on, because computing them may take hours."""
+    """Save features. Return a warning if they cannot be written. The evaluation continues, because it may have taken
+    hours to compute them."""
     saved = {
         "contents": sorted(contents),
         "table": {name: getattr(side.table, name) for name in _OF_SAMPLES},
@@ -123,10 +124,11 @@ def _save(path: Path, side: Side, contents: set[str]) -> str | None:
         with replacing(path) as file:
             torch.save(_converted(saved, np.ndarray, torch.from_numpy), file)
     except (OSError, RuntimeError) as error:
-        cause = error.__context__ if isinstance(error, RuntimeError) else error  # torch fails again when it closes
+        # After a failed write, torch raises a RuntimeError while it closes the file.
+        cause = error.__context__ if isinstance(error, RuntimeError) else error
         if not isinstance(cause, OSError):
             raise
-        return f"--cache-dir {path.parent}: the features are not saved: {cause.strerror}"
+        return f"--cache-dir {path.parent}: the features are not saved: {cause.strerror or cause}"
     return None
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from m3i_scale.config import DatasetConfig
 from m3i_scale.data.index import build_index, load_index
-from m3i_scale.data.reader import BadSampleError, ShardReader, parse_members
+from m3i_scale.data.reader import BadSampleError, ShardReader, parse_members, plain_members
 from m3i_scale.data.scan import head_of, parse_index, save_index, scan_shard
 from m3i_scale.data.shards import expand_shards, read_label_sets
 from m3i_scale.errors import DataError
@@ -57,12 +57,16 @@ def test_padding_of_any_length_is_no_data_and_is_looked_at_once(tools, tmp_path,
 
 
 def test_a_compressed_piece_is_not_unpacked(tools, tmp_path):
-    """Its headers are the indexed ones, but the name of the first file starts like a compressed file."""
-    piece = tools.write_tar(tmp_path / "s.tar", [("a.png", b"1")]).read_bytes()
-    assert parse_members(piece, "s.tar", head_of(piece[:513]))["png"] == b"1"
-    crafted = tools.write_tar(tmp_path / "s.tar", [("BZh91AY&SY.png", b"1")]).read_bytes()[:513]
-    with pytest.raises(BadSampleError, match="compressed"):
-        parse_members(crafted, "s.tar", head_of(crafted))
+    """A member name that starts like a compressed file must not make tarfile decompress."""
+    piece = tools.write_tar(tmp_path / "s.tar", [("a.png", b"1")]).read_bytes()[:513]
+    assert parse_members(piece, "s.tar", head_of(piece))["png"] == b"1"
+    plain = tools.write_tar(tmp_path / "s.tar", [("BZh91AY&SY.png", b"1")]).read_bytes()[:513]
+    with_prefix = plain[:345] + b"folder" + plain[351:]
+    assert plain_members(plain) is not None
+    assert plain_members(with_prefix) is None
+    for crafted in (plain, with_prefix):
+        with pytest.raises(BadSampleError, match="compressed"):
+            parse_members(crafted, "s.tar", head_of(crafted))
 
 
 def test_index_lies_beside_the_shards_or_in_the_cache(tools, tmp_path):

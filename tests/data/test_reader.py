@@ -11,6 +11,7 @@ from webdataset.writer import TarWriter
 
 from m3i_scale.data.reader import plain_members
 from m3i_scale.data.scan import head_of
+from m3i_scale.data.tar import MAX_HEADER_BYTES
 
 NAMES = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=60)
 FORMATS = st.sampled_from([tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
@@ -48,6 +49,12 @@ def of_webdataset(data):
     return list(tar_file_iterator(io.BytesIO(data)))
 
 
+def as_indexed(data):
+    """The bytes of all members, without the padding of the last one."""
+    with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+        return data[: max(member.offset_data + member.size for member in tar)]
+
+
 def agrees_with_webdataset(data):
     """Whether it gives the same, or nothing; what tarfile refuses is in no index, and so never comes here."""
     found = plain_members(data)
@@ -63,10 +70,8 @@ def test_it_agrees_with_webdataset(members, kind):
         data = tar_of(members, kind)
     except ValueError:  # a name too long for the format
         return
-    with tarfile.open(fileobj=io.BytesIO(data)) as tar:
-        end = max(member.offset_data + member.size for member in tar)  # of a sample in an index
-    found = plain_members(data[:end])
-    assert found is None or found == (of_webdataset(data), head_of(data[:end]))
+    found = plain_members(as_indexed(data))
+    assert found is None or found == (of_webdataset(data), head_of(as_indexed(data)))
 
 
 def test_webdatasets_own_members_are_plain():
@@ -75,7 +80,8 @@ def test_webdatasets_own_members_are_plain():
     with TarWriter(buffer, encoder=False) as writer:
         writer.write({"__key__": "a", "png": b"1" * 700, "cls": b"3"})
     assert b"mtime=" in buffer.getvalue()
-    assert plain_members(buffer.getvalue())[0] == of_webdataset(buffer.getvalue())
+    data = as_indexed(buffer.getvalue())
+    assert plain_members(data) == (of_webdataset(buffer.getvalue()), head_of(data))
 
 
 @given(st.data())
@@ -99,8 +105,15 @@ def test_no_damage_to_a_pax_header_makes_it_read_what_tarfile_would_not(data):
 )
 def test_a_pax_header_that_tells_more_than_times_is_left_to_tarfile(records):
     members = tar_of([("a.png", b"1")])
-    assert plain_members(pax_header(records) + members) is None
-    assert plain_members(pax_header(b"13 mtime=1.5\n") + members)[0] == of_webdataset(members)
+    assert plain_members(pax_header(records) + as_indexed(members)) is None
+    assert plain_members(pax_header(b"13 mtime=1.5\n") + as_indexed(members))[0] == of_webdataset(members)
+
+
+def test_a_pax_header_that_no_index_has_is_not_parsed():
+    times = b"13 mtime=1.5\n"
+    members = as_indexed(tar_of([("a.png", b"1")]))
+    assert plain_members(pax_header(times * (MAX_HEADER_BYTES // len(times))) + members) is not None
+    assert plain_members(pax_header(times * (MAX_HEADER_BYTES // len(times) + 1)) + members) is None
 
 
 def test_a_pax_header_without_a_member_is_left_to_tarfile():
@@ -119,8 +132,8 @@ def test_no_damage_makes_it_read_what_tarfile_would_not(data):
 def test_ordinary_members_are_plain():
     members = [("a/b.png", b"1" * 700), ("a/b.txt", b""), ("é.cls", b"3")]
     for kind in (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT):
-        found = plain_members(tar_of(members, kind))
-        assert found[0] == [{"fname": name, "data": data} for name, data in members]
+        data = as_indexed(tar_of(members, kind))
+        assert plain_members(data) == ([{"fname": name, "data": data} for name, data in members], head_of(data))
 
 
 @pytest.mark.parametrize(

@@ -308,7 +308,7 @@ def test_an_orientation_that_is_none_is_not_followed(value):
 
 @settings(max_examples=300, deadline=None)
 @given(st.data())
-def test_damaged_exif_data_say_nothing_and_stop_nothing(data):
+def test_damaged_exif_data_stop_nothing(data):
     whole = bytearray(exif(6).tobytes())
     for _ in range(data.draw(st.integers(1, 6))):
         whole[data.draw(st.integers(0, len(whole) - 1))] = data.draw(st.integers(0, 255))
@@ -332,7 +332,8 @@ for _ in range(3):
     orientation(open_any_size(buffer.getvalue()))
 """
     done = subprocess.run([sys.executable, "-c", opened], capture_output=True, text=True, check=True)
-    assert done.stderr.count("Warning: ") == done.stderr.count("Warning: of the run") == 1
+    assert done.stderr.count("UserWarning: of the run") == 1
+    assert "Truncated" not in done.stderr
 
 
 def test_a_crop_of_the_views_size_is_cut_out_as_it_is():

@@ -196,6 +196,7 @@ def test_imported_code_has_no_saved_features(tmp_path) -> None:
     assert "--cache-dir" in error.where
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root, which the pipeline has")
 def test_a_full_disk_is_a_warning_with_the_same_metrics(model, data, tmp_path) -> None:
     expected = measured(model, data, None)
     with small_disk(tmp_path / "disk", 1) as disk:
