@@ -65,8 +65,19 @@ def test_a_compressed_piece_is_not_unpacked(tools, tmp_path):
     assert plain_members(plain) is not None
     assert plain_members(with_prefix) is None
     for crafted in (plain, with_prefix):
-        with pytest.raises(BadSampleError, match="compressed"):
+        with pytest.raises(BadSampleError) as caught:
             parse_members(crafted, "s.tar", head_of(crafted))
+        assert caught.value.detail == "compressed"
+
+
+def test_other_headers_than_the_indexed_ones_are_no_sample(tools, tmp_path):
+    long = "x" * 200  # for tarfile
+    for name in ("a.png", f"{long}.png"):
+        piece = tools.write_tar(tmp_path / "s.tar", [(name, b"1")]).read_bytes()
+        piece = piece[: scan_shard(tmp_path / "s.tar").ranges_N2[0, 1]]
+        assert parse_members(piece, "s.tar", head_of(piece))["png"] == b"1"
+        with pytest.raises(BadSampleError):
+            parse_members(piece, "s.tar", head_of(piece) ^ 1)
 
 
 def test_index_lies_beside_the_shards_or_in_the_cache(tools, tmp_path):
