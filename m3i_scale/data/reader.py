@@ -127,7 +127,7 @@ def parse_members(data: bytes, url: str, head: int) -> dict[str, bytes]:
     """
     plain = plain_members(data)
     if (head_of(data) if plain is None else plain[1]) != head:
-        raise BadSampleError(NOT_A_MEMBER, "not what was indexed")
+        raise BadSampleError(NOT_A_MEMBER, "the tar headers differ from the index")
     if _COMPRESSED.match(data):
         raise BadSampleError(NOT_A_MEMBER, "compressed")
     try:
