@@ -7,7 +7,6 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, TextIO
 
 from rich.console import Console, ConsoleOptions, RenderableType
@@ -97,12 +96,9 @@ def leave_out_accelerator_warning() -> None:
 
 
 @contextmanager
-def quiet_loading(folder: Path) -> Iterator[None]:
-    """Hide warnings and progress bars of `transformers` while it loads a folder that we exported, such as the report
-    about the head that a classifier's backbone does not load. The caller checks missing and mismatched tensors."""
-    if not (folder / "export.json").is_file():
-        yield
-        return
+def quiet_loading() -> Iterator[None]:
+    """Hide warnings and progress bars of `transformers` while it loads a model, such as the report about the head that
+    a classifier's backbone does not load. The caller checks missing and mismatched tensors."""
     from transformers.utils import logging as transformers_logging
 
     verbosity, has_bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()

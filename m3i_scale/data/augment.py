@@ -66,16 +66,26 @@ def scaled_crop(
     return top, left, side * height / rows, side * width / columns
 
 
-def center_crop(height: int, width: int, size: int) -> tuple[float, float, float, float]:
-    """Return the center crop (top, left, height, width) of a standard image processor.
+@dataclass(frozen=True)
+class CenterCrop:
+    """Transform of a standard image processor: resize the full image, then crop the center square."""
 
-    It resizes the short side to `size`, rounds the long side down, and crops at integer pixels of the result
-    (`get_resize_output_image_size` and `center_crop` of transformers).
-    """
-    short = min(height, width)
-    rows, columns = int(size * height / short), int(size * width / short)
-    top, left = (rows - size) // 2 * height / rows, (columns - size) // 2 * width / columns
-    return top, left, size * height / rows, size * width / columns
+    size: int
+    """Of the crop, in pixels."""
+    resize_size: int | None = None
+    """Short side of the resized image, at least `size`; None: `size`."""
+    stretch: bool = False
+    """Resize both sides to `resize_size`."""
+    resample: Image.Resampling = Image.Resampling.BICUBIC
+
+    def of(self, height: int, width: int) -> Crop:
+        """Return the crop of an image. The long side is rounded down, and the crop starts at an integer pixel of the
+        resized image (`get_resize_output_image_size` and `center_crop` of transformers)."""
+        size, side = self.size, self.resize_size or self.size
+        short = min(height, width)
+        rows, columns = (side, side) if self.stretch else (int(side * height / short), int(side * width / short))
+        top, left = (rows - size) // 2 * height / rows, (columns - size) // 2 * width / columns
+        return Crop(top, left, size * height / rows, size * width / columns, False)
 
 
 def largest_share(mask_HW: NDArray[np.uint8]) -> float:

@@ -20,11 +20,11 @@ from m3i_scale.config.data import Reads
 from m3i_scale.config.views import ViewSpecs, each_view, view_sizes
 from m3i_scale.data.augment import (
     CROP_ATTEMPTS,
+    CenterCrop,
     Crop,
     Objects,
     RandAugment,
     box_of,
-    center_crop,
     largest_share,
     objects_in,
     random_crop,
@@ -70,6 +70,7 @@ class ViewMaker:
         views: number of views per image, or the spec of each view.
         image_size: view size of the backbone in pixels.
         augment: False: center crop and pixels of a standard image processor, without randomness.
+        center: that center crop; None: the short side is resized to `image_size` (bicubic).
         reads: annotation to read. For boxes without augmentation, the view is the full image, with its long side
             resized to the view size.
         mean: pixel mean from 0 to 1; the fill color beyond the edge of an image.
@@ -83,6 +84,7 @@ class ViewMaker:
         views: ViewSpecs,
         image_size: int,
         augment: bool,
+        center: CenterCrop | None = None,
         reads: Reads = "labels",
         mean: tuple[float, float, float] = AugmentConfig().mean,
         stretch: bool = False,
@@ -99,6 +101,7 @@ class ViewMaker:
         self._sizes = view_sizes(views, image_size)
         self._size = image_size
         self._augment = augment
+        self._center = center or CenterCrop(image_size)
         self._reads = reads
         self._stretch = stretch
 
@@ -143,7 +146,8 @@ class ViewMaker:
             else:
                 if rgb is None:
                     rgb = upright(_decoded(image, shrink), lies) if quick is None else Image.fromarray(quick)
-                cut = cut_and_resize(rgb, crop, size, (height, width), exact=not self._augment and size == self._size)
+                exact = not self._augment and size == self._size
+                cut = cut_and_resize(rgb, crop, size, (height, width), exact=exact, resample=self._center.resample)
             cut = self._recolour(cut, view, rng) if self._augment else cut
             shown = np.asarray(cut)
             rows, columns = shown.shape[:2]
@@ -166,7 +170,7 @@ class ViewMaker:
                 return Crop(0, 0, height, width, False)
             return Crop(*scaled_crop(height, width, size / max(height, width), size, rng), False)
         if not self._augment:
-            return Crop(*center_crop(height, width, self._size), False)
+            return self._center.of(height, width)
         flip = rng.random() < config.flip
         draw = _draw(config, size, height, width, rng)
         crop = Crop(*draw(), flip)
@@ -212,7 +216,13 @@ def _needs_no_resize(crop: Crop, size: int, source: tuple[int, int]) -> bool:
 
 
 def cut_and_resize(
-    image: Image.Image, crop: Crop, size: int, source: tuple[int, int], *, exact: bool = False
+    image: Image.Image,
+    crop: Crop,
+    size: int,
+    source: tuple[int, int],
+    *,
+    exact: bool = False,
+    resample: Image.Resampling = Image.Resampling.BICUBIC,
 ) -> Image.Image:
     """Return the view of a crop, cropped and resized in one step. Flipping the view gives the same pixels as flipping
     the image, and is cheaper.
@@ -230,13 +240,13 @@ def cut_and_resize(
     rows, columns = round(size * source[0] / crop.height), round(size * source[1] / crop.width)
     if exact and rows * columns <= MAX_IMAGE_PIXELS:
         top, left = round(crop.top * rows / source[0]), round(crop.left * columns / source[1])
-        resized = image.resize((columns, rows), Image.Resampling.BICUBIC)
+        resized = image.resize((columns, rows), resample)
         return resized.crop((left, top, left + shown[0], top + shown[1]))
     box = box_of(inside, source, image)
     if (box[2] - box[0], box[3] - box[1]) == shown and box[0].is_integer() and box[1].is_integer():
         view = image.crop((int(box[0]), int(box[1]), int(box[2]), int(box[3])))  # same pixels as resizing
     else:
-        view = image.resize(shown, Image.Resampling.BICUBIC, box=box, reducing_gap=2.0)
+        view = image.resize(shown, resample, box=box, reducing_gap=2.0)
     return ImageOps.mirror(view) if crop.flip else view
 
 

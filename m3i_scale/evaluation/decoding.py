@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from m3i_scale.config import AugmentConfig, DataConfig
-from m3i_scale.data.augment import Crop, center_crop
+from m3i_scale.data.augment import CenterCrop
 from m3i_scale.data.images import on_white, orientation, upright
 from m3i_scale.data.instances import Instances, check_turned, read_instances
 from m3i_scale.data.reader import BadSampleError
@@ -31,7 +31,7 @@ R = TypeVar("R")
 
 @dataclass
 class Sample:
-    """One sample, with its image resized and cropped to the center square."""
+    """One sample, with the center crop of its image."""
 
     key: str
     pixels: NDArray[np.uint8]
@@ -74,7 +74,7 @@ class DecodedSample:
 class Decoder:
     """Function that decodes a sample of a shard; safe to call from several threads. See `read_samples` for fields."""
 
-    image_size: int | None
+    crop: CenterCrop | None
     classes: int | None
     """None ignores labels."""
     exclude_groups: tuple[str, ...] = ()
@@ -99,7 +99,7 @@ class Decoder:
             instances = None if self.categories is None else read_instances(members, self.categories, image.size)
             if instances is not None:
                 check_turned(orientation(image))
-            pixels = full_extent_pixels(image) if self.image_size is None else center_pixels(image, self.image_size)
+            pixels = full_extent_pixels(image) if self.crop is None else center_pixels(image, self.crop)
         except BadSampleError as bad:
             decoded.reason = bad.reason
             return decoded
@@ -111,18 +111,18 @@ class Decoder:
     ) -> NDArray[np.uint8] | None:
         """Return the sample's mask. Without a usable mask, the sample is still used for other metrics."""
         try:
-            return center_mask(open_mask(members, _MAX_PIXELS, image.size), self.image_size, orientation(image))
+            return center_mask(open_mask(members, _MAX_PIXELS, image.size), self.crop, orientation(image))
         except BadSampleError as bad:
             decoded.bad_mask = bad.reason
             return None
 
 
-def decode_file(path: Path, key: str, label: int, image_size: int) -> DecodedSample:
+def decode_file(path: Path, key: str, label: int, crop: CenterCrop) -> DecodedSample:
     """Decode an image file of any supported format."""
     decoded = DecodedSample((0, 0), key)
     try:
         image = open_encoded(path.read_bytes(), _MAX_PIXELS)
-        decoded.sample = Sample(key, center_pixels(image, image_size), None, label, {})
+        decoded.sample = Sample(key, center_pixels(image, crop), None, label, {})
     except BadSampleError as bad:
         decoded.reason = bad.reason
     except OSError as error:
@@ -130,15 +130,15 @@ def decode_file(path: Path, key: str, label: int, image_size: int) -> DecodedSam
     return decoded
 
 
-def center_pixels(image: Image.Image, size: int) -> NDArray[np.uint8]:
-    """Return the center square of an opened image, resized: (3, S, S)."""
-    pixels_CHW: NDArray[np.uint8] = _view_maker(size)(image, 0).pixels_VCHW[0]
+def center_pixels(image: Image.Image, crop: CenterCrop) -> NDArray[np.uint8]:
+    """Return the center crop of an opened image: (3, S, S)."""
+    pixels_CHW: NDArray[np.uint8] = _view_maker(crop)(image, 0).pixels_VCHW[0]
     return pixels_CHW
 
 
 @cache
-def _view_maker(size: int) -> ViewMaker:
-    return ViewMaker(AugmentConfig(), views=1, image_size=size, augment=False)
+def _view_maker(crop: CenterCrop) -> ViewMaker:
+    return ViewMaker(AugmentConfig(), views=1, image_size=crop.size, augment=False, center=crop)
 
 
 def full_extent_pixels(image: Image.Image) -> NDArray[np.uint8]:
@@ -148,16 +148,16 @@ def full_extent_pixels(image: Image.Image) -> NDArray[np.uint8]:
         return np.asarray(upright(on_white(image), lies), dtype=np.uint8).transpose(2, 0, 1)
 
 
-def center_mask(mask: Image.Image | None, size: int | None, lies: int = 1) -> NDArray[np.uint8] | None:
-    """Crop the mask, in the stored orientation, to the center square of the image, without mixing classes; size None:
-    the full mask. `lies` is the orientation of the image."""
+def center_mask(mask: Image.Image | None, crop: CenterCrop | None, lies: int = 1) -> NDArray[np.uint8] | None:
+    """Return the center crop of a mask in the stored orientation, without mixing classes; crop None: the full mask.
+    `lies` is the orientation of the image."""
     if mask is None:
         return None
     with decoding("mask"):
         classes = upright(Image.fromarray(np.asarray(mask)), lies)  # palette index, if there is a palette
-    if size is None:
+    if crop is None:
         return np.array(classes, dtype=np.uint8)
-    return cut_mask(classes, Crop(*center_crop(classes.height, classes.width, size), False), size)
+    return cut_mask(classes, crop.of(classes.height, classes.width), crop.size)
 
 
 def _meta(members: Mapping[str, bytes]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from m3i_scale.backbones.sources import pretrained_folder
+from m3i_scale.data.augment import CenterCrop
 from m3i_scale.data.remote.access import is_remote
 from m3i_scale.errors import ConfigError, DataError, did_you_mean
 from m3i_scale.evaluation.decoding import DecodedSample, Decoder
@@ -79,12 +80,12 @@ def embed(
     classes, samples_of = _open_images(data)
     folder = pretrained_folder(str(model), "embed")
     replicas = [load_vision(folder, pool, device) for device in compute.devices]
-    size, skipped, count, width = replicas[0].size, _Skipped(), 0, 0
+    skipped, count, width = _Skipped(), 0, 0
     metadata = {
         "model": str(model),
         "pool": pool,
         "layer": "last",
-        "image_size": size,
+        "image_size": replicas[0].size,
         "dtype": compute.dtype_name,
         "classes": classes,
     }
@@ -105,7 +106,7 @@ def embed(
             )
 
     with (
-        loaded_batches(samples_of(size), compute) as batches,
+        loaded_batches(samples_of(replicas[0].crop), compute) as batches,
         encoded(_usable(batches, skipped), replicas, compute, _encode) as blocks,
     ):
         if output is None:
@@ -141,12 +142,12 @@ def _write(output: Path, blocks: Iterator[FeatureBlock], metadata: dict[str, Any
         ) from None
 
 
-def _open_images(data: str) -> tuple[list[str], Callable[[int], ShardSamples | ImageFiles]]:
-    """Return the class names, and a function of the image size that returns all samples."""
+def _open_images(data: str) -> tuple[list[str], Callable[[CenterCrop], ShardSamples | ImageFiles]]:
+    """Return the class names, and a function of the center crop that returns all samples."""
     folder = Path(data.removeprefix("file://"))
     if is_remote(data) or not folder.is_dir() or holds_shards(folder):
         table = open_table(data, "--data")
-        return table.classes, lambda size: ShardSamples(table, Decoder(size, len(table.classes) or None))
+        return table.classes, lambda crop: ShardSamples(table, Decoder(crop, len(table.classes) or None))
     try:
         listed = imagefolder_input(folder, captions="none")
     except DataError as error:
@@ -155,7 +156,7 @@ def _open_images(data: str) -> tuple[list[str], Callable[[int], ShardSamples | I
         raise
     files = sorted((record.meta["path"], -1 if record.label is None else record.label) for record in listed.records())
 
-    return listed.labels, lambda size: ImageFiles(folder, files, size)
+    return listed.labels, lambda crop: ImageFiles(folder, files, crop)
 
 
 def _usable(batches: Iterator[DecodedBatch], skipped: _Skipped) -> Iterator[tuple[Tensor, tuple[list[str], list[int]]]]:

@@ -19,12 +19,13 @@ from transformers import (
     AutoImageProcessor,
     AutoModel,
     PreTrainedModel,
-    TimmWrapperImageProcessor,
     TimmWrapperModel,
 )
 
 from m3i_scale.backbones.families import TokenFamily, find_family
+from m3i_scale.data.augment import CenterCrop
 from m3i_scale.errors import ExportError
+from m3i_scale.evaluation.processors import processed, transforms_of
 from m3i_scale.files import read_json
 from m3i_scale.objective.inputs import PixelNorm
 from m3i_scale.output import quiet_loading
@@ -39,15 +40,20 @@ PIXEL_SIDE = 32
 
 @dataclass
 class VisionModel:
-    """Standard vision model with the normalization and input size of its image processor."""
+    """Standard vision model with the transforms of its image processor."""
 
     model: Any
     processor: Any
-    size: int
-    """Input size in pixels."""
+    crop: CenterCrop
+    """Transform from an image to pixels of the input size, before normalization."""
     pool: Pool
     pixel_norm: PixelNorm | None = None
     """Module with the same result as the processor for images of the right size; None: there is none."""
+
+    @property
+    def size(self) -> int:
+        """Return the input size in pixels."""
+        return self.crop.size
 
     @property
     def device(self) -> torch.device:
@@ -151,11 +157,11 @@ def load_vision(folder: Path, pool: Pool, device: torch.device) -> VisionModel:
             where=str(folder),
             fix="use a folder of `export --task features`; this one is for the pipeline zero-shot-image-classification",
         )
-    pixel_norm = _pixel_norm(processor)
+    crop, pixel_norm = transforms_of(processor, str(folder / "preprocessor_config.json"))
     return VisionModel(
         model.to(device).eval(),
         processor,
-        _input_size(processor, folder),
+        crop,
         pool,
         None if pixel_norm is None else pixel_norm.to(device),
     )
@@ -165,7 +171,7 @@ def load_vision(folder: Path, pool: Pool, device: torch.device) -> VisionModel:
 def loading(folder: Path, name: str) -> Iterator[None]:
     """Load a stock model without messages of `transformers`. Its errors become an `ExportError`."""
     try:
-        with quiet_loading(folder):
+        with quiet_loading():
             yield
     except (OSError, ValueError, RuntimeError, TypeError, AttributeError, LookupError, ArithmeticError) as error:
         first_line = next(iter(str(error).splitlines()), type(error).__name__)
@@ -207,45 +213,6 @@ def no_pooling_layer(folder: Path) -> dict[str, bool]:
     kind = MODEL_MAPPING.get(type(config), None)
     known = kind is not None and "add_pooling_layer" in inspect.signature(kind.__init__).parameters
     return {"add_pooling_layer": False} if known else {}
-
-
-def _input_size(processor: Any, folder: Path) -> int:
-    if isinstance(processor, TimmWrapperImageProcessor):
-        _, height, width = processor.data_config["input_size"]
-        if height == width:
-            return int(height)
-        raise ExportError(f"its images are {height} × {width} pixels, and not square", where=str(folder))
-    crop = getattr(processor, "crop_size", None) if getattr(processor, "do_center_crop", False) else None
-    size = dict(crop or processor.size)
-    if size.get("shortest_edge"):
-        return int(size["shortest_edge"])
-    if size.get("height") and size.get("height") == size.get("width"):
-        return int(size["height"])
-    raise ExportError(
-        f"the image processor has no square input size: {size}", where=str(folder / "preprocessor_config.json")
-    )
-
-
-def _pixel_norm(processor: Any) -> PixelNorm | None:
-    """Return a module that does (x/255 − mean) / std if the processor does the same, otherwise None."""
-    if isinstance(processor, TimmWrapperImageProcessor):  # it has no options and would crop again
-        return PixelNorm(processor.data_config["mean"], processor.data_config["std"])
-    pixel_norm = PixelNorm((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
-    if getattr(processor, "do_normalize", False):
-        pixel_norm = PixelNorm(tuple(processor.image_mean), tuple(processor.image_std))
-    images_BCHW = torch.arange(2 * 3 * 8 * 8).reshape(2, 3, 8, 8).remainder(256).to(torch.uint8)
-    expected_BCHW = processed(processor, images_BCHW)
-    same = expected_BCHW.shape == images_BCHW.shape and torch.allclose(
-        pixel_norm(images_BCHW), expected_BCHW.float(), atol=1e-5
-    )
-    return pixel_norm if same else None
-
-
-def processed(processor: Any, images_BCHW: Tensor) -> Tensor:
-    """Return the model input that a processor of `transformers` makes of uint8 (B, 3, H, W) of the right size."""
-    inputs = processor(images=list(images_BCHW), do_resize=False, do_center_crop=False, return_tensors="pt")
-    pixels_BCHW: Tensor = inputs["pixel_values"]
-    return pixels_BCHW
 
 
 def pixel_features(images_BCHW: Tensor) -> Tensor:

@@ -84,7 +84,6 @@ def read_side(
         vision = replicas[0].vision
         settings = {
             "pool": vision.pool,
-            "image_size": vision.size,
             "dtype": compute.dtype_name,
             "device": compute.devices[0].type,
             "split": split,
@@ -97,7 +96,7 @@ def read_side(
     # the probe is fitted on a sample of the training patches and evaluated on all test patches
     collector = PatchCollector(FIT_PATCHES if split == "train data" else None)
     parts: dict[str, list[NDArray[np.float32]]] = {name: [] for name in ("model", *replicas[0].others)}
-    decoder = Decoder(replicas[0].vision.size, len(table.classes) or None, exclude_groups, dense)
+    decoder = Decoder(replicas[0].vision.crop, len(table.classes) or None, exclude_groups, dense)
 
     def encode(encoders: Encoders, images_BCHW: Tensor, batch: _Batch) -> _EncodedBatch:
         model_BD, tokens_BLD = encoders.vision.encode(images_BCHW)

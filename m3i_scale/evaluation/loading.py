@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from m3i_scale.data.augment import CenterCrop
 from m3i_scale.data.workers import START_METHOD, DeathWatch
 from m3i_scale.errors import LostWorkerError, UserError
 from m3i_scale.evaluation.decoding import DecodedSample, Decoder, decode_file
@@ -78,11 +79,11 @@ class ImageFiles:
 
     Args:
         files: path below the folder, and class index (−1 without one), of every image.
-        image_size: of the center crop, in pixels.
+        crop: center crop of every image.
     """
 
-    def __init__(self, folder: Path, files: Sequence[tuple[str, int]], image_size: int) -> None:
-        self._folder, self._files, self._image_size = folder, files, image_size
+    def __init__(self, folder: Path, files: Sequence[tuple[str, int]], crop: CenterCrop) -> None:
+        self._folder, self._files, self._crop = folder, files, crop
 
     def __len__(self) -> int:
         return len(self._files)
@@ -90,7 +91,7 @@ class ImageFiles:
     def __call__(self, number: int) -> DecodedSample:
         """Read and decode an image."""
         name, label = self._files[number]
-        return decode_file(self._folder / name, name, label, self._image_size)
+        return decode_file(self._folder / name, name, label, self._crop)
 
     def close(self) -> None:
         """Do nothing: files are closed after each read."""

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from m3i_scale.data.augment import CenterCrop
 from m3i_scale.data.index import load_index
 from m3i_scale.data.remote.access import check_access
 from m3i_scale.data.scan import ShardIndex
@@ -78,7 +79,7 @@ def read_split(resolved: ResolvedRun, ranks: ProcessGroupRanks, key: str, path: 
         index_dir = run.output_dir / "index"  # the cache of the training data
         table.indices = load_index(table.shards, index_dir, rank=ranks.rank, access=table.access)
         places = subset(table.indices, most)[ranks.rank :: ranks.world_size]
-        pixels = [sample.pixels for sample in read_samples(table, side, places=places, threads=threads)]
+        pixels = [sample.pixels for sample in read_samples(table, CenterCrop(side), places=places, threads=threads)]
         table.indices = None  # large, and not needed any more
         return table, pixels
 

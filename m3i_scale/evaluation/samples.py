@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from m3i_scale.config import DatasetConfig
+from m3i_scale.data.augment import CenterCrop
 from m3i_scale.data.index import load_index
 from m3i_scale.data.reader import BadSampleError, ShardReader
 from m3i_scale.data.remote.access import Access, Address
@@ -95,7 +96,7 @@ def table_indices(table: Table) -> list[ShardIndex]:
 
 def read_samples(
     table: Table,
-    image_size: int | None,
+    crop: CenterCrop | None,
     *,
     exclude_groups: tuple[str, ...] = (),
     masks: bool = False,
@@ -107,13 +108,13 @@ def read_samples(
     are counted in `table.left_out` by reason.
 
     Args:
-        image_size: None for full images and masks at their original size.
+        crop: center crop of images and masks; None: full images and masks at their original size.
         exclude_groups: skip samples with one of these values as `group`.
         categories: also read objects, with this number of categories; samples without objects are skipped.
         places: read the samples at these positions, in this order; None: all.
         threads: number of threads that decode ahead of the caller.
     """
-    decoder = Decoder(image_size, len(table.classes) or None, exclude_groups, masks, categories)
+    decoder = Decoder(crop, len(table.classes) or None, exclude_groups, masks, categories)
     with mapped_ahead(decoder, _encoded(table, places), threads, AHEAD) as decoded_samples:
         for decoded in decoded_samples:
             table.add(decoded)

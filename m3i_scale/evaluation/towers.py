@@ -144,7 +144,7 @@ def _weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
     for place, prefix in ((folder, "student.model."), (folder / "text", "text.model.")):
         if not (place / "config.json").is_file():  # a recipe without text
             continue
-        with quiet_loading(folder):
+        with quiet_loading():
             of_text = read_json(place / "config.json") if prefix == "text.model." else {}
             loader = TEXT_FAMILIES[of_text["model_type"]].model_class if of_text else AutoModel
             model, info = loader.from_pretrained(

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 import m3i_scale
 from m3i_scale.cli import app
+from m3i_scale.data.augment import CenterCrop
 from m3i_scale.engine.device import has_fast_bf16, precision_warnings
 from m3i_scale.errors import ConfigError, DataError, UserError
 from m3i_scale.evaluation import feature_files
@@ -101,7 +102,7 @@ def test_npz_of_a_folder_has_the_features_of_its_shards(vit_folder, folder, tmp_
 def test_features_are_those_of_load_backbone(vit_folder, shards) -> None:
     data = str(shards / "val")
     features = embed(vit_folder, data, pool="cls")["arrays"]["features"]
-    images = np.stack([sample.pixels for sample in read_samples(open_table(data, "--data"), 32)])
+    images = np.stack([sample.pixels for sample in read_samples(open_table(data, "--data"), CenterCrop(32))])
     with torch.no_grad():
         expected = m3i_scale.load_backbone(vit_folder, pool="cls")(torch.from_numpy(images))[0]
     np.testing.assert_allclose(features, expected.numpy(), atol=1e-6)
@@ -118,7 +119,7 @@ def test_any_number_of_devices_and_workers_gives_the_same_file(vit_folder, folde
 def test_threads_do_not_change_the_samples(shards) -> None:
     def read(threads: int):
         table = open_table(str(shards / "train"), "--data")
-        return [sample.pixels for sample in read_samples(table, 16, threads=threads)], table
+        return [sample.pixels for sample in read_samples(table, CenterCrop(16), threads=threads)], table
 
     (alone, table), (ahead, other) = read(0), read(3)
     assert table == other

@@ -16,6 +16,7 @@ from transformers import (
     ViTImageProcessor,
 )
 
+from m3i_scale.data.augment import CenterCrop
 from m3i_scale.errors import DataError, ExportError
 from m3i_scale.evaluation.encoding import compute_of
 from m3i_scale.evaluation.features import load_vision, pixel_features, pool_tokens
@@ -51,7 +52,7 @@ def test_features_are_those_of_the_stock_classes(vit_folder, shards):
     ).features
     assert found["model"].shape == (len(table), 32)
     assert found["pixels"].shape == (len(table), 3072)
-    samples = list(read_samples(open_table(str(shards / "val"), "--data"), 32))
+    samples = list(read_samples(open_table(str(shards / "val"), "--data"), CenterCrop(32)))
     processor = AutoImageProcessor.from_pretrained(vit_folder)
     model = AutoModel.from_pretrained(vit_folder, add_pooling_layer=False).eval()
     for number in (0, len(samples) - 1):
@@ -130,7 +131,7 @@ def test_what_cannot_be_used_is_counted(tmp_path):
             tar.addfile(info, io.BytesIO(data))
     (tmp_path / "labels.json").write_text(json.dumps(["zero", "one"]))
     table = open_table(str(tmp_path), "--data")
-    samples = list(read_samples(table, 16, exclude_groups=("flags",)))
+    samples = list(read_samples(table, CenterCrop(16), exclude_groups=("flags",)))
     assert [sample.key for sample in samples] == ["x.tar/a", "x.tar/e"]
     assert table.label_array.tolist() == [1, -1]
     assert sum(table.left_out.values()) == 4
@@ -144,5 +145,5 @@ def test_hostile_shard_is_refused(tmp_path):
         link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
         tar.addfile(link)
     with pytest.raises(DataError) as caught:
-        list(read_samples(open_table(str(tmp_path), "--data"), 16))
+        list(read_samples(open_table(str(tmp_path), "--data"), CenterCrop(16)))
     assert str(caught.value.where).endswith("/x.tar")

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from m3i_scale.data.augment import CenterCrop
 from m3i_scale.errors import ConfigError, DataError, LostWorkerError
 from m3i_scale.evaluation import encoding, job
 from m3i_scale.evaluation.commands import evaluate
@@ -60,7 +61,7 @@ def test_every_sample_is_loaded_once_and_in_order(shards, workers) -> None:
     with loaded_batches(ShardSamples(table, Decoder(16, len(table.classes))), compute) as batches:
         loaded = list(batches)
     assert torch.equal(torch.get_rng_state(), state)
-    expected = list(read_samples(copy.deepcopy(table), 16))
+    expected = list(read_samples(copy.deepcopy(table), CenterCrop(16)))
     assert [one.key for batch in loaded for one in batch.decoded] == [sample.key for sample in expected]
     images = np.concatenate([batch.images_BCHW.numpy() for batch in loaded])
     np.testing.assert_array_equal(images, np.stack([sample.pixels for sample in expected]))

@@ -21,6 +21,7 @@ from transformers import (
 from weights import started
 
 from m3i_scale.config import RunConfig, parse_section
+from m3i_scale.data.augment import CenterCrop
 from m3i_scale.errors import ExportError
 from m3i_scale.evaluation.commands import evaluate
 from m3i_scale.evaluation.features import load_vision
@@ -183,7 +184,7 @@ def test_a_classifier_is_evaluated_and_trained_further(runs, shards, tmp_path, s
     export(folder, tmp_path / "out", wanted=ExportContents("classification"))
     found = evaluate(tmp_path / "out", str(shards / "val"), train_data=str(shards / "train"), measures=("classifier",))
     table = open_table(str(shards / "val"), "--data")
-    read = list(read_samples(table, objective.student.image_size))
+    read = list(read_samples(table, CenterCrop(objective.student.image_size)))
     images = torch.from_numpy(np.stack([sample.pixels for sample in read]))
     right = objective.embed_images(images, "category").argmax(dim=1) == torch.tensor(table.labels)
     assert found["measures"]["classifier"]["top-1"]["value"] == pytest.approx(right.float().mean().item())

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from m3i_scale.data.augment import CenterCrop
 from m3i_scale.errors import ConfigError, DataError
 from m3i_scale.evaluation import NotMeasuredError
 from m3i_scale.evaluation.decoding import Sample
@@ -58,11 +59,11 @@ def choose(table: Table, keys: Sequence[str] | None) -> list[int]:
     return [number_of[key] for key in dict.fromkeys(keys)]
 
 
-def read_again(table: Table, numbers: Iterable[int], size: int) -> dict[int, Sample]:
+def read_again(table: Table, numbers: Iterable[int], crop: CenterCrop) -> dict[int, Sample]:
     """Read selected samples of a table, and return them by index."""
     asked = sorted(set(numbers))
     places = [table.places[number] for number in asked]
-    return dict(zip(asked, read_samples(Table(table.shards, table.classes), size, places=places), strict=True))
+    return dict(zip(asked, read_samples(Table(table.shards, table.classes), crop, places=places), strict=True))
 
 
 def draw_pictures(job: Job, folder: Path, keys: Sequence[str] | None) -> dict[str, Any]:
@@ -85,7 +86,7 @@ class EvaluationPictures:
         self._job, self._table = job, job.test.table
         self._numbers = choose(self._table, keys)
         self.keys = [self._table.keys[number] for number in self._numbers]
-        samples = read_again(self._table, self._numbers, job.vision.size)
+        samples = read_again(self._table, self._numbers, job.vision.crop)
         self.images = [image_of(samples[number].pixels) for number in self._numbers]
         """At the input size of the model."""
         self.names = [self._name(number) for number in self._numbers]
@@ -145,7 +146,7 @@ class EvaluationPictures:
         return ranked(NEIGHBOURS, self._queries, self.names, candidates, self._cells(candidates).__getitem__)
 
     def _cells(self, candidates: Sequence[Sequence[Candidate]]) -> dict[int, Cell]:
-        samples = read_again(self._table, (one.number for row in candidates for one in row), self._job.vision.size)
+        samples = read_again(self._table, (one.number for row in candidates for one in row), self._job.vision.crop)
         return {number: Cell(image_of(sample.pixels), self._name(number)) for number, sample in samples.items()}
 
     def _captioned(self) -> tuple[Towers, list[int]]:

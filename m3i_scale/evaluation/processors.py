@@ -1,0 +1,105 @@
+"""Transforms of image processors of `transformers`: resizing and cropping of one image, normalization of a batch."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, cast
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import TimmWrapperImageProcessor
+
+from m3i_scale.data.augment import CenterCrop
+from m3i_scale.errors import ExportError
+from m3i_scale.evaluation.decoding import center_pixels
+from m3i_scale.objective.inputs import PixelNorm
+
+_ROUNDING = 0.02
+"""Maximum mean difference of normalized pixels."""
+
+
+def transforms_of(processor: Any, where: str) -> tuple[CenterCrop, PixelNorm | None]:
+    """Return the transform of one image, and the normalization of a batch; None: only `processed` normalizes like the
+    processor. Raise ExportError if the model input is not square, or if the processor prepares images in another way.
+    """
+    crop, pixel_norm = _center_crop(processor, where), _pixel_norm(processor)
+    if isinstance(processor, TimmWrapperImageProcessor):
+        return crop, pixel_norm
+    shape = (crop.size * 8 // 5, crop.size * 4 // 3, 3)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8))
+    pixels_BCHW = torch.from_numpy(center_pixels(image, crop))[None]
+    found_BCHW = processed(processor, pixels_BCHW) if pixel_norm is None else pixel_norm(pixels_BCHW)
+    expected_BCHW = processor(images=[image], return_tensors="pt")["pixel_values"]
+    # Most processors resize with torchvision, which rounds differently than Pillow.
+    if found_BCHW.shape != expected_BCHW.shape or (found_BCHW - expected_BCHW).abs().mean() > _ROUNDING:
+        raise ExportError(
+            f"the image processor {type(processor).__name__} does not resize, crop and normalize in the standard way",
+            where=where,
+            why="features of images prepared in another way are not those of the model",
+            fix="set image_processor_type to the type of a similar model, e.g. BitImageProcessor",
+        )
+    return crop, pixel_norm
+
+
+def _center_crop(processor: Any, where: str) -> CenterCrop:
+    """Return the resizing and cropping of an image processor. Raise ExportError if the model input is not square, or
+    has a border."""
+    if isinstance(processor, TimmWrapperImageProcessor):
+        crop = _center_crop_of_timm(processor.data_config, where)
+    else:
+        size, filter_number = dict(getattr(processor, "size", None) or {}), getattr(processor, "resample", None)
+        short = size.get("shortest_edge")
+        side = short or size.get("height")
+        if not side or not (short or side == size.get("width")):
+            raise ExportError(f"the image processor has no square input size: {size}", where=where)
+        stretch, cropped = not short, getattr(processor, "do_center_crop", None)
+        crop_size, resize_size = int(processor.crop_size["height"] if cropped else side), int(side)
+        crop_pct = getattr(processor, "crop_pct", None)
+        if crop_pct and cropped is None and side >= 384:  # of ConvNeXt, which crops smaller images only
+            stretch = True
+        elif crop_pct and short:
+            resize_size = int(short / crop_pct)
+        resample = Image.Resampling.BILINEAR if filter_number is None else Image.Resampling(filter_number)
+        crop = CenterCrop(crop_size, resize_size, stretch, resample)
+    if cast(int, crop.resize_size) < crop.size:
+        raise ExportError(
+            f"the image processor resizes images to {crop.resize_size} pixels, less than its crop of {crop.size}",
+            where=where,
+            why="a border without pixels would be part of the image",
+        )
+    return crop
+
+
+def _center_crop_of_timm(config: dict[str, Any], where: str) -> CenterCrop:
+    """Return the center crop of a data config of timm (`transforms_imagenet_eval`)."""
+    _, height, width = config["input_size"]
+    if height != width:
+        raise ExportError(f"its images are {height} × {width} pixels, and not square", where=where)
+    if config["crop_mode"] not in ("center", "squash"):
+        raise ExportError(f"timm's crop mode '{config['crop_mode']}' is not supported", where=where)
+    resample = Image.Resampling[config["interpolation"].upper()]
+    return CenterCrop(height, math.floor(height / config["crop_pct"]), config["crop_mode"] == "squash", resample)
+
+
+def _pixel_norm(processor: Any) -> PixelNorm | None:
+    """Return a module that does (x/255 − mean) / std if the processor does the same, otherwise None."""
+    if isinstance(processor, TimmWrapperImageProcessor):  # it has no options and would crop again
+        return PixelNorm(processor.data_config["mean"], processor.data_config["std"])
+    pixel_norm = PixelNorm((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+    if getattr(processor, "do_normalize", False):
+        pixel_norm = PixelNorm(tuple(processor.image_mean), tuple(processor.image_std))
+    images_BCHW = torch.arange(2 * 3 * 8 * 8).reshape(2, 3, 8, 8).remainder(256).to(torch.uint8)
+    expected_BCHW = processed(processor, images_BCHW)
+    same = expected_BCHW.shape == images_BCHW.shape and torch.allclose(
+        pixel_norm(images_BCHW), expected_BCHW.float(), atol=1e-5
+    )
+    return pixel_norm if same else None
+
+
+def processed(processor: Any, images_BCHW: Tensor) -> Tensor:
+    """Return the model input that a processor of `transformers` makes of uint8 (B, 3, H, W) of the right size."""
+    inputs = processor(images=list(images_BCHW), do_resize=False, do_center_crop=False, return_tensors="pt")
+    pixels_BCHW: Tensor = inputs["pixel_values"]
+    return pixels_BCHW
