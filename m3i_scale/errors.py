@@ -187,14 +187,14 @@ def load_error(path: Path) -> UserError | None:
 _LISTED = 80  # there are fewer built-in configs than this
 
 
-def did_you_mean(word: str, known: Iterable[str], otherwise: str | None = None) -> str:
-    """Return the hint for a misspelled name: the closest known names. If none is close, return `otherwise`, or the
-    first known names."""
+def did_you_mean(word: str, known: Iterable[str], otherwise: str | None = None, *, parent: str = "") -> str:
+    """Return the hint for a misspelled name: the closest known names, after `parent`. If none is close, return
+    `otherwise`, or the first known names."""
     names = sorted(known)
     same = [name for name in names if _letters(name) == _letters(word)]  # equal except for case and punctuation
     near = same or difflib.get_close_matches(word, names, n=3, cutoff=0.6)
     if near:
-        return "did you mean " + " or ".join(f"'{name}'" for name in near) + "?"
+        return "did you mean " + " or ".join(f"'{parent}{name}'" for name in near) + "?"
     if otherwise is not None:
         return otherwise
     return "use one of: " + ", ".join(names[:_LISTED]) + (", …" if len(names) > _LISTED else "")

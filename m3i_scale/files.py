@@ -58,7 +58,7 @@ def local_path(place: str | Path, where: str | None = None) -> Path:
 
 
 def require_folder(folder: Path, where: str | None = None) -> Path:
-    """Return a folder to read. Raise ConfigError if it does not exist, with similar names next to it."""
+    """Return a folder to read. Raise ConfigError if it does not exist, with similar paths next to it."""
     if folder.is_dir():
         return folder
     raise ConfigError(
@@ -69,11 +69,11 @@ def require_folder(folder: Path, where: str | None = None) -> Path:
 
 
 def similar_path(missing: Path, otherwise: str) -> str:
-    """Return the fix for a path that does not exist: similar names in its folder, or `otherwise`."""
+    """Return the fix for a path that does not exist: similar paths in its folder, or `otherwise`."""
     names: list[str] = []
     with suppress(OSError):
         names = [item.name for item in missing.absolute().parent.iterdir()]
-    return did_you_mean(missing.name, names, otherwise)
+    return did_you_mean(missing.name, names, otherwise, parent=str(missing)[: -len(missing.name)])
 
 
 def sync(path: Path) -> None:

@@ -97,7 +97,8 @@ def measure_few_shot(
         predicted = few_shot_predict(*features, shots=shots, draws=DRAWS)
         right[f"k={shots}"] = mean_of((predicted == truth).mean(axis=0), clusters.take(asked))
     figures = {label: found.estimate.as_dict() for label, found in right.items()}
-    notes = [f"few_shot k={shots}: a class has {smallest} training samples" for shots in SHOTS if shots > smallest]
+    absent = [shots for shots in SHOTS if shots > smallest]
+    notes = [f"few_shot k={shots} is not measured: a class has only {smallest} training samples" for shots in absent]
     return {**figures, **guessing(labels, truth), "draws": DRAWS, "notes": notes}, right
 
 

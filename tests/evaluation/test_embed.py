@@ -102,7 +102,8 @@ def test_npz_of_a_folder_has_the_features_of_its_shards(vit_folder, folder, tmp_
 def test_features_are_those_of_load_backbone(vit_folder, shards) -> None:
     data = str(shards / "val")
     features = embed(vit_folder, data, pool="cls")["arrays"]["features"]
-    images = np.stack([sample.pixels for sample in read_samples(open_table(data, "--data"), CenterCrop(32))])
+    crop = load_vision(vit_folder, "cls", CPU).crop
+    images = np.stack([sample.pixels for sample in read_samples(open_table(data, "--data"), crop)])
     with torch.no_grad():
         expected = m3i_scale.load_backbone(vit_folder, pool="cls")(torch.from_numpy(images))[0]
     np.testing.assert_allclose(features, expected.numpy(), atol=1e-6)

@@ -122,7 +122,7 @@ def test_nothing_to_measure_is_an_error_with_reasons(vit_folder, shards):
     with pytest.raises(DataError) as caught:
         evaluate(vit_folder, str(shards / "val"))
     assert str(caught.value.where).endswith("/shards/val")
-    for reason in ("no training data", "no export with a text target"):
+    for reason in ("no training data", "no text tower"):
         assert reason in caught.value.why
 
 

@@ -52,7 +52,7 @@ def test_features_are_those_of_the_stock_classes(vit_folder, shards):
     ).features
     assert found["model"].shape == (len(table), 32)
     assert found["pixels"].shape == (len(table), 3072)
-    samples = list(read_samples(open_table(str(shards / "val"), "--data"), CenterCrop(32)))
+    samples = list(read_samples(open_table(str(shards / "val"), "--data"), vision.crop))
     processor = AutoImageProcessor.from_pretrained(vit_folder)
     model = AutoModel.from_pretrained(vit_folder, add_pooling_layer=False).eval()
     for number in (0, len(samples) - 1):

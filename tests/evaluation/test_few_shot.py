@@ -75,4 +75,6 @@ def test_shots_that_a_class_does_not_have_are_not_measured():
     found = measured(per_class=4)
     assert "k=1" in found
     assert "k=5" not in found
-    assert found["notes"] == [f"few_shot k={shots}: a class has 4 training samples" for shots in (5, 20)]
+    assert found["notes"] == [
+        f"few_shot k={shots} is not measured: a class has only 4 training samples" for shots in (5, 20)
+    ]

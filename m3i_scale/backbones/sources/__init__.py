@@ -76,10 +76,10 @@ def _download(source: str, patterns: list[str], where: str) -> Path:
         return Path(snapshot_download(source, allow_patterns=patterns))
     except (OSError, ValueError) as error:
         path = source.startswith(("/", ".", "~")) or source.count("/") > 1  # a Hub id is a name, or owner/name
-        reason = "no such file or folder" if path else str(error).splitlines()[0]
+        reason = "no such file or folder" + ("" if path else f"; from the Hub: {str(error).splitlines()[0]}")
         fix = "use a folder with a configuration and weights, a weight file, or a Hub id (needs a network)"
         raise ConfigError(
             f"cannot read a model from '{source}': {reason}",
             where=where,
-            fix=similar_path(Path(source), fix) if path else fix,
+            fix=similar_path(Path(source), fix),
         ) from None
