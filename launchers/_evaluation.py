@@ -97,7 +97,7 @@ def evaluate(run: RunConfig, model: Path, shards: Path) -> list[str]:
     for split, source in {"train": "train", "val": "style"}.items():
         (data / split).symlink_to((shards / source).resolve(), target_is_directory=True)
     val, train = str(data / "val"), str(data / "train")
-    with tempfile.TemporaryDirectory() as cache, quiet_loading(model):  # the export's features are computed once
+    with tempfile.TemporaryDirectory() as cache, quiet_loading():  # the export's features are computed once
         options: dict[str, Any] = {"measures": ASKED, "cache_dir": Path(cache)}
         evaluation = evaluate_model(model, val, train_data=train, baseline="pixels", pictures=pictures, **options)
         comparison, _ = compare(random, model, str(data), **options)

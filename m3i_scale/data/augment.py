@@ -71,7 +71,7 @@ class CenterCrop:
     """Transform of a standard image processor: resize the full image, then crop the center square."""
 
     size: int
-    """Of the crop, in pixels."""
+    """Size of the crop in pixels."""
     resize_size: int | None = None
     """Short side of the resized image, at least `size`; None: `size`."""
     stretch: bool = False

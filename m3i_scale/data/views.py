@@ -70,7 +70,7 @@ class ViewMaker:
         views: number of views per image, or the spec of each view.
         image_size: view size of the backbone in pixels.
         augment: False: center crop and pixels of a standard image processor, without randomness.
-        center: that center crop; None: the short side is resized to `image_size` (bicubic).
+        center: center crop without augmentation; None: resize the short side to `image_size` (bicubic).
         reads: annotation to read. For boxes without augmentation, the view is the full image, with its long side
             resized to the view size.
         mean: pixel mean from 0 to 1; the fill color beyond the edge of an image.

@@ -157,7 +157,8 @@ def load_vision(folder: Path, pool: Pool, device: torch.device) -> VisionModel:
             where=str(folder),
             fix="use a folder of `export --task features`; this one is for the pipeline zero-shot-image-classification",
         )
-    crop, pixel_norm = transforms_of(processor, str(folder / "preprocessor_config.json"))
+    with loading(folder, "image processor"):
+        crop, pixel_norm = transforms_of(processor, str(folder / "preprocessor_config.json"))
     return VisionModel(
         model.to(device).eval(),
         processor,
@@ -173,7 +174,16 @@ def loading(folder: Path, name: str) -> Iterator[None]:
     try:
         with quiet_loading():
             yield
-    except (OSError, ValueError, RuntimeError, TypeError, AttributeError, LookupError, ArithmeticError) as error:
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+        TypeError,
+        AttributeError,
+        LookupError,
+        ArithmeticError,
+        AssertionError,
+    ) as error:
         first_line = next(iter(str(error).splitlines()), type(error).__name__)
         raise ExportError(
             f"the {name} does not load: {first_line}", where=str(folder), fix="download or export it again"

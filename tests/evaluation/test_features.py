@@ -109,6 +109,27 @@ def test_missing_files_are_named(vit_folder, tmp_path, name):
         load_vision(tmp_path, "mean", CPU)
 
 
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"do_center_crop": True, "crop_size": {"shortest_edge": 32}},
+        {"resample": 9},
+        {"resample": 4},
+        {"size": {"height": -32, "width": -32}},
+        {"image_std": None},
+    ],
+    ids=["crop without height", "unknown filter", "box filter", "negative", "no deviation"],
+)
+def test_values_of_a_processor_that_cannot_be_used_are_errors(vit_folder, tmp_path, values):
+    for path in vit_folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    file = tmp_path / "preprocessor_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+    with pytest.raises(ExportError) as caught:
+        load_vision(tmp_path, "mean", CPU)
+    assert caught.value.where.startswith(str(tmp_path))
+
+
 def test_what_cannot_be_used_is_counted(tmp_path):
     picture = io.BytesIO()
     Image.new("RGB", (8, 8)).save(picture, "PNG")

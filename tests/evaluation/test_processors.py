@@ -58,6 +58,13 @@ def test_large_images_of_convnext_are_stretched() -> None:
     torch.testing.assert_close(prepared(processor, image), expected)
 
 
+def test_values_that_are_not_rescaled_stay_bytes() -> None:
+    processor = transformers.ViTImageProcessorPil(size=SQUARE, do_rescale=False, do_normalize=False)
+    image = noise(60, 43)
+    expected = processor(image, return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(prepared(processor, image), expected)
+
+
 @pytest.mark.parametrize("mode", ["center", "squash"])
 def test_pixels_are_those_of_timm(mode) -> None:
     config = {
@@ -81,10 +88,24 @@ def test_pixels_are_those_of_timm(mode) -> None:
         transformers.ViTImageProcessor(size={"height": 32, "width": 48}),
         transformers.ViTImageProcessor(size=SQUARE, do_resize=False),
         SimpleNamespace(size={"longest_edge": 32}),
+        transformers.BitImageProcessor(size={"shortest_edge": 32, "longest_edge": 64}, crop_size=SQUARE),
+        transformers.ViTImageProcessor(size=SQUARE, do_pad=True, pad_size={"height": 48, "width": 48}),
+        transformers.ViTImageProcessor(size=SQUARE, image_std=[0.0, 0.0, 0.0]),
         TimmWrapperImageProcessor({"input_size": (3, 32, 32), "crop_mode": "border"}),
         TimmWrapperImageProcessor({"input_size": (3, 32, 48)}),
     ],
-    ids=["Levit", "border", "not square", "not resized", "longest edge", "timm border", "timm not square"],
+    ids=[
+        "Levit",
+        "border",
+        "not square",
+        "not resized",
+        "longest edge",
+        "both edges",
+        "padded",
+        "zero deviation",
+        "timm border",
+        "timm not square",
+    ],
 )
 def test_other_processors_are_refused(processor) -> None:
     with pytest.raises(ExportError) as caught:
