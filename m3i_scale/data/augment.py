@@ -72,20 +72,23 @@ class CenterCrop:
 
     size: int
     """Size of the crop in pixels."""
-    resize_size: int | None = None
-    """Short side of the resized image, at least `size`; None: `size`."""
+    resize_size: int
+    """Short side of the resized image, at least `size`."""
     stretch: bool = False
     """Resize both sides to `resize_size`."""
     resample: Image.Resampling = Image.Resampling.BICUBIC
 
-    def of(self, height: int, width: int) -> Crop:
+    round_offset: bool = False
+    """Round half a pixel at the start of the crop to an even number, like torchvision; False: down."""
+
+    def locate(self, height: int, width: int) -> Crop:
         """Return the crop of an image. The long side is rounded down, and the crop starts at an integer pixel of the
         resized image (`get_resize_output_image_size` and `center_crop` of transformers)."""
-        size, side = self.size, self.resize_size or self.size
-        short = min(height, width)
+        size, side, short = self.size, self.resize_size, min(height, width)
         rows, columns = (side, side) if self.stretch else (int(side * height / short), int(side * width / short))
-        top, left = (rows - size) // 2 * height / rows, (columns - size) // 2 * width / columns
-        return Crop(top, left, size * height / rows, size * width / columns, False)
+        whole = round if self.round_offset else int
+        top, left = whole((rows - size) / 2), whole((columns - size) / 2)
+        return Crop(top * height / rows, left * width / columns, size * height / rows, size * width / columns, False)
 
 
 def largest_share(mask_HW: NDArray[np.uint8]) -> float:

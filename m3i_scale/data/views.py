@@ -101,7 +101,7 @@ class ViewMaker:
         self._sizes = view_sizes(views, image_size)
         self._size = image_size
         self._augment = augment
-        self._center = center or CenterCrop(image_size)
+        self._center = center or CenterCrop(image_size, image_size)
         self._reads = reads
         self._stretch = stretch
 
@@ -170,7 +170,7 @@ class ViewMaker:
                 return Crop(0, 0, height, width, False)
             return Crop(*scaled_crop(height, width, size / max(height, width), size, rng), False)
         if not self._augment:
-            return self._center.of(height, width)
+            return self._center.locate(height, width)
         flip = rng.random() < config.flip
         draw = _draw(config, size, height, width, rng)
         crop = Crop(*draw(), flip)

@@ -157,7 +157,7 @@ def center_mask(mask: Image.Image | None, crop: CenterCrop | None, lies: int = 1
         classes = upright(Image.fromarray(np.asarray(mask)), lies)  # palette index, if there is a palette
     if crop is None:
         return np.array(classes, dtype=np.uint8)
-    return cut_mask(classes, crop.of(classes.height, classes.width), crop.size)
+    return cut_mask(classes, crop.locate(classes.height, classes.width), crop.size)
 
 
 def _meta(members: Mapping[str, bytes]) -> dict[str, Any]:

@@ -34,6 +34,7 @@ Pool = Literal["mean", "cls", "both"]
 Encoder = Callable[[Tensor], Tensor]
 """uint8 images (B, 3, H, W) → features (B, D)."""
 
+_ERRORS = OSError, ValueError, RuntimeError, TypeError, AttributeError, LookupError, ArithmeticError, AssertionError
 PIXEL_SIDE = 32
 """Image size of the raw-pixel baseline."""
 
@@ -174,16 +175,7 @@ def loading(folder: Path, name: str) -> Iterator[None]:
     try:
         with quiet_loading():
             yield
-    except (
-        OSError,
-        ValueError,
-        RuntimeError,
-        TypeError,
-        AttributeError,
-        LookupError,
-        ArithmeticError,
-        AssertionError,
-    ) as error:
+    except _ERRORS as error:
         first_line = next(iter(str(error).splitlines()), type(error).__name__)
         raise ExportError(
             f"the {name} does not load: {first_line}", where=str(folder), fix="download or export it again"

@@ -79,7 +79,8 @@ def read_split(resolved: ResolvedRun, ranks: ProcessGroupRanks, key: str, path: 
         index_dir = run.output_dir / "index"  # the cache of the training data
         table.indices = load_index(table.shards, index_dir, rank=ranks.rank, access=table.access)
         places = subset(table.indices, most)[ranks.rank :: ranks.world_size]
-        pixels = [sample.pixels for sample in read_samples(table, CenterCrop(side), places=places, threads=threads)]
+        crop = CenterCrop(side, side)
+        pixels = [sample.pixels for sample in read_samples(table, crop, places=places, threads=threads)]
         table.indices = None  # large, and not needed any more
         return table, pixels
 

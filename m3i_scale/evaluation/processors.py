@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from m3i_scale.errors import ExportError
 from m3i_scale.evaluation.decoding import center_pixels
 from m3i_scale.objective.inputs import PixelNorm
 
+_FIX = "use a model with the image processor of ViT, CLIP, SigLIP, DINOv2 or ConvNeXt"
 _ROUNDING = 0.01
 """Maximum mean difference of model inputs, relative to the largest value."""
 
@@ -39,7 +40,7 @@ def transforms_of(processor: Any, where: str) -> tuple[CenterCrop, PixelNorm | N
             f"{type(processor).__name__} does more than resize, crop the center square and normalize",
             where=where,
             why="features of other model inputs would be wrong",
-            fix="use a model with the image processor of ViT, CLIP, SigLIP, DINOv2 or ConvNeXt",
+            fix=_FIX,
         )
     return crop, pixel_norm
 
@@ -54,7 +55,7 @@ def _center_crop(processor: Any, where: str) -> CenterCrop:
         short = size.get("shortest_edge")
         side = short or size.get("height")
         if not side or size.get("longest_edge") or not (short or side == size.get("width")):
-            raise ExportError(f"the image processor has no square input size: {size}", where=where)
+            raise ExportError(f"the image processor has no square input size: {size}", where=where, fix=_FIX)
         stretch, cropped = not short, getattr(processor, "do_center_crop", None)
         crop_size, resize_size = int(processor.crop_size["height"] if cropped else side), int(side)
         crop_pct = getattr(processor, "crop_pct", None)
@@ -64,11 +65,12 @@ def _center_crop(processor: Any, where: str) -> CenterCrop:
             resize_size = int(short / crop_pct)
         resample = Image.Resampling.BILINEAR if filter_number is None else Image.Resampling(filter_number)
         crop = CenterCrop(crop_size, resize_size, stretch, resample)
-    if cast(int, crop.resize_size) < crop.size:
+    if crop.resize_size < crop.size:
         raise ExportError(
             f"the image processor resizes images to {crop.resize_size} pixels, less than its crop of {crop.size}",
             where=where,
             why="a border without pixels would be part of the image",
+            fix=_FIX,
         )
     return crop
 
@@ -77,11 +79,11 @@ def _center_crop_of_timm(config: dict[str, Any], where: str) -> CenterCrop:
     """Return the center crop of a data config of timm (`transforms_imagenet_eval`)."""
     _, height, width = config["input_size"]
     if height != width:
-        raise ExportError(f"its images are {height} × {width} pixels, and not square", where=where)
+        raise ExportError(f"its images are {height} × {width} pixels, and not square", where=where, fix=_FIX)
     if config["crop_mode"] not in ("center", "squash"):
-        raise ExportError(f"timm's crop mode '{config['crop_mode']}' is not supported", where=where)
-    resample = Image.Resampling[config["interpolation"].upper()]
-    return CenterCrop(height, math.floor(height / config["crop_pct"]), config["crop_mode"] == "squash", resample)
+        raise ExportError(f"timm's crop mode '{config['crop_mode']}' is not supported", where=where, fix=_FIX)
+    stretch, resample = config["crop_mode"] == "squash", Image.Resampling[config["interpolation"].upper()]
+    return CenterCrop(height, math.floor(height / config["crop_pct"]), stretch, resample, round_offset=True)
 
 
 def _pixel_norm(processor: Any) -> PixelNorm | None:

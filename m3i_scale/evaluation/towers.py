@@ -73,7 +73,7 @@ class Towers:
 def why_no_towers(folder: Path) -> str | None:
     """Return why a model folder has no joint space; None if it has one."""
     absent = [name for name in ("text/model.safetensors", "heads/objective.json") if not _has(folder, name)]
-    return f"the model has no text tower: no {' and no '.join(absent)} in its folder" if absent else None
+    return f"no text tower with projection head: the folder has no {' and no '.join(absent)}" if absent else None
 
 
 def has_head(folder: Path, kind: str) -> bool:

@@ -182,7 +182,7 @@ def test_the_interval_is_of_the_classes_that_a_draw_has():
 def test_masks_follow_the_centre_crop(tmp_path):
     options = ShardOptions(multiple_of=1, vocabulary=0)
     make_shards(ListedInput(halves_records(10, wide=16), ["a", "b", "c"]), tmp_path / "wide", name="w", options=options)
-    for sample in read_samples(open_table(str(tmp_path / "wide" / "val"), "--data"), CenterCrop(16), masks=True):
+    for sample in read_samples(open_table(str(tmp_path / "wide" / "val"), "--data"), CenterCrop(16, 16), masks=True):
         left, right = sample.mask[2, 0], sample.mask[2, -1]
         assert left != right
         assert (sample.mask[2, :8] == left).all()
@@ -258,4 +258,4 @@ def test_a_palette_of_few_bits_holds_its_indices():
     picture.save(buffer, "PNG", bits=2)
     assert buffer.getvalue()[24] == 2
     opened = open_mask({"mask.png": buffer.getvalue()}, 10_000, (SIDE, SIDE))
-    assert set(decoding.center_mask(opened, CenterCrop(8)).ravel()) == {2}
+    assert set(decoding.center_mask(opened, CenterCrop(8, 8)).ravel()) == {2}

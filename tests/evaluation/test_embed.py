@@ -120,7 +120,7 @@ def test_any_number_of_devices_and_workers_gives_the_same_file(vit_folder, folde
 def test_threads_do_not_change_the_samples(shards) -> None:
     def read(threads: int):
         table = open_table(str(shards / "train"), "--data")
-        return [sample.pixels for sample in read_samples(table, CenterCrop(16), threads=threads)], table
+        return [sample.pixels for sample in read_samples(table, CenterCrop(16, 16), threads=threads)], table
 
     (alone, table), (ahead, other) = read(0), read(3)
     assert table == other

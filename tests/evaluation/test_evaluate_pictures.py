@@ -33,7 +33,7 @@ def test_what_can_be_shown_is_and_the_rest_has_reasons(drawn):
     assert "text/model.safetensors" in result["pictures"]["not_shown"]["text_to_image"]
     console = Console(width=160, file=io.StringIO())
     console.print(render(result), soft_wrap=True)
-    assert "not shown: text to image: the model has no text tower" in console.file.getvalue()
+    assert "not shown: text to image: no text tower" in console.file.getvalue()
     by_name = {one["name"]: one for one in listed["pictures"]}
     assert "right at rank 1" in by_name["neighbours"]["alt"]  # the classes differ in color
     assert "5, 6" not in by_name["neighbours"]["alt"]  # of six of a class, one is the query

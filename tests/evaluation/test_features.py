@@ -8,12 +8,12 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import (
-    AutoImageProcessor,
     AutoModel,
     ConvNextModel,
     Dinov2WithRegistersModel,
     SwinModel,
     ViTImageProcessor,
+    ViTImageProcessorPil,
 )
 
 from m3i_scale.data.augment import CenterCrop
@@ -44,7 +44,6 @@ def test_pooling_of_a_map():
 
 
 def test_features_are_those_of_the_stock_classes(vit_folder, shards):
-    """Pictures at the model's own size: then the image processor alone gives the same input."""
     table = open_table(str(shards / "val"), "--data")
     vision = load_vision(vit_folder, "mean", CPU)
     found = read_side(
@@ -52,15 +51,16 @@ def test_features_are_those_of_the_stock_classes(vit_folder, shards):
     ).features
     assert found["model"].shape == (len(table), 32)
     assert found["pixels"].shape == (len(table), 3072)
-    samples = list(read_samples(open_table(str(shards / "val"), "--data"), vision.crop))
-    processor = AutoImageProcessor.from_pretrained(vit_folder)
+    samples = list(read_samples(open_table(str(shards / "val"), "--data"), None))
+    processor = ViTImageProcessorPil.from_pretrained(vit_folder)
     model = AutoModel.from_pretrained(vit_folder, add_pooling_layer=False).eval()
     for number in (0, len(samples) - 1):
         image = Image.fromarray(samples[number].pixels.transpose(1, 2, 0))
         with torch.no_grad():
             hidden = model(**processor(image, return_tensors="pt")).last_hidden_state
         np.testing.assert_allclose(found["model"][number], hidden[0, 1:].mean(dim=0).numpy(), atol=1e-5)
-        np.testing.assert_allclose(found["pixels"][number], samples[number].pixels.reshape(-1) / 255, atol=1e-6)
+        pixels = processor(image, do_normalize=False, return_tensors="np")["pixel_values"]
+        np.testing.assert_allclose(found["pixels"][number], pixels.reshape(-1), atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -152,7 +152,7 @@ def test_what_cannot_be_used_is_counted(tmp_path):
             tar.addfile(info, io.BytesIO(data))
     (tmp_path / "labels.json").write_text(json.dumps(["zero", "one"]))
     table = open_table(str(tmp_path), "--data")
-    samples = list(read_samples(table, CenterCrop(16), exclude_groups=("flags",)))
+    samples = list(read_samples(table, CenterCrop(16, 16), exclude_groups=("flags",)))
     assert [sample.key for sample in samples] == ["x.tar/a", "x.tar/e"]
     assert table.label_array.tolist() == [1, -1]
     assert sum(table.left_out.values()) == 4
@@ -166,5 +166,5 @@ def test_hostile_shard_is_refused(tmp_path):
         link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
         tar.addfile(link)
     with pytest.raises(DataError) as caught:
-        list(read_samples(open_table(str(tmp_path), "--data"), CenterCrop(16)))
+        list(read_samples(open_table(str(tmp_path), "--data"), CenterCrop(16, 16)))
     assert str(caught.value.where).endswith("/x.tar")

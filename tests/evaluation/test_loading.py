@@ -58,10 +58,10 @@ def test_every_sample_is_loaded_once_and_in_order(shards, workers) -> None:
     table = open_table(str(shards / "train"), "--data")
     compute = compute_of("cpu", batch_size=7, num_workers=workers)
     state = torch.get_rng_state()
-    with loaded_batches(ShardSamples(table, Decoder(CenterCrop(16), len(table.classes))), compute) as batches:
+    with loaded_batches(ShardSamples(table, Decoder(CenterCrop(16, 16), len(table.classes))), compute) as batches:
         loaded = list(batches)
     assert torch.equal(torch.get_rng_state(), state)
-    expected = list(read_samples(copy.deepcopy(table), CenterCrop(16)))
+    expected = list(read_samples(copy.deepcopy(table), CenterCrop(16, 16)))
     assert [one.key for batch in loaded for one in batch.decoded] == [sample.key for sample in expected]
     images = np.concatenate([batch.images_BCHW.numpy() for batch in loaded])
     np.testing.assert_array_equal(images, np.stack([sample.pixels for sample in expected]))
@@ -70,7 +70,7 @@ def test_every_sample_is_loaded_once_and_in_order(shards, workers) -> None:
 def test_a_shard_that_disappears_ends_the_reading_with_its_name(vit_folder, shards, tmp_path) -> None:
     folder = shutil.copytree(shards / "train", tmp_path / "train")
     table = open_table(str(folder), "--data")
-    samples = ShardSamples(table, Decoder(CenterCrop(16), len(table.classes)))
+    samples = ShardSamples(table, Decoder(CenterCrop(16, 16), len(table.classes)))
     gone = max(folder.glob("*.tar"))
     gone.unlink()
     compute = compute_of("cpu", batch_size=7, num_workers=2)
@@ -91,7 +91,7 @@ def test_a_killed_worker_is_an_error(shards) -> None:
     compute = compute_of("cpu", batch_size=4, num_workers=2)
     with (
         pytest.raises(LostWorkerError) as caught,
-        loaded_batches(Deadly(table, Decoder(CenterCrop(16), None)), compute) as batches,
+        loaded_batches(Deadly(table, Decoder(CenterCrop(16, 16), None)), compute) as batches,
     ):
         list(batches)
     assert "--num-workers" in caught.value.fix

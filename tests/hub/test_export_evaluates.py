@@ -69,7 +69,7 @@ def test_text_is_compared_where_both_models_have_a_tower(exported, shards, tmp_p
 def test_the_trained_head_of_an_export(exported, run_dir, shards):
     """It lies in heads/, and is asked about the data's classes."""
     found = evaluate(exported[0], str(shards / "val"), measures=("classifier",))["measures"]["classifier"]
-    samples = list(read_samples(open_table(str(shards / "val"), "--data"), CenterCrop(32)))
+    samples = list(read_samples(open_table(str(shards / "val"), "--data"), CenterCrop(32, 32)))
     logits = run_dir[1].embed_images(torch.from_numpy(np.stack([sample.pixels for sample in samples])), "category")
     right = logits.argmax(dim=1).numpy() == [sample.label for sample in samples]
     assert found["top-1"]["value"] == pytest.approx(right.mean())

@@ -184,7 +184,8 @@ def test_a_classifier_is_evaluated_and_trained_further(runs, shards, tmp_path, s
     export(folder, tmp_path / "out", wanted=ExportContents("classification"))
     found = evaluate(tmp_path / "out", str(shards / "val"), train_data=str(shards / "train"), measures=("classifier",))
     table = open_table(str(shards / "val"), "--data")
-    read = list(read_samples(table, CenterCrop(objective.student.image_size)))
+    size = objective.student.image_size
+    read = list(read_samples(table, CenterCrop(size, size)))
     images = torch.from_numpy(np.stack([sample.pixels for sample in read]))
     right = objective.embed_images(images, "category").argmax(dim=1) == torch.tensor(table.labels)
     assert found["measures"]["classifier"]["top-1"]["value"] == pytest.approx(right.float().mean().item())
