@@ -34,7 +34,7 @@ Pool = Literal["mean", "cls", "both"]
 Encoder = Callable[[Tensor], Tensor]
 """uint8 images (B, 3, H, W) → features (B, D)."""
 
-_ERRORS = OSError, ValueError, RuntimeError, TypeError, AttributeError, LookupError, ArithmeticError, AssertionError
+_ERRORS = OSError, ValueError, RuntimeError, TypeError, AttributeError, LookupError, ArithmeticError
 PIXEL_SIDE = 32
 """Image size of the raw-pixel baseline."""
 

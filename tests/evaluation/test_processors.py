@@ -76,7 +76,7 @@ def test_pixels_are_those_of_timm(mode) -> None:
         "std": (0.2, 0.3, 0.4),
     }
     processor = TimmWrapperImageProcessor(config)
-    for shape in SHAPES:
+    for shape in [*SHAPES, (72, 59)]:  # 43 pixels long: torchvision rounds its offset of 5.5 up
         image = noise(*shape)
         torch.testing.assert_close(prepared(processor, image), processor(image)["pixel_values"])
 
