@@ -191,7 +191,8 @@ def load_backbone(source: str | Path, pool: Pool = "mean") -> LoadedBackbone:
 
     Raises:
         ConfigError: the folder, Hub id or pool does not exist.
-        ExportError: the folder has no such model, or some of its weights are missing.
+        ExportError: the folder has no such model, some of its weights are missing, or its image processor does more
+            than resize, crop the center square and normalize.
     """
     if pool not in get_args(Pool):
         raise ConfigError(f"no pool '{pool}'", where="load_backbone", fix=did_you_mean(pool, get_args(Pool)))

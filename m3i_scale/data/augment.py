@@ -77,7 +77,6 @@ class CenterCrop:
     stretch: bool = False
     """Resize both sides to `resize_size`."""
     resample: Image.Resampling = Image.Resampling.BICUBIC
-
     round_offset: bool = False
     """Round half a pixel at the start of the crop to an even number, like torchvision; False: down."""
 
@@ -86,8 +85,8 @@ class CenterCrop:
         resized image (`get_resize_output_image_size` and `center_crop` of transformers)."""
         size, side, short = self.size, self.resize_size, min(height, width)
         rows, columns = (side, side) if self.stretch else (int(side * height / short), int(side * width / short))
-        whole = round if self.round_offset else int
-        top, left = whole((rows - size) / 2), whole((columns - size) / 2)
+        rounded = round if self.round_offset else int
+        top, left = rounded((rows - size) / 2), rounded((columns - size) / 2)
         return Crop(top * height / rows, left * width / columns, size * height / rows, size * width / columns, False)
 
 

@@ -92,7 +92,7 @@ class ViewMaker:
         self.resized: Callable[..., ViewMaker] = partial(
             ViewMaker, config, views=views, augment=augment, reads=reads, mean=mean, stretch=stretch
         )
-        """Creates a maker with another `image_size`."""
+        """Creates a maker with another `image_size`, and the center crop of this size."""
         self._fill = tuple(round(255 * channel) for channel in mean)
         self._rand_augment: RandAugment | None = None
         if augment and config.rand_augment is not None:

@@ -57,7 +57,7 @@ class FeatureCache:
             raise ConfigError(
                 f"the features cannot be saved: {error.strerror}",
                 where=f"--cache-dir {folder}",
-                fix="free some space, or use another folder",
+                fix="use another folder, or free some space",
             ) from None
         self._versions = [library.__version__ for library in _LIBRARIES] + _hashes(PACKAGE, only=".py")
         self._model = _hashes(model)

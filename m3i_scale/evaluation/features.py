@@ -19,6 +19,7 @@ from transformers import (
     AutoImageProcessor,
     AutoModel,
     PreTrainedModel,
+    TimmWrapperImageProcessor,
     TimmWrapperModel,
 )
 
@@ -34,7 +35,6 @@ Pool = Literal["mean", "cls", "both"]
 Encoder = Callable[[Tensor], Tensor]
 """uint8 images (B, 3, H, W) → features (B, D)."""
 
-_ERRORS = OSError, ValueError, RuntimeError, TypeError, AttributeError, LookupError, ArithmeticError
 PIXEL_SIDE = 32
 """Image size of the raw-pixel baseline."""
 
@@ -123,7 +123,8 @@ def patch_tokens(hidden: Tensor, patches: int | None) -> Tensor:
 
 
 def load_vision(folder: Path, pool: Pool, device: torch.device) -> VisionModel:
-    """Load a vision model from any Hub folder, in fp32."""
+    """Load a vision model from any Hub folder, in fp32, and encode one image to check the image size. Raise ExportError
+    if it cannot be used."""
     if not (folder / "config.json").is_file():
         raise ExportError("no config.json in the model folder", where=str(folder), fix="give the folder of an export")
     if not (folder / "preprocessor_config.json").is_file():
@@ -158,28 +159,38 @@ def load_vision(folder: Path, pool: Pool, device: torch.device) -> VisionModel:
             where=str(folder),
             fix="use a folder of `export --task features`; this one is for the pipeline zero-shot-image-classification",
         )
-    with loading(folder, "image processor"):
-        crop, pixel_norm = transforms_of(processor, str(folder / "preprocessor_config.json"))
-    return VisionModel(
-        model.to(device).eval(),
-        processor,
-        crop,
-        pool,
-        None if pixel_norm is None else pixel_norm.to(device),
-    )
+    of_timm = isinstance(processor, TimmWrapperImageProcessor)
+    file = folder / ("config.json" if of_timm else "preprocessor_config.json")
+    with loading(file, "image processor", "correct the values in this file, or download it again"):
+        crop, pixel_norm = transforms_of(processor, str(file))
+    vision = VisionModel(model.eval(), processor, crop, pool, pixel_norm)
+    try:
+        with torch.no_grad():
+            vision.hidden(torch.zeros(1, 3, crop.size, crop.size, dtype=torch.uint8))
+    except (ValueError, RuntimeError) as error:
+        raise ExportError(
+            f"the model cannot encode images of {crop.size} × {crop.size} pixels: {_first_line(error)}",
+            where=str(file),
+            fix="set the sizes in this file to the image size of the model",
+        ) from None
+    model.to(device)
+    if pixel_norm is not None:
+        pixel_norm.to(device)
+    return vision
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 @contextmanager
-def loading(folder: Path, name: str) -> Iterator[None]:
+def loading(where: Path, name: str, fix: str = "download or export it again") -> Iterator[None]:
     """Load a stock model without messages of `transformers`. Its errors become an `ExportError`."""
     try:
         with quiet_loading():
             yield
-    except _ERRORS as error:
-        first_line = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ExportError(
-            f"the {name} does not load: {first_line}", where=str(folder), fix="download or export it again"
-        ) from None
+    except (OSError, ValueError, RuntimeError, TypeError, AttributeError, LookupError, ArithmeticError) as error:
+        raise ExportError(f"the {name} does not load: {_first_line(error)}", where=str(where), fix=fix) from None
 
 
 def load_stock(kind: Any, folder: Path, name: str) -> Any:

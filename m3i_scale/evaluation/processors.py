@@ -26,20 +26,20 @@ def transforms_of(processor: Any, where: str) -> tuple[CenterCrop, PixelNorm | N
     processor. Raise ExportError if the model input is not square, or if the processor prepares images in another way.
     """
     crop, pixel_norm = _center_crop(processor, where), _pixel_norm(processor)
-    if isinstance(processor, TimmWrapperImageProcessor):
-        return crop, pixel_norm
     shape = (crop.size * 8 // 5, crop.size * 4 // 3, 3)
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8))
     pixels_BCHW = torch.from_numpy(center_pixels(image, crop))[None]
-    found_BCHW = processed(processor, pixels_BCHW) if pixel_norm is None else pixel_norm(pixels_BCHW)
+    actual_BCHW = processed(processor, pixels_BCHW) if pixel_norm is None else pixel_norm(pixels_BCHW)
     expected_BCHW = processor(images=[image], return_tensors="pt")["pixel_values"]
-    same = found_BCHW.shape == expected_BCHW.shape == (1, 3, crop.size, crop.size)
+    same = actual_BCHW.shape == expected_BCHW.shape == (1, 3, crop.size, crop.size)
     # Most processors resize with torchvision, which rounds differently than Pillow. NaN is not equal.
-    if not (same and (found_BCHW.float() - expected_BCHW.float()).abs().mean() <= _ROUNDING * expected_BCHW.max()):
+    bound = _ROUNDING * expected_BCHW.abs().max()
+    if not (same and (actual_BCHW.float() - expected_BCHW.float()).abs().mean() <= bound):
         raise ExportError(
-            f"{type(processor).__name__} does more than resize, crop the center square and normalize",
+            "the image processor must only resize, crop the center square and normalize;"
+            f" {type(processor).__name__} prepares another model input",
             where=where,
-            why="features of other model inputs would be wrong",
+            why="the features would be wrong",
             fix=_FIX,
         )
     return crop, pixel_norm
@@ -51,15 +51,17 @@ def _center_crop(processor: Any, where: str) -> CenterCrop:
     if isinstance(processor, TimmWrapperImageProcessor):
         crop = _center_crop_of_timm(processor.data_config, where)
     else:
+        if not getattr(processor, "do_resize", True):
+            raise ExportError("do_resize of the image processor must be true", where=where, fix=_FIX)
         size, filter_number = dict(getattr(processor, "size", None) or {}), getattr(processor, "resample", None)
         short = size.get("shortest_edge")
         side = short or size.get("height")
         if not side or size.get("longest_edge") or not (short or side == size.get("width")):
             raise ExportError(f"the image processor has no square input size: {size}", where=where, fix=_FIX)
-        stretch, cropped = not short, getattr(processor, "do_center_crop", None)
-        crop_size, resize_size = int(processor.crop_size["height"] if cropped else side), int(side)
+        stretch, has_crop = not short, getattr(processor, "do_center_crop", None)
+        crop_size, resize_size = int(processor.crop_size["height"] if has_crop else side), int(side)
         crop_pct = getattr(processor, "crop_pct", None)
-        if crop_pct and not cropped and side >= 384:  # of ConvNeXt, which crops smaller images only
+        if crop_pct and not has_crop and side >= 384:  # ConvNeXt crops only images below 384 pixels
             stretch = True
         elif crop_pct and short:
             resize_size = int(short / crop_pct)
@@ -79,7 +81,7 @@ def _center_crop_of_timm(config: dict[str, Any], where: str) -> CenterCrop:
     """Return the center crop of a data config of timm (`transforms_imagenet_eval`)."""
     _, height, width = config["input_size"]
     if height != width:
-        raise ExportError(f"its images are {height} × {width} pixels, and not square", where=where, fix=_FIX)
+        raise ExportError(f"input_size of timm must be square, got {height} × {width}", where=where, fix=_FIX)
     if config["crop_mode"] not in ("center", "squash"):
         raise ExportError(f"timm's crop mode '{config['crop_mode']}' is not supported", where=where, fix=_FIX)
     stretch, resample = config["crop_mode"] == "squash", Image.Resampling[config["interpolation"].upper()]

@@ -11,9 +11,13 @@ from transformers import (
     AutoModel,
     ConvNextModel,
     Dinov2WithRegistersModel,
+    SiglipVisionModel,
     SwinModel,
+    TimmWrapperConfig,
+    TimmWrapperModel,
     ViTImageProcessor,
     ViTImageProcessorPil,
+    ViTModel,
 )
 
 from m3i_scale.data.augment import CenterCrop
@@ -127,7 +131,32 @@ def test_values_of_a_processor_that_cannot_be_used_are_errors(vit_folder, tmp_pa
     file.write_text(json.dumps(json.loads(file.read_text()) | values))
     with pytest.raises(ExportError) as caught:
         load_vision(tmp_path, "mean", CPU)
-    assert caught.value.where.startswith(str(tmp_path))
+    assert caught.value.where == str(file)
+
+
+def test_a_deviation_of_zero_of_timm_is_an_error(tmp_path):
+    network = {"img_size": 32, "embed_dim": 16, "depth": 1, "num_heads": 2}
+    values = {"input_size": (3, 32, 32), "crop_mode": "center", "interpolation": "bicubic", "crop_pct": 1.0}
+    config = TimmWrapperConfig(
+        architecture="vit_tiny_patch16_224",
+        model_args=network,
+        pretrained_cfg=values | {"mean": [0.5] * 3, "std": [0.0] * 3},
+    )
+    TimmWrapperModel(config).save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text('{"image_processor_type": "TimmWrapperImageProcessor"}')
+    with pytest.raises(ExportError) as caught:
+        load_vision(tmp_path, "mean", CPU)
+    assert caught.value.where == str(tmp_path / "config.json")
+
+
+@pytest.mark.parametrize("kind", [ViTModel, SiglipVisionModel])
+def test_an_image_size_that_the_model_does_not_have_is_an_error(tmp_path, kind):
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    kind(kind.config_class(image_size=32, patch_size=8, **sizes)).save_pretrained(tmp_path)
+    ViTImageProcessor(size={"height": 64, "width": 64}).save_pretrained(tmp_path)
+    with pytest.raises(ExportError, match="64 × 64") as caught:
+        load_vision(tmp_path, "mean", CPU)
+    assert caught.value.where == str(tmp_path / "preprocessor_config.json")
 
 
 def test_what_cannot_be_used_is_counted(tmp_path):

@@ -65,6 +65,10 @@ def test_values_that_are_not_rescaled_stay_bytes() -> None:
     torch.testing.assert_close(prepared(processor, image), expected)
 
 
+def test_inputs_may_be_negative() -> None:
+    transforms_of(transformers.ViTImageProcessor(size=SQUARE, image_mean=[1.0] * 3), "here")
+
+
 @pytest.mark.parametrize("mode", ["center", "squash"])
 def test_pixels_are_those_of_timm(mode) -> None:
     config = {
@@ -84,19 +88,19 @@ def test_pixels_are_those_of_timm(mode) -> None:
 @pytest.mark.parametrize(
     ("processor", "what"),
     [
-        (transformers.LevitImageProcessor(size={"shortest_edge": 32}, crop_size=SQUARE), "does more"),  # 256/224 of it
+        (transformers.LevitImageProcessor(size={"shortest_edge": 32}, crop_size=SQUARE), "must only"),  # 256/224 of it
         (transformers.BitImageProcessor(size={"shortest_edge": 24}, crop_size=SQUARE), "24 pixels, less"),
         (transformers.ViTImageProcessor(size={"height": 32, "width": 48}), "no square"),
-        (transformers.ViTImageProcessor(size=SQUARE, do_resize=False), "does more"),
+        (transformers.ViTImageProcessor(size=SQUARE, do_resize=False), "do_resize"),
         (SimpleNamespace(size={"longest_edge": 32}), "no square"),
         (transformers.BitImageProcessor(size={"shortest_edge": 32, "longest_edge": 64}, crop_size=SQUARE), "no square"),
-        (transformers.ViTImageProcessor(size=SQUARE, do_pad=True, pad_size={"height": 48, "width": 48}), "does more"),
-        (transformers.ViTImageProcessor(size=SQUARE, image_std=[0.0, 0.0, 0.0]), "does more"),
+        (transformers.ViTImageProcessor(size=SQUARE, do_pad=True, pad_size={"height": 48, "width": 48}), "must only"),
+        (transformers.ViTImageProcessor(size=SQUARE, image_std=[0.0, 0.0, 0.0]), "must only"),
         (TimmWrapperImageProcessor({"input_size": (3, 32, 32), "crop_mode": "border"}), "'border' is not supported"),
-        (TimmWrapperImageProcessor({"input_size": (3, 32, 48)}), "not square"),
+        (TimmWrapperImageProcessor({"input_size": (3, 32, 48)}), "must be square"),
     ],
 )
-def test_other_processors_are_refused(processor, what) -> None:
+def test_other_processors_are_errors(processor, what) -> None:
     with pytest.raises(ExportError, match=what) as caught:
         transforms_of(processor, "here")
     assert caught.value.where == "here"

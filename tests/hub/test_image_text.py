@@ -75,7 +75,7 @@ def test_the_start_is_the_complete_model(folders: dict[str, Path], kind: str) ->
     pixels_BCHW = objective.pixel_norm(images())
     wanted = stock_logits(kind, folders[kind], pixels_BCHW)
     found = logits(objective, pixels_BCHW, tokens(folders[kind], False))
-    torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
 
 
 def save(folder: Path, run: RunConfig, objective: Objective, tokenizer: Path) -> None:
@@ -98,7 +98,7 @@ def test_published_siglip_2_names_no_padding_token(folders: dict[str, Path], tmp
     objective = started(run)
     pixels_BCHW = objective.pixel_norm(images())
     found = logits(objective, pixels_BCHW, tokens(folder, False))
-    torch.testing.assert_close(found, stock_logits("siglip", folder, pixels_BCHW), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(found, stock_logits("siglip", folder, pixels_BCHW), rtol=1e-5, atol=1e-6)
     assert text_identity(run.text)["pad_token_id"] == 0
 
 
